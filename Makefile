@@ -1,0 +1,40 @@
+# One word per habit. Each target does its own set-up and is quick the second time.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check -qq
+READY  := $(VENV)/.ready
+
+.PHONY: help demo test check lint types fmt bench clean
+
+help:            ## this list
+	@grep -E '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/'
+
+$(READY): pyproject.toml constraints.txt
+	@echo "setting up $(VENV) (a few minutes the first time: torch is large)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "tokenmill needs Python >= 3.11, got " + sys.version.split()[0] + "; run: make PYTHON=/path/to/python3.11")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) install -c constraints.txt pip setuptools torch
+	@$(PIP) install -c constraints.txt --no-build-isolation -e '.[worker,embedded,dev]'
+	@touch $@
+
+demo: $(READY)   ## answer examples/questions.jsonl with a real model, live
+	@examples/demo.sh
+
+test: lint types $(READY)   ## lint, types, and every test that needs no GPU
+	@$(BIN)/pytest -m 'not gpu'
+
+lint: $(READY)   ## ruff and the import contracts
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/lint-imports
+
+types: $(READY)  ## mypy strict
+	@$(BIN)/mypy
+
+fmt: $(READY)    ## format and fix what can be fixed
+	@$(BIN)/ruff format . && $(BIN)/ruff check --fix .
+
+bench: $(READY)  ## the CPU benches, as JSON in bench/results
+	@$(BIN)/python bench/workloads.py
+
+clean:           ## remove everything that make created
+	@rm -rf $(VENV) build dist .demo .mypy_cache .pytest_cache .ruff_cache .hypothesis

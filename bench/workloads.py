@@ -1,0 +1,79 @@
+"""The workloads that benches share: seeded lengths, random token ids, ends ignored."""
+
+import datetime
+import json
+import os
+import platform
+import random
+import subprocess
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Lengths are normal with standard deviation 0.3 x mean, as in the paper's scripts."""
+
+    name: str
+    requests: int
+    mean_prompt: int
+    mean_output: int
+    max_prompt: int = 1_000_000
+    seed: int = 0
+
+    def prompts(self, vocabulary: int) -> list[tuple[list[int], int]]:
+        """(token ids, tokens to generate) of every request."""
+        draw = random.Random(self.seed)
+
+        def length(mean: int, most: int) -> int:
+            return min(max(round(draw.gauss(mean, 0.3 * mean)), 1), most)
+
+        return [
+            (
+                [draw.randrange(vocabulary) for _ in range(length(self.mean_prompt, self.max_prompt))],
+                length(self.mean_output, 1_000_000),
+            )
+            for _ in range(self.requests)
+        ]
+
+
+WORKLOADS = {
+    "W1": Workload("W1", 48, 260, 60),
+    "W2": Workload("W2", 24, 1300, 30, max_prompt=1900),
+    "W3": Workload("W3", 48, 40, 200),
+}
+
+
+def provenance() -> dict[str, object]:
+    """Hardware, versions and commit: what a figure is worth nothing without."""
+    cpu = next(
+        (
+            line.split(":", 1)[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ),
+        platform.processor(),
+    )
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    return {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "cpu": f"{cpu}, {os.cpu_count()} cores",
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in ("torch", "redis", "tokenmill")},
+        "commit": commit.stdout.strip(),
+    }
+
+
+def write_result(name: str, workload: Workload, figures: dict[str, object]) -> Path:
+    """Write one bench's JSON and return its path."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    content = {"bench": name, "workload": asdict(workload), **figures, "provenance": provenance()}
+    path.write_text(json.dumps(content, indent=2) + "\n")
+    return path

@@ -1,0 +1,58 @@
+"""`RaggedBatch`: the chunks of one step as tensors, concatenated without padding."""
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+import torch
+
+from tokenmill.engine.scheduler import Chunk
+
+
+@dataclass(frozen=True, slots=True)
+class RaggedBatch:
+    """T tokens of S sequences; `logits_indices` names the L tokens whose logits are wanted."""
+
+    input_ids: torch.Tensor  # [T] int64
+    positions: torch.Tensor  # [T] int64
+    slot_mapping: torch.Tensor  # [T] int64: block * block_size + offset
+    cu_seqlens_q: torch.Tensor  # [S + 1] int32: prefix sums of the chunk lengths
+    context_lens: torch.Tensor  # [S] int32: tokens in the cache after this step
+    block_tables: torch.Tensor  # [S, B] int32: rows padded with 0, never read past context_lens
+    logits_indices: torch.Tensor  # [L] int64
+    max_query_len: int
+
+
+def build_batch(chunks: Seq[Chunk], block_size: int, device: torch.device) -> RaggedBatch:
+    """Lay out one step; a chunk that ends at its sequence's newest token gets logits."""
+    ids: list[int] = []
+    positions: list[int] = []
+    slots: list[int] = []
+    starts, contexts, logits = [0], [], []
+    for chunk in chunks:
+        table, end = chunk.seq.block_table, chunk.start + chunk.length
+        ids += chunk.seq.token_ids[chunk.start : end]
+        positions += range(chunk.start, end)
+        slots += [
+            table[p // block_size] * block_size + p % block_size for p in range(chunk.start, end)
+        ]
+        starts.append(len(ids))
+        contexts.append(end)
+        if end == chunk.seq.num_tokens:
+            logits.append(len(ids) - 1)
+    width = max(len(c.seq.block_table) for c in chunks)
+    tables = [c.seq.block_table + [0] * (width - len(c.seq.block_table)) for c in chunks]
+
+    def tensor(values: list[int] | list[list[int]], dtype: torch.dtype) -> torch.Tensor:
+        host = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
+        return host.to(device, non_blocking=True)
+
+    return RaggedBatch(
+        input_ids=tensor(ids, torch.int64),
+        positions=tensor(positions, torch.int64),
+        slot_mapping=tensor(slots, torch.int64),
+        cu_seqlens_q=tensor(starts, torch.int32),
+        context_lens=tensor(contexts, torch.int32),
+        block_tables=tensor(tables, torch.int32),
+        logits_indices=tensor(logits, torch.int64),
+        max_query_len=max(c.length for c in chunks),
+    )

@@ -1,0 +1,47 @@
+"""`EngineConfig`: what a user may set of an engine, checked on construction."""
+
+from dataclasses import dataclass
+
+from tokenmill.engine.scheduler import Policy
+from tokenmill.producer.errors import InvalidRequest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """None means: chosen from the device and the model.
+
+    Raises:
+        InvalidRequest: a value is out of bounds; the error names it.
+    """
+
+    #: Most tokens in one forward pass.
+    token_budget: int | None = None
+    #: Most sequences running at once.
+    max_num_seqs: int | None = None
+    #: Most tokens of a sequence, prompt and output.
+    max_model_len: int | None = None
+    #: Tokens in a KV block.
+    block_size: int | None = None
+    #: Bytes for the KV cache.
+    kv_cache_memory: int | None = None
+    policy: Policy = Policy.SPLITFUSE
+
+    def __post_init__(self) -> None:
+        for name, low in (
+            ("token_budget", 1),
+            ("max_num_seqs", 1),
+            ("max_model_len", 2),
+            ("block_size", 1),
+            ("kv_cache_memory", 1),
+        ):
+            value = getattr(self, name)
+            if value is not None and value < low:
+                raise InvalidRequest(name, f"at least {low}", value)
+        budget, seqs = self.token_budget, self.max_num_seqs
+        if budget is not None and seqs is not None and seqs > budget:
+            raise InvalidRequest(
+                "token_budget",
+                f"at least max_num_seqs ({seqs})",
+                budget,
+                "raise --token-budget or lower --max-num-seqs",
+            )

@@ -1,0 +1,228 @@
+"""`Engine`: sequences in, one forward pass at a time, tokens out. No queue, no text."""
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+import torch
+
+from tokenmill.engine.batch import build_batch
+from tokenmill.engine.block_pool import BlockPool
+from tokenmill.engine.config import EngineConfig
+from tokenmill.engine.kv_cache import allocate_kv_cache, num_blocks_in
+from tokenmill.engine.loader import LoadedModel
+from tokenmill.engine.models.decoder import Decoder
+from tokenmill.engine.sampler import sample
+from tokenmill.engine.scheduler import Chunk, Scheduler
+from tokenmill.engine.sequence import FinishReason, Sequence
+from tokenmill.producer.errors import InvalidRequest
+from tokenmill.producer.params import SamplingParams
+
+#: Defaults by device: token budget, sequences, block size.
+DEFAULTS = {"cpu": (256, 64, 32), "cuda": (2048, 256, 64)}
+#: Share of the device memory left by the weights that the KV cache takes on a GPU.
+GPU_KV_SHARE = 0.85
+CPU_KV_BYTES = 2 << 30
+#: Steps' worth of prompt tokens, and rows, that are taken ahead so that no step is half empty.
+LOOKAHEAD_STEPS, LOOKAHEAD_ROWS = 2, 1 / 16
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """What a step gave one sequence: new tokens, and why it ended if it did."""
+
+    seq_id: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason | None = None
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Capacity:
+    """What the engine can take now: prompt tokens, KV blocks of `block_size` tokens, sequences."""
+
+    tokens: int
+    blocks: int
+    sequences: int
+    block_size: int
+
+
+class Engine:
+    """Continuous batching with Dynamic SplitFuse over a blocked KV cache.
+
+    Raises:
+        InvalidRequest: the configuration does not fit the model.
+        OutOfMemory: the KV cache does not fit the device.
+    """
+
+    def __init__(self, model: LoadedModel, config: EngineConfig) -> None:
+        budget, rows, block_size = DEFAULTS[model.device.type]
+        block_size = config.block_size or block_size
+        max_num_seqs = config.max_num_seqs or min(rows, config.token_budget or rows)
+        token_budget = config.token_budget or max(budget, max_num_seqs)
+        num_blocks = num_blocks_in(
+            config.kv_cache_memory or _default_kv_memory(model),
+            model.spec,
+            block_size=block_size,
+            dtype=model.dtype,
+        )
+        self.model_name = model.name
+        self.tokenizer = model.tokenizer
+        self.max_model_len = _max_model_len(config, model, num_blocks * block_size)
+        # Memory for every row at full length is all that can ever be used.
+        num_blocks = min(num_blocks, max_num_seqs * -(-self.max_model_len // block_size))
+        self._device = model.device
+        self._decoder = Decoder(model.spec, model.weights, self.max_model_len)
+        self._cache = allocate_kv_cache(
+            model.spec, num_blocks, block_size=block_size, dtype=model.dtype, device=model.device
+        )
+        self.scheduler = Scheduler(
+            BlockPool(num_blocks, block_size),
+            token_budget=token_budget,
+            max_num_seqs=max_num_seqs,
+            policy=config.policy,
+        )
+        self._sequences: dict[str, Sequence] = {}
+        #: Sequences that were complete when they were added: they end without a step.
+        self._complete: list[Sequence] = []
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._sequences)
+
+    def add(
+        self,
+        seq_id: str,
+        prompt_ids: Seq[int],
+        params: SamplingParams,
+        *,
+        output_ids: Seq[int] = (),
+        seed: int,
+        priority: int = 1,
+    ) -> None:
+        """Queue a sequence; `output_ids` are tokens it has generated elsewhere already.
+
+        Raises:
+            InvalidRequest: the id is taken, the prompt is empty, holds an unknown token id, or is
+                longer than the context.
+        """
+        if seq_id in self._sequences:
+            raise InvalidRequest("seq_id", "new to this engine", seq_id)
+        if not prompt_ids:
+            raise InvalidRequest("prompt", "at least one token", 0)
+        if len(prompt_ids) >= self.max_model_len:
+            raise InvalidRequest(
+                "prompt",
+                f"shorter than the context of {self.max_model_len} tokens",
+                len(prompt_ids),
+                "shorten it",
+            )
+        vocabulary = self._decoder.spec.vocab_size
+        if not 0 <= min(prompt_ids) <= max(prompt_ids) < vocabulary:
+            raise InvalidRequest("prompt", f"token ids below {vocabulary}", max(prompt_ids))
+        seq = Sequence(
+            seq_id=seq_id,
+            token_ids=[*prompt_ids, *output_ids],
+            num_prompt_tokens=len(prompt_ids),
+            params=params,
+            seed=seed,
+            max_num_tokens=min(len(prompt_ids) + params.max_tokens, self.max_model_len),
+            priority=priority,
+        )
+        self._sequences[seq_id] = seq
+        self.scheduler.add(seq)
+        if seq.num_tokens >= seq.max_num_tokens:
+            self._complete.append(seq)
+
+    def abort(self, seq_id: str) -> None:
+        """Forget a sequence and free its blocks; an unknown id is no error."""
+        seq = self._sequences.pop(seq_id, None)
+        if seq is not None:
+            self.scheduler.finish(seq)
+
+    def capacity(self) -> Capacity:
+        """What can be taken now; zero or more of each."""
+        scheduler = self.scheduler
+        known = [*scheduler.running, *scheduler.waiting]
+        backlog = sum(s.num_uncomputed_tokens for s in known if s.is_prefilling)
+        decoding = sum(not s.is_prefilling for s in scheduler.running)
+        budget = LOOKAHEAD_STEPS * (scheduler.token_budget - decoding)
+        rows = scheduler.max_num_seqs + max(1, int(scheduler.max_num_seqs * LOOKAHEAD_ROWS))
+        asked = sum(scheduler.pool.blocks_for(s.num_tokens) for s in scheduler.waiting)
+        free = scheduler.pool.num_free - scheduler.num_reserved_blocks() - asked
+        return Capacity(
+            tokens=max(budget - backlog, 0),
+            blocks=max(free, 0),
+            sequences=max(rows - len(known), 0),
+            block_size=scheduler.pool.block_size,
+        )
+
+    @torch.inference_mode()
+    def step(self) -> list[StepOutput]:
+        """Run one forward pass and return what it gave; an idle engine returns nothing."""
+        outputs = [self._end(seq, (), FinishReason.LENGTH) for seq in self._take_complete()]
+        plan = self.scheduler.schedule()
+        if not plan.chunks:
+            return outputs
+        batch = build_batch(plan.chunks, self.scheduler.pool.block_size, self._device)
+        logits = self._decoder.forward(batch, self._cache)
+        ready = [c.seq for c in plan.chunks if c.start + c.length == c.seq.num_tokens]
+        tokens = sample(logits, ready, self.tokenizer.eos_token_ids) if ready else []
+        self._mark_computed(plan.chunks)
+        return outputs + [self._advance(s, t) for s, t in zip(ready, tokens, strict=True)]
+
+    def check_integrity(self) -> None:
+        """Verify the scheduler's books.
+
+        Raises:
+            RuntimeError: they do not balance.
+        """
+        self.scheduler.check_integrity()
+
+    def _take_complete(self) -> list[Sequence]:
+        complete = [s for s in self._complete if s.seq_id in self._sequences]
+        self._complete = []
+        return complete
+
+    def _mark_computed(self, chunks: Seq[Chunk]) -> None:
+        for chunk in chunks:
+            chunk.seq.num_computed_tokens += chunk.length
+
+    def _advance(self, seq: Sequence, token: int) -> StepOutput:
+        ends = token in seq.params.stop_token_ids or (
+            token in self.tokenizer.eos_token_ids and not seq.params.ignore_eos
+        )
+        if ends:
+            return self._end(seq, (), FinishReason.STOP)
+        seq.token_ids.append(token)
+        if seq.num_tokens >= seq.max_num_tokens:
+            return self._end(seq, (token,), FinishReason.LENGTH)
+        return StepOutput(seq.seq_id, (token,))
+
+    def _end(self, seq: Sequence, tokens: tuple[int, ...], reason: FinishReason) -> StepOutput:
+        del self._sequences[seq.seq_id]
+        self.scheduler.finish(seq)
+        return StepOutput(seq.seq_id, tokens, reason)
+
+
+def _default_kv_memory(model: LoadedModel) -> int:
+    if model.device.type == "cuda":
+        free, _total = torch.cuda.mem_get_info(model.device)
+        return int(free * GPU_KV_SHARE)
+    return CPU_KV_BYTES
+
+
+def _max_model_len(config: EngineConfig, model: LoadedModel, cache_tokens: int) -> int:
+    """The context: what is asked for, what the model was trained for, what the cache holds."""
+    asked = config.max_model_len
+    if asked is not None and asked > model.spec.max_position:
+        raise InvalidRequest(
+            "max_model_len", f"at most the model's {model.spec.max_position}", asked
+        )
+    if asked is not None and asked > cache_tokens:
+        raise InvalidRequest(
+            "max_model_len",
+            f"at most the {cache_tokens} tokens that the KV cache holds",
+            asked,
+            "raise --kv-cache-memory",
+        )
+    return min(asked or model.spec.max_position, cache_tokens)

@@ -1,0 +1,48 @@
+"""`KVCache`: the tensors behind the block numbers, and how many blocks there can be."""
+
+from dataclasses import dataclass
+
+import torch
+
+from tokenmill.engine.errors import OutOfMemory
+from tokenmill.engine.models.spec import ModelSpec
+
+
+@dataclass(frozen=True, slots=True)
+class KVCache:
+    """Keys and values of all layers, each [num_blocks, block_size, num_kv_heads, head_dim]."""
+
+    keys: list[torch.Tensor]
+    values: list[torch.Tensor]
+
+
+def num_blocks_in(memory: int, spec: ModelSpec, *, block_size: int, dtype: torch.dtype) -> int:
+    """Blocks that `memory` bytes hold.
+
+    Raises:
+        OutOfMemory: not even one sequence of the shortest useful length (two blocks) fits.
+    """
+    block_bytes = spec.kv_token_elements * dtype.itemsize * block_size
+    if memory < 2 * block_bytes:
+        raise OutOfMemory(
+            f"kv_cache_memory must be at least {2 * block_bytes} bytes (two blocks), got {memory}; "
+            "raise --kv-cache-memory or choose a smaller model"
+        )
+    return memory // block_bytes
+
+
+def allocate_kv_cache(
+    spec: ModelSpec,
+    num_blocks: int,
+    *,
+    block_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> KVCache:
+    """Reserve the cache; its pages are touched, and so paid for, only as blocks are used."""
+    shape = (num_blocks, block_size, spec.num_kv_heads, spec.head_dim)
+
+    def layers() -> list[torch.Tensor]:
+        return [torch.empty(shape, dtype=dtype, device=device) for _ in range(spec.num_layers)]
+
+    return KVCache(layers(), layers())

@@ -1,0 +1,115 @@
+"""`sample`: one token per row of logits.
+
+Noise is keyed by (seed, position, token id), never by batch or history, so a request gives the same
+tokens alone or in a batch, and goes on as it would have on another worker. A token is drawn as
+argmax(logits / temperature + Gumbel noise), which is an exact draw from the softmax.
+"""
+
+from collections.abc import Collection
+from collections.abc import Sequence as Seq
+
+import torch
+
+from tokenmill.engine.sequence import Sequence
+
+_MASK = 0xFFFFFFFF
+
+
+def sample(logits: torch.Tensor, seqs: Seq[Sequence], eos_token_ids: Collection[int]) -> list[int]:
+    """Choose the next token of each sequence from `logits` [L, V] float32, which may be changed."""
+    _forbid_early_end(logits, seqs, eos_token_ids)
+    rows = [row for row, seq in enumerate(seqs) if seq.params.temperature > 0]
+    if rows:
+        drawn = [seqs[row] for row in rows]
+        if len(rows) == len(seqs):
+            logits = _noisy(logits, drawn)
+        else:
+            index = torch.tensor(rows, device=logits.device)
+            logits[index] = _noisy(logits[index], drawn)
+    tokens: list[int] = logits.argmax(dim=-1).tolist()
+    return tokens
+
+
+def _forbid_early_end(
+    logits: torch.Tensor, seqs: Seq[Sequence], eos_token_ids: Collection[int]
+) -> None:
+    for row, seq in enumerate(seqs):
+        if seq.num_output_tokens < seq.params.min_tokens:
+            ends = sorted({*eos_token_ids, *seq.params.stop_token_ids})
+            logits[row, [t for t in ends if t < logits.shape[1]]] = -torch.inf
+
+
+def _noisy(logits: torch.Tensor, seqs: Seq[Sequence]) -> torch.Tensor:
+    """Scaled and filtered logits [R, V] plus Gumbel noise: their argmax is the draw."""
+    temperature = torch.tensor([s.params.temperature for s in seqs], device=logits.device)
+    logits = logits / temperature[:, None]
+    filtered = [
+        row
+        for row, seq in enumerate(seqs)
+        if seq.params.top_k or seq.params.top_p < 1 or seq.params.min_p > 0
+    ]
+    if filtered:
+        index = torch.tensor(filtered, device=logits.device)
+        logits[index] = keep_likely(logits[index], [seqs[row] for row in filtered])
+    return logits + gumbel_noise(seqs, logits.shape[1], logits.device)
+
+
+def keep_likely(logits: torch.Tensor, seqs: Seq[Sequence]) -> torch.Tensor:
+    """Logits [R, V] with what top_k, top_p and min_p leave out at -inf.
+
+    top_k first, then top_p over what is left, renormalised; min_p is relative to the likeliest.
+    The likeliest token always stays.
+    """
+    device, vocabulary = logits.device, logits.shape[1]
+
+    def column(values: list[float]) -> torch.Tensor:
+        return torch.tensor(values, device=device)[:, None]
+
+    ranked, order = logits.sort(dim=-1, descending=True)
+    rank = torch.arange(vocabulary, device=device)[None, :]
+    top_k = column([float(s.params.top_k or vocabulary) for s in seqs])
+    ranked = ranked.masked_fill(rank >= top_k, -torch.inf)
+    probabilities = ranked.softmax(dim=-1)
+    before = probabilities.cumsum(dim=-1) - probabilities
+    drop = before >= column([s.params.top_p for s in seqs])
+    drop |= probabilities < column([s.params.min_p for s in seqs]) * probabilities[:, :1]
+    drop[:, 0] = False
+    ranked = ranked.masked_fill(drop, -torch.inf)
+    return torch.empty_like(logits).scatter_(1, order, ranked)
+
+
+def gumbel_noise(seqs: Seq[Sequence], vocabulary: int, device: torch.device) -> torch.Tensor:
+    """Standard Gumbel noise [R, V] float32, keyed by (seed, position, token id)."""
+    keys = [noise_key(seq.seed, seq.num_tokens) for seq in seqs]
+    low = torch.tensor([_signed(k & _MASK) for k in keys], dtype=torch.int32, device=device)
+    high = torch.tensor([_signed(k >> 32) for k in keys], dtype=torch.int32, device=device)
+    token = torch.arange(vocabulary, dtype=torch.int32, device=device)[None, :]
+    bits = _mix32(_mix32(token ^ low[:, None]) + high[:, None])
+    # 24 bits, centred: never 0 or 1, exact in float32.
+    uniform = ((bits >> 8) & 0xFFFFFF).float().add_(0.5).mul_(2.0**-24)
+    return uniform.log_().neg_().log_().neg_()
+
+
+def noise_key(seed: int, position: int) -> int:
+    """64 well-mixed bits of (seed, position): splitmix64's finaliser, twice."""
+    return _mix64(_mix64(seed) + position * 0x9E3779B97F4A7C15)
+
+
+def _mix64(value: int) -> int:
+    value = (value + 0x9E3779B97F4A7C15) & (2**64 - 1)
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & (2**64 - 1)
+    return value ^ (value >> 31)
+
+
+def _mix32(x: torch.Tensor) -> torch.Tensor:
+    """MurmurHash3's 32-bit finaliser on int32, shifts made logical by masks."""
+    x = x ^ ((x >> 16) & 0xFFFF)
+    x = x * _signed(0x85EBCA6B)
+    x = x ^ ((x >> 13) & 0x7FFFF)
+    x = x * _signed(0xC2B2AE35)
+    return x ^ ((x >> 16) & 0xFFFF)
+
+
+def _signed(value: int) -> int:
+    return value - (1 << 32) if value >= 1 << 31 else value

@@ -1,0 +1,262 @@
+"""Dynamic SplitFuse (arXiv 2401.08671): what each forward pass computes. Standard library only.
+
+A forward pass costs by its tokens, hardly by its sequences, so every step carries one token budget:
+running sequences first, one token each; then unfinished prompts; then new ones. Long prompts are
+split over steps, short ones fused into one.
+
+Contract (one property test each in tests/engine/test_scheduler.py)
+
+1. A step never exceeds the token budget, `max_num_seqs`, or the free blocks.
+2. Any sequence that `fits` can finish alone, so the caller refuses the others at once.
+3. A new sequence is admitted when its tokens plus its expected output fit beside what the running
+   ones still expect to need; the first of an idle scheduler is always admitted.
+4. A waiting sequence that does not fit does not block those behind it, but only `MAX_PASSES`
+   times: then nobody passes it.
+5. Out of blocks, the running sequence that loses the least work is preempted and recomputed
+   later; the first in order is never a victim, so it ends, and then the next.
+6. Within a priority, sequences are tried in order of arrival.
+7. Every sequence ends, and its blocks return to the pool.
+"""
+
+import bisect
+import enum
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from tokenmill.engine.block_pool import BlockPool
+from tokenmill.engine.sequence import Sequence, SequenceStatus
+
+#: How often a waiting sequence that does not fit is passed by later ones.
+MAX_PASSES = 64
+#: Expected output before anything has finished, in tokens.
+INITIAL_EXPECTED_OUTPUT = 256
+#: Finished outputs that the expectation looks back on, and the share of them that it covers.
+OUTPUT_HISTORY, OUTPUT_QUANTILE = 256, 0.8
+
+
+class Policy(enum.Enum):
+    """How a step is filled; all three run in one engine, so that they can be compared."""
+
+    #: Dynamic SplitFuse.
+    SPLITFUSE = "splitfuse"
+    #: Whole prompts before decodes, never in one step (vLLM in 2023). A prompt longer than the
+    #: budget gets a step of its own: the one case where a step exceeds it.
+    PREFILL_FIRST = "prefill_first"
+    #: A batch is admitted together and runs until its last sequence ends.
+    STATIC = "static"
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Tokens [start, start + length) of a sequence, computed in one step."""
+
+    seq: Sequence
+    start: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerOutput:
+    """One step: its chunks, their tokens in all, and who lost its blocks for them."""
+
+    chunks: tuple[Chunk, ...]
+    num_tokens: int
+    preempted: tuple[Sequence, ...]
+
+
+class Step:
+    """The token budget of one step while it is being filled."""
+
+    def __init__(self, budget: int) -> None:
+        self.left = budget
+        self.lengths: dict[Sequence, int] = {}
+        self.preempted: list[Sequence] = []
+
+    def take(self, seq: Sequence, length: int) -> None:
+        self.lengths[seq] = length
+        self.left -= length
+
+    def drop(self, seq: Sequence) -> None:
+        self.left += self.lengths.pop(seq, 0)
+        self.preempted.append(seq)
+
+
+class Scheduler:
+    """Decides which tokens each step computes; owns the block tables."""
+
+    def __init__(
+        self, pool: BlockPool, *, token_budget: int, max_num_seqs: int, policy: Policy
+    ) -> None:
+        if max_num_seqs > token_budget:
+            raise ValueError(
+                f"token_budget must be at least max_num_seqs ({max_num_seqs}), got {token_budget}; "
+                "raise --token-budget or lower --max-num-seqs"
+            )
+        self.pool = pool
+        self.token_budget = token_budget
+        self.max_num_seqs = max_num_seqs
+        self.waiting: list[Sequence] = []
+        self.running: list[Sequence] = []
+        self.num_preemptions = 0
+        self._fill = _POLICIES[policy]
+        self._arrivals = 0
+        self._outputs: deque[int] = deque(maxlen=OUTPUT_HISTORY)
+        self._expected_output = INITIAL_EXPECTED_OUTPUT
+
+    # -- what the engine asks for ------------------------------------------------------------
+
+    def fits(self, num_tokens: int) -> bool:
+        """Whether a sequence of `num_tokens` in the end can ever be held."""
+        return self.pool.blocks_for(num_tokens) <= self.pool.num_blocks
+
+    def add(self, seq: Sequence) -> None:
+        """Queue a sequence that `fits`."""
+        self._arrivals += 1
+        seq.arrival = self._arrivals
+        bisect.insort(self.waiting, seq, key=lambda s: s.order)
+
+    def schedule(self) -> SchedulerOutput:
+        """Fill one step and allocate the blocks that its chunks write to."""
+        step = Step(self.token_budget)
+        self._fill(self, step)
+        chunks = tuple(
+            Chunk(seq, seq.num_computed_tokens, length) for seq, length in step.lengths.items()
+        )
+        return SchedulerOutput(chunks, sum(c.length for c in chunks), tuple(step.preempted))
+
+    def finish(self, seq: Sequence) -> None:
+        """Remove a sequence, wherever it stands, and free its blocks."""
+        (self.running if seq.status is SequenceStatus.RUNNING else self.waiting).remove(seq)
+        if seq.num_output_tokens:
+            self._outputs.append(seq.num_output_tokens)
+            ranked = sorted(self._outputs)
+            self._expected_output = ranked[int(OUTPUT_QUANTILE * (len(ranked) - 1))]
+        seq.status = SequenceStatus.FINISHED
+        self._release(seq)
+
+    def num_reserved_blocks(self) -> int:
+        """Blocks that the running sequences are still expected to ask for."""
+        return sum(self._blocks_expected(seq) - len(seq.block_table) for seq in self.running)
+
+    def check_integrity(self) -> None:
+        """Verify blocks and statuses; cheap enough for whenever the engine goes idle.
+
+        Raises:
+            RuntimeError: the books do not balance.
+        """
+        self.pool.check_integrity(seq.block_table for seq in self.running)
+        if any(seq.block_table for seq in self.waiting):
+            raise RuntimeError("a waiting sequence holds KV blocks")
+
+    # -- how a step is filled ----------------------------------------------------------------
+
+    def fill_running(self, step: Step, *, prefilling: bool) -> None:
+        """Give running sequences their next tokens: the decodes, or the unfinished prompts."""
+        for seq in list(self.running):
+            if step.left <= 0:
+                return
+            if seq.is_prefilling is prefilling and seq.status is SequenceStatus.RUNNING:
+                self._take(step, seq, min(seq.num_uncomputed_tokens, step.left))
+
+    def fill_waiting(self, step: Step, *, whole: bool = False) -> None:
+        """Admit waiting sequences in order while budget, rows and blocks allow."""
+        for seq in list(self.waiting):
+            if step.left <= 0 or len(self.running) >= self.max_num_seqs:
+                return
+            length = min(seq.num_uncomputed_tokens, step.left)
+            if whole and length < seq.num_uncomputed_tokens:
+                if step.lengths:
+                    return
+                length = seq.num_uncomputed_tokens  # longer than the budget: a step of its own
+            if self._can_admit(seq):
+                self._admit(seq)
+                self._take(step, seq, length)
+            else:
+                seq.times_passed += 1
+                if seq.times_passed > MAX_PASSES:
+                    return
+
+    def _can_admit(self, seq: Sequence) -> bool:
+        free = self.pool.num_free - self.num_reserved_blocks()
+        return not self.running or self._blocks_expected(seq) <= free
+
+    def _blocks_expected(self, seq: Sequence) -> int:
+        """Blocks for the sequence when it ends, as far as can be guessed now."""
+        expected = max(seq.num_prompt_tokens + self._expected_output, seq.num_tokens + 1)
+        expected = min(expected, seq.max_num_tokens)
+        return max(self.pool.blocks_for(expected), len(seq.block_table))
+
+    def _admit(self, seq: Sequence) -> None:
+        self.waiting.remove(seq)
+        seq.status = SequenceStatus.RUNNING
+        seq.times_passed = 0
+        bisect.insort(self.running, seq, key=lambda s: s.order)
+
+    def _take(self, step: Step, seq: Sequence, length: int) -> None:
+        """Schedule `length` tokens, preempting others or shrinking the chunk when out of blocks."""
+        missing = self._blocks_missing(seq, length)
+        while missing > self.pool.num_free:
+            victim = self._victim(seq)
+            if victim is None:
+                break
+            self._preempt(step, victim)
+        if missing > self.pool.num_free:  # only what the blocks at hand can take
+            room = (len(seq.block_table) + self.pool.num_free) * self.pool.block_size
+            length = min(length, room - seq.num_computed_tokens)
+            missing = self.pool.num_free
+        if length > 0:
+            seq.block_table += self.pool.allocate(missing)
+            step.take(seq, length)
+
+    def _blocks_missing(self, seq: Sequence, length: int) -> int:
+        needed = self.pool.blocks_for(seq.num_computed_tokens + length)
+        return max(needed - len(seq.block_table), 0)
+
+    def _victim(self, asking: Sequence) -> Sequence | None:
+        """Of those behind `asking` in order, the lowest priority with the least work to redo."""
+        behind = (s for s in self.running if s.order > asking.order and s.block_table)
+        return min(behind, key=lambda s: (-s.priority, s.num_computed_tokens), default=None)
+
+    def _preempt(self, step: Step, seq: Sequence) -> None:
+        step.drop(seq)
+        self.num_preemptions += 1
+        self.running.remove(seq)
+        seq.status = SequenceStatus.PREEMPTED
+        self._release(seq)
+        bisect.insort(self.waiting, seq, key=lambda s: s.order)
+
+    def _release(self, seq: Sequence) -> None:
+        self.pool.free(seq.block_table)
+        seq.block_table = []
+        seq.num_computed_tokens = 0
+
+
+def _splitfuse(scheduler: Scheduler, step: Step) -> None:
+    scheduler.fill_running(step, prefilling=False)
+    scheduler.fill_running(step, prefilling=True)
+    if not step.preempted:  # who just lost its blocks must not take them back in the same step
+        scheduler.fill_waiting(step)
+
+
+def _prefill_first(scheduler: Scheduler, step: Step) -> None:
+    scheduler.fill_waiting(step, whole=True)
+    if not step.lengths:
+        scheduler.fill_running(step, prefilling=True)  # a chunk that the blocks had cut short
+        scheduler.fill_running(step, prefilling=False)
+
+
+def _static(scheduler: Scheduler, step: Step) -> None:
+    if scheduler.running:
+        scheduler.fill_running(step, prefilling=True)
+        if not step.lengths:
+            scheduler.fill_running(step, prefilling=False)
+    else:
+        scheduler.fill_waiting(step)
+
+
+_POLICIES: dict[Policy, Callable[[Scheduler, Step], None]] = {
+    Policy.SPLITFUSE: _splitfuse,
+    Policy.PREFILL_FIRST: _prefill_first,
+    Policy.STATIC: _static,
+}

@@ -1,0 +1,80 @@
+"""`Sequence`: the engine's side of one request. Standard library only.
+
+    token_ids   [ prompt ............ | output ...... ]
+                0          num_prompt_tokens     num_tokens
+    KV cache    [ computed ............... | scheduled | ]
+                0            num_computed_tokens
+
+There is no phase flag: a sequence catches up with its length inside the token budget, and
+"prefilling" is a property. Only `engine/` mutates a sequence.
+"""
+
+import enum
+from dataclasses import dataclass, field
+
+from tokenmill.producer.params import SamplingParams
+
+
+class SequenceStatus(enum.Enum):
+    """Where a sequence stands; PREEMPTED waits like WAITING, but has run before."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    PREEMPTED = "preempted"
+    FINISHED = "finished"
+
+
+class FinishReason(enum.Enum):
+    """Why a sequence ended; the values are the words on the wire."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    CANCELLED = "cancelled"
+    ERROR = "error"
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Sequence:
+    """Tokens, progress and KV blocks of one request; compared by identity."""
+
+    seq_id: str
+    #: Prompt followed by output. A resumed sequence starts with the output it already has.
+    token_ids: list[int]
+    num_prompt_tokens: int
+    params: SamplingParams
+    #: Key of the sampling noise, together with the position.
+    seed: int
+    #: The length at which it ends: prompt + max_tokens, capped by the context.
+    max_num_tokens: int
+    #: 0 goes first.
+    priority: int = 1
+    #: Order of arrival, given by the scheduler.
+    arrival: int = 0
+    #: Times that others were admitted although this one, waiting longer, did not fit.
+    times_passed: int = 0
+    #: Tokens whose KV is in the cache.
+    num_computed_tokens: int = 0
+    block_table: list[int] = field(default_factory=list)
+    status: SequenceStatus = SequenceStatus.WAITING
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        return len(self.token_ids) - self.num_computed_tokens
+
+    @property
+    def is_prefilling(self) -> bool:
+        """More than its newest token is missing from the cache."""
+        return self.num_uncomputed_tokens > 1
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Sort key: priority, then arrival."""
+        return (self.priority, self.arrival)

@@ -1,0 +1,207 @@
+"""`Tokenizer`: text to token ids and back, and the model's chat template.
+
+Built on the `tokenizers` library alone: importing transformers would cost a second of every start.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import AddedToken as Added
+from tokenizers import Regex, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer as Backend
+
+from tokenmill.engine.errors import UnsupportedModel
+from tokenmill.producer.errors import InvalidRequest
+
+# Words, numbers and runs of the rest, as GGUF's `tokenizer.ggml.pre` names them.
+_LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_CONTROL_TOKEN, _USER_TOKEN = 3, 4
+
+
+class Tokenizer:
+    """A backend tokenizer with what a request needs of it."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        *,
+        eos_token_ids: Iterable[int],
+        chat_template: str | None = None,
+        special: Mapping[str, str] | None = None,
+    ) -> None:
+        backend.no_truncation()
+        backend.no_padding()
+        self._backend = backend
+        self._special = dict(special or {})
+        self._template = _compile(chat_template) if chat_template else None
+        self.eos_token_ids = frozenset(eos_token_ids)
+
+    @property
+    def has_chat_template(self) -> bool:
+        return self._template is not None
+
+    @property
+    def vocab_size(self) -> int:
+        return self._backend.get_vocab_size(with_added_tokens=True)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, with the special tokens that the model wants around it."""
+        return self._backend.encode(text, add_special_tokens=True).ids
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of token ids, special tokens left out."""
+        return self._backend.decode(token_ids, skip_special_tokens=True)
+
+    def apply_chat_template(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Token ids of a conversation, ending where the assistant is to speak.
+
+        Raises:
+            InvalidRequest: the model has no template, or the template refuses the messages.
+        """
+        if self._template is None:
+            raise InvalidRequest(
+                "prompt", "a text or token ids, as this model has no chat template", "messages"
+            )
+        try:
+            text = self._template.render(
+                messages=list(messages), add_generation_prompt=True, **self._special
+            )
+        except jinja2.TemplateError as error:
+            raise InvalidRequest(
+                "prompt", "messages that the model's chat template takes", str(error)
+            ) from error
+        return self._backend.encode(text, add_special_tokens=False).ids
+
+
+def _compile(template: str) -> jinja2.Template:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+
+    def refuse(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    environment.globals["raise_exception"] = refuse
+    return environment.from_string(template)
+
+
+def tokenizer_from_directory(directory: Path) -> Tokenizer:
+    """The tokenizer of a Hugging Face directory.
+
+    Raises:
+        UnsupportedModel: it has no `tokenizer.json`.
+    """
+    file = directory / "tokenizer.json"
+    if not file.is_file():
+        raise UnsupportedModel(
+            f"{directory} must hold a tokenizer.json; save the model's fast tokenizer there first"
+        )
+    backend = Backend.from_file(str(file))
+    config = _json(directory / "tokenizer_config.json")
+    template = config.get("chat_template")
+    if (directory / "chat_template.jinja").is_file():
+        template = (directory / "chat_template.jinja").read_text("utf-8")
+    if isinstance(template, list):  # several named ones
+        template = next((t["template"] for t in template if t["name"] == "default"), None)
+    special = {
+        name: value["content"] if isinstance(value, dict) else value
+        for name in ("bos_token", "eos_token", "pad_token", "unk_token")
+        if (value := config.get(name))
+    }
+    return Tokenizer(
+        backend,
+        eos_token_ids=_eos_of(directory, backend, special),
+        chat_template=template,
+        special=special,
+    )
+
+
+def _eos_of(directory: Path, backend: Backend, special: Mapping[str, str]) -> set[int]:
+    """End tokens: generation_config.json knows best, then config.json, then the tokenizer."""
+    for name in ("generation_config.json", "config.json"):
+        eos = _json(directory / name).get("eos_token_id")
+        if eos is not None:
+            return set(eos) if isinstance(eos, list) else {eos}
+    eos = backend.token_to_id(special["eos_token"]) if "eos_token" in special else None
+    return set() if eos is None else {eos}
+
+
+def _json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    content: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    return content
+
+
+def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
+    """The byte-level BPE tokenizer that a GGUF file describes.
+
+    Raises:
+        UnsupportedModel: another kind of tokenizer, or an unknown way of splitting words.
+    """
+    kind = metadata.get("tokenizer.ggml.model")
+    if kind != "gpt2":
+        raise UnsupportedModel(
+            f"tokenizer.ggml.model must be 'gpt2' (byte-level BPE), got {kind!r}; "
+            "use the safetensors form of this model"
+        )
+    tokens: list[str] = metadata["tokenizer.ggml.tokens"]
+    merges = [tuple(pair.split(" ", 1)) for pair in metadata["tokenizer.ggml.merges"]]
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    backend = Backend(models.BPE(vocab=vocabulary, merges=merges))
+    backend.pre_tokenizer = _pre_tokenizer(str(metadata.get("tokenizer.ggml.pre", "default")))
+    backend.decoder = decoders.ByteLevel()
+    kinds: list[int] = metadata.get("tokenizer.ggml.token_type", [])
+    added = [
+        Added(token, special=kind == _CONTROL_TOKEN, normalized=False)
+        for token, kind in zip(tokens, kinds, strict=False)
+        if kind in (_CONTROL_TOKEN, _USER_TOKEN)
+    ]
+    backend.add_special_tokens([t for t in added if t.special])
+    backend.add_tokens([t for t in added if not t.special])
+    special = {
+        f"{name}_token": tokens[number]
+        for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown"))
+        if (number := metadata.get(f"tokenizer.ggml.{key}_token_id")) is not None
+    }
+    eos = {metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")}
+    return Tokenizer(
+        _with_bos(backend, metadata, special),
+        eos_token_ids={number for number in eos if number is not None},
+        chat_template=metadata.get("tokenizer.chat_template"),
+        special=special,
+    )
+
+
+def _pre_tokenizer(name: str) -> pre_tokenizers.PreTokenizer:
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    plain = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    if name == "smollm":
+        return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
+    if name in ("gpt-2", "gpt2"):
+        return byte_level
+    if name in ("llama-bpe", "llama3"):
+        split = pre_tokenizers.Split(Regex(_LLAMA3_SPLIT), behavior="isolated")
+        return pre_tokenizers.Sequence([split, plain])
+    raise UnsupportedModel(
+        f"tokenizer.ggml.pre must be smollm, gpt-2 or llama-bpe, got {name!r}; "
+        "use the safetensors form of this model"
+    )
+
+
+def _with_bos(backend: Backend, metadata: Mapping[str, Any], special: Mapping[str, str]) -> Backend:
+    if metadata.get("tokenizer.ggml.add_bos_token") and "bos_token" in special:
+        from tokenizers.processors import TemplateProcessing
+
+        bos = special["bos_token"]
+        backend.post_processor = TemplateProcessing(
+            single=f"{bos} $A", special_tokens=[(bos, backend.token_to_id(bos))]
+        )
+    return backend

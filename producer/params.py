@@ -1,0 +1,128 @@
+"""`SamplingParams`: how tokens are chosen and when they end. Standard library only.
+
+The one type that every package shares: producers write it, the wire carries it, the engine
+obeys it.
+"""
+
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from tokenmill.producer.errors import InvalidRequest
+
+MAX_TOKENS = 1_000_000
+MAX_STOP_STRINGS = 16
+MAX_STOP_CHARS = 256
+MAX_STOP_TOKEN_IDS = 64
+MAX_SEED = 2**63 - 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """Sampling of one request, checked on construction.
+
+    Raises:
+        InvalidRequest: a field is of the wrong type or out of bounds; the error names it.
+    """
+
+    #: Most tokens to generate.
+    max_tokens: int = 256
+    #: End-of-sequence and stop tokens are not sampled before this many tokens.
+    min_tokens: int = 0
+    #: 0 takes the likeliest token (greedy); 1 samples from the model's own distribution.
+    temperature: float = 0.0
+    #: Keep the k likeliest tokens; 0 keeps all.
+    top_k: int = 0
+    #: Keep the smallest set of tokens whose probability reaches this.
+    top_p: float = 1.0
+    #: Keep tokens at least this likely, relative to the likeliest.
+    min_p: float = 0.0
+    #: Sampling noise is keyed by (seed, position); without a seed one is derived from the id.
+    seed: int | None = None
+    #: Strings that end the text; they are not part of it.
+    stop: tuple[str, ...] = ()
+    #: Token ids that end the text; they are not part of it.
+    stop_token_ids: tuple[int, ...] = ()
+    #: Go on past the model's end-of-sequence token.
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        _integer("max_tokens", self.max_tokens, 1, MAX_TOKENS)
+        _integer("min_tokens", self.min_tokens, 0, self.max_tokens)
+        _number("temperature", self.temperature, 0.0, 100.0)
+        _integer("top_k", self.top_k, 0, MAX_TOKENS)
+        _number("top_p", self.top_p, 0.0, 1.0, above_low=True)
+        _number("min_p", self.min_p, 0.0, 1.0)
+        if self.seed is not None:
+            _integer("seed", self.seed, 0, MAX_SEED)
+        if not isinstance(self.ignore_eos, bool):
+            raise InvalidRequest("ignore_eos", "true or false", self.ignore_eos)
+        object.__setattr__(self, "stop", _stop_strings(self.stop))
+        object.__setattr__(self, "stop_token_ids", _stop_token_ids(self.stop_token_ids))
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> "SamplingParams":
+        """Build from plain values as a wire or a JSON row carries them.
+
+        Raises:
+            InvalidRequest: an unknown field, or one out of bounds.
+        """
+        known = {field.name for field in fields(cls)}
+        for name in values:
+            if name not in known:
+                expected = f"a sampling parameter ({', '.join(sorted(known))})"
+                raise InvalidRequest(str(name), expected, name, "remove it")
+        return cls(**values)
+
+    def to_mapping(self) -> dict[str, Any]:
+        """The fields that differ from the defaults, in plain types."""
+        default = SamplingParams()
+        changed = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in changed.items()
+            if value != getattr(default, name)
+        }
+
+
+def derived_seed(request_id: str) -> int:
+    """The seed of a request that names none: 63 bits of its id's digest."""
+    digest = hashlib.blake2b(request_id.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def _integer(field: str, value: object, low: int, high: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise InvalidRequest(field, f"an integer from {low} to {high}", value)
+
+
+def _number(field: str, value: object, low: float, high: float, *, above_low: bool = False) -> None:
+    bounds = f"above {low:g} and up to {high:g}" if above_low else f"from {low:g} to {high:g}"
+    expected = f"a number {bounds}"
+    if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
+        raise InvalidRequest(field, expected, value)
+    if not low <= value <= high or (above_low and value == low):
+        raise InvalidRequest(field, expected, value)
+
+
+def _stop_strings(value: object) -> tuple[str, ...]:
+    strings = (value,) if isinstance(value, str) else value
+    expected = f"up to {MAX_STOP_STRINGS} strings of 1 to {MAX_STOP_CHARS} characters"
+    if not isinstance(strings, list | tuple) or len(strings) > MAX_STOP_STRINGS:
+        raise InvalidRequest("stop", expected, value)
+    for item in strings:
+        if not isinstance(item, str) or not 1 <= len(item) <= MAX_STOP_CHARS:
+            raise InvalidRequest("stop", expected, value)
+    return tuple(strings)
+
+
+def _stop_token_ids(value: object) -> tuple[int, ...]:
+    expected = f"up to {MAX_STOP_TOKEN_IDS} token ids"
+    if not isinstance(value, list | tuple) or len(value) > MAX_STOP_TOKEN_IDS:
+        raise InvalidRequest("stop_token_ids", expected, value)
+    for item in value:
+        if isinstance(item, bool) or not isinstance(item, int) or not 0 <= item < 2**31:
+            raise InvalidRequest("stop_token_ids", expected, value)
+    return tuple(value)

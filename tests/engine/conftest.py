@@ -1,0 +1,60 @@
+"""Models for the engine's tests: the real small one, and tiny random ones made here."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tokenmill.engine.loader import LoadedModel, load
+from tokenmill.engine.sources import pull
+
+TINY = {
+    "vocab_size": 331,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> LoadedModel:
+    """SmolLM2-135M-Instruct from its package, float32 on the CPU."""
+    pull("smollm2")
+    return load("smollm2", device="cpu")
+
+
+@pytest.fixture
+def tiny_checkpoint(tmp_path: Path) -> Callable[..., tuple[Path, Any]]:
+    """A random checkpoint written by transformers: its directory, and transformers' own model."""
+
+    def make(family: str, **overrides: object) -> tuple[Path, Any]:
+        import torch
+        from tokenizers import Tokenizer, models, pre_tokenizers
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        torch.manual_seed(0)
+        config = AutoConfig.for_model(family, **(TINY | overrides))
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        # Larger weights than transformers starts from: the logits of a tiny model must differ.
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight.copy_(
+                    torch.randn_like(weight) * (0.15 if weight.dim() > 1 else 0.5)
+                    + (weight.dim() == 1)
+                )
+        directory = tmp_path / family
+        model.save_pretrained(directory)
+        words = {f"w{n}": n for n in range(TINY["vocab_size"])}  # type: ignore[call-overload]
+        tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
+        tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+        tokenizer.save(str(directory / "tokenizer.json"))
+        return directory, model
+
+    return make

@@ -1,0 +1,133 @@
+"""The real model: greedy tokens equal transformers', its tokenizer and template too."""
+
+import pytest
+import torch
+
+from tokenmill.engine.config import EngineConfig
+from tokenmill.engine.engine import Engine
+from tokenmill.engine.loader import LoadedModel
+from tokenmill.engine.sources import resolve
+from tokenmill.producer.params import SamplingParams
+
+QUESTIONS = [
+    "What is the capital of France?",
+    "Name three primary colours.",
+    "Why is the sky blue?",
+    "Write a haiku about rain.",
+    "What is 12 times 12?",
+    "Translate 'good morning' into Spanish.",
+    "Who wrote Romeo and Juliet?",
+    "List four planets.",
+    "Explain photosynthesis in one sentence.",
+    "What do bees make?",
+    "Give me a recipe for tea.",
+    "What is the opposite of hot?",
+    "How many legs has a spider?",
+    "Name a river in Egypt.",
+    "What is a noun?",
+    "Finish the sentence: the early bird",
+    "What is H2O?",
+    "Naïve café — ¿qué significa «déjà vu»? 日本語 🙂",
+    "def fibonacci(n):",
+    "Summarise: " + "The old man walked slowly along the shore, counting his steps. " * 12,
+]
+NUM_TOKENS = 24
+#: A difference counts only where the two best logits lie further apart than this.
+TIE = 1e-3
+
+
+@pytest.fixture(scope="module")
+def reference() -> object:
+    from transformers import AutoModelForCausalLM
+
+    path = resolve("smollm2")
+    model = AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32
+    )
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def prompts(smollm2: LoadedModel) -> list[list[int]]:
+    template = smollm2.tokenizer.apply_chat_template
+    return [template([{"role": "user", "content": question}]) for question in QUESTIONS]
+
+
+@pytest.fixture(scope="module")
+def expected(reference: object, prompts: list[list[int]]) -> list[tuple[list[int], list[float]]]:
+    """transformers' greedy tokens, and how far the best logit of each is ahead of the next."""
+    found = []
+    for prompt in prompts:
+        done = reference.generate(  # type: ignore[attr-defined]
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            max_new_tokens=NUM_TOKENS,
+            do_sample=False,
+            eos_token_id=2,
+            pad_token_id=2,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        best = torch.cat(done.logits).topk(2).values
+        found.append(
+            (done.sequences[0, len(prompt) :].tolist(), (best[:, 0] - best[:, 1]).tolist())
+        )
+    return found
+
+
+def assert_same(got: list[int], expected: tuple[list[int], list[float]], question: str) -> None:
+    tokens = [t for t in expected[0] if t != 2]
+    for position, (ours, theirs) in enumerate(zip(got, tokens, strict=False)):
+        if ours != theirs:
+            assert expected[1][position] < TIE, f"{question}: differs at token {position}"
+            return
+    assert len(got) == len(tokens), question
+
+
+def generate(model: LoadedModel, prompts: list[list[int]], config: EngineConfig) -> list[list[int]]:
+    engine = Engine(model, config)
+    for number, prompt in enumerate(prompts):
+        engine.add(str(number), prompt, SamplingParams(max_tokens=NUM_TOKENS), seed=0)
+    outputs: list[list[int]] = [[] for _ in prompts]
+    while engine.has_work:
+        for output in engine.step():
+            outputs[int(output.seq_id)] += output.token_ids
+    engine.check_integrity()
+    return outputs
+
+
+def test_greedy_equals_transformers_alone(
+    smollm2: LoadedModel,
+    prompts: list[list[int]],
+    expected: list[tuple[list[int], list[float]]],
+) -> None:
+    for question, prompt, want in zip(QUESTIONS, prompts, expected, strict=True):
+        assert_same(generate(smollm2, [prompt], EngineConfig())[0], want, question)
+
+
+@pytest.mark.parametrize("budget", [256, 32], ids=["one batch", "budget 32"])
+def test_greedy_equals_transformers_in_a_batch(
+    smollm2: LoadedModel,
+    prompts: list[list[int]],
+    expected: list[tuple[list[int], list[float]]],
+    budget: int,
+) -> None:
+    got = generate(smollm2, prompts, EngineConfig(token_budget=budget, max_num_seqs=20))
+    for question, ours, want in zip(QUESTIONS, got, expected, strict=True):
+        assert_same(ours, want, question)
+
+
+def test_tokenizer_equals_transformers(smollm2: LoadedModel) -> None:
+    from transformers import AutoTokenizer
+
+    path = resolve("smollm2")
+    theirs = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    texts = [*QUESTIONS, "  spaces\n\n\tand 12345 <|im_end|> x", "", "a\r\nb", "\u200b\u0301é"]
+    for text in texts:
+        ids = smollm2.tokenizer.encode(text)
+        assert ids == theirs(text)["input_ids"]
+        assert smollm2.tokenizer.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    rendered = theirs.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    ours = smollm2.tokenizer.apply_chat_template(messages)
+    assert ours == theirs(rendered, add_special_tokens=False)["input_ids"]
