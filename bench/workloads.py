@@ -1,6 +1,6 @@
 """The workloads that benches share: seeded lengths, random token ids, ends ignored."""
 
-import datetime
+import datetime as dt
 import json
 import os
 import platform
@@ -34,7 +34,10 @@ class Workload:
 
         return [
             (
-                [draw.randrange(vocabulary) for _ in range(length(self.mean_prompt, self.max_prompt))],
+                [
+                    draw.randrange(vocabulary)
+                    for _ in range(length(self.mean_prompt, self.max_prompt))
+                ],
                 length(self.mean_output, 1_000_000),
             )
             for _ in range(self.requests)
@@ -59,10 +62,14 @@ def provenance() -> dict[str, object]:
         platform.processor(),
     )
     commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
+        ["git", "describe", "--always", "--dirty"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     return {
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "date": dt.datetime.now(dt.UTC).date().isoformat(),
         "cpu": f"{cpu}, {os.cpu_count()} cores",
         "python": platform.python_version(),
         "versions": {name: version(name) for name in ("torch", "redis", "tokenmill")},

@@ -55,6 +55,8 @@ class GGUFFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        if path.stat().st_size == 0:
+            raise UnsupportedModel(f"{path} is not a whole GGUF file: it is empty")
         with path.open("rb") as file:
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         self._at = 0
@@ -126,6 +128,8 @@ class GGUFFile:
         kind = GGMLQuantizationType(info.ggml_type)
         block, block_bytes = GGML_QUANT_SIZES[kind]
         size = math.prod(info.shape) // block * block_bytes
+        if info.offset + size > len(self._map):
+            raise UnsupportedModel(f"{self.path} is not a whole GGUF file: {name} is cut short")
         raw = np.frombuffer(self._map, np.uint8, count=size, offset=info.offset)
         rows = raw.reshape(*info.shape[:-1], -1)
         with np.errstate(all="ignore"):

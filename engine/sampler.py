@@ -71,7 +71,8 @@ def keep_likely(logits: torch.Tensor, seqs: Seq[Sequence]) -> torch.Tensor:
     ranked = ranked.masked_fill(rank >= top_k, -torch.inf)
     probabilities = ranked.softmax(dim=-1)
     before = probabilities.cumsum(dim=-1) - probabilities
-    drop = before >= column([s.params.top_p for s in seqs])
+    # Rounded sums reach 1 before the last token does: a top_p of 1 must drop nothing.
+    drop = before >= column([s.params.top_p if s.params.top_p < 1 else torch.inf for s in seqs])
     drop |= probabilities < column([s.params.min_p for s in seqs]) * probabilities[:, :1]
     drop[:, 0] = False
     ranked = ranked.masked_fill(drop, -torch.inf)
@@ -84,9 +85,12 @@ def gumbel_noise(seqs: Seq[Sequence], vocabulary: int, device: torch.device) -> 
     low = torch.tensor([_signed(k & _MASK) for k in keys], dtype=torch.int32, device=device)
     high = torch.tensor([_signed(k >> 32) for k in keys], dtype=torch.int32, device=device)
     token = torch.arange(vocabulary, dtype=torch.int32, device=device)[None, :]
-    bits = _mix32(_mix32(token ^ low[:, None]) + high[:, None])
-    # 24 bits, centred: never 0 or 1, exact in float32.
-    uniform = ((bits >> 8) & 0xFFFFFF).float().add_(0.5).mul_(2.0**-24)
+    return gumbel_of(_mix32(_mix32(token ^ low[:, None]) + high[:, None]))
+
+
+def gumbel_of(bits: torch.Tensor) -> torch.Tensor:
+    """Gumbel noise from random int32: always finite, as 23 bits and a half are exact in float32."""
+    uniform = ((bits >> 9) & 0x7FFFFF).float().add_(0.5).mul_(2.0**-23)  # never 0, never 1
     return uniform.log_().neg_().log_().neg_()
 
 

@@ -72,7 +72,7 @@ def resolve(model: str) -> Path:
             return path
         raise ModelNotFound(f"model {model!r} is not on this machine yet; {_pull_hint(model)}")
     path = Path(model).expanduser()
-    if path.is_dir() or path.suffix == ".gguf":
+    if (model and path.is_dir()) or path.suffix == ".gguf":
         return _local(path)
     if _is_hub_id(model):
         snapshot = _hub_snapshot(model)

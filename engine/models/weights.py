@@ -113,7 +113,7 @@ def _places(weights: ModelWeights, spec: ModelSpec) -> dict[str, torch.Tensor]:
         }
         for kind, fused in (("weight", layer.qkv), ("bias", layer.qkv_bias)):
             if fused is not None:
-                q, k, v = fused.split([q_size, kv_size, kv_size])
+                q, k, v = fused.split_with_sizes([q_size, kv_size, kv_size])
                 named |= {
                     f"self_attn.{x}_proj.{kind}": t for x, t in zip("qkv", (q, k, v), strict=True)
                 }

@@ -51,7 +51,7 @@ def tiny_checkpoint(tmp_path: Path) -> Callable[..., tuple[Path, Any]]:
                 )
         directory = tmp_path / family
         model.save_pretrained(directory)
-        words = {f"w{n}": n for n in range(TINY["vocab_size"])}  # type: ignore[call-overload]
+        words = {f"w{n}": n for n in range(TINY["vocab_size"])}
         tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
         tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
         tokenizer.save(str(directory / "tokenizer.json"))

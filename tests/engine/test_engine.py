@@ -1,0 +1,188 @@
+"""The engine: resume at the exact token, aborts, ends, refusals, capacity."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from tokenmill.engine.config import EngineConfig
+from tokenmill.engine.engine import Engine
+from tokenmill.engine.loader import LoadedModel
+from tokenmill.engine.models.spec import ModelSpec, RopeScaling
+from tokenmill.engine.models.weights import empty_weights, random_weights
+from tokenmill.engine.sequence import FinishReason
+from tokenmill.engine.tokenizer import Tokenizer
+from tokenmill.producer.errors import InvalidRequest
+from tokenmill.producer.params import SamplingParams
+
+
+@pytest.fixture(scope="module")
+def tiny() -> LoadedModel:
+    """Two random layers over 97 tokens; token 0 ends."""
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import models
+
+    spec = ModelSpec(
+        family="llama",
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=48,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=8,
+        max_position=128,
+        norm_eps=1e-5,
+        rope_theta=10000.0,
+        rope_scaling=RopeScaling(),
+        tied_embeddings=False,
+    )
+    cpu = torch.device("cpu")
+    weights = empty_weights(spec, torch.float32, cpu)
+    random_weights(weights, seed=3)
+    backend = Backend(models.WordLevel({f"w{n}": n for n in range(97)}, unk_token="w0"))
+    return LoadedModel(
+        "tiny", spec, weights, Tokenizer(backend, eos_token_ids=[0]), cpu, torch.float32
+    )
+
+
+def make_engine(tiny: LoadedModel, **config: Any) -> Engine:
+    return Engine(tiny, EngineConfig(**(DEFAULTS | config)))
+
+
+def run(engine: Engine) -> dict[str, tuple[list[int], FinishReason | None]]:
+    got: dict[str, tuple[list[int], FinishReason | None]] = {}
+    while engine.has_work:
+        for output in engine.step():
+            tokens, _ = got.setdefault(output.seq_id, ([], None))
+            got[output.seq_id] = (tokens + list(output.token_ids), output.finish_reason)
+    engine.check_integrity()
+    return got
+
+
+DEFAULTS: dict[str, Any] = {"token_budget": 16, "max_num_seqs": 4, "block_size": 4}
+PROMPT = [5, 9, 31, 4, 77, 12, 60]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("done", [1, 5, 19])
+def test_a_resumed_sequence_goes_on_as_it_would_have(
+    tiny: LoadedModel, temperature: float, done: int
+) -> None:
+    params = SamplingParams(max_tokens=20, temperature=temperature, ignore_eos=True)
+    whole, resumed = make_engine(tiny), make_engine(tiny, token_budget=5)
+    whole.add("a", PROMPT, params, seed=11)
+    tokens, _ = run(whole)["a"]
+    resumed.add("other", [1, 2, 3], params, seed=1)
+    resumed.add("a", PROMPT, params, output_ids=tokens[:done], seed=11)
+    assert run(resumed)["a"] == (tokens[done:], FinishReason.LENGTH)
+
+
+def test_preempted_sequences_give_the_same_tokens(tiny: LoadedModel) -> None:
+    """A cache of 12 blocks for four sequences that end at 27 tokens: some must be recomputed."""
+    params = SamplingParams(max_tokens=20, temperature=1.0, ignore_eos=True)
+
+    def tokens_of(engine: Engine) -> dict[str, tuple[list[int], FinishReason | None]]:
+        engine.scheduler._expected_output = 1  # admit all at once
+        for number in range(4):
+            engine.add(str(number), [number + 1, *PROMPT[1:]], params, seed=number)
+        return run(engine)
+
+    block_bytes = 2 * 2 * 2 * 8 * 4 * 4  # keys and values, layers, heads, head_dim, tokens, bytes
+    small = make_engine(tiny, kv_cache_memory=12 * block_bytes)
+    assert tokens_of(small) == tokens_of(make_engine(tiny))
+    assert small.scheduler.num_preemptions > 0
+
+
+def test_a_sequence_that_is_complete_already_ends_without_a_step(tiny: LoadedModel) -> None:
+    engine = make_engine(tiny)
+    engine.add("a", PROMPT, SamplingParams(max_tokens=3), output_ids=[4, 5, 6], seed=0)
+    assert run(engine) == {"a": ([], FinishReason.LENGTH)}
+
+
+def test_the_end_token_stops_and_is_not_given(tiny: LoadedModel) -> None:
+    engine = make_engine(tiny)
+    params = SamplingParams(max_tokens=100, temperature=5.0, top_k=8)
+    for seed in range(8):
+        engine.add(str(seed), PROMPT, params, seed=seed)
+    for tokens, reason in run(engine).values():
+        assert 0 not in tokens
+        assert (reason is FinishReason.STOP) == (len(tokens) < 100)
+
+
+def test_a_stop_token_stops(tiny: LoadedModel) -> None:
+    engine = make_engine(tiny)
+    engine.add("a", PROMPT, SamplingParams(max_tokens=9, ignore_eos=True), seed=0)
+    tokens, _ = run(engine)["a"]
+    first = tokens.index(tokens[4])
+    params = SamplingParams(max_tokens=9, ignore_eos=True, stop_token_ids=(tokens[4],))
+    engine.add("a", PROMPT, params, seed=0)
+    assert run(engine)["a"] == (tokens[:first], FinishReason.STOP)
+
+
+def test_abort_frees_everything(tiny: LoadedModel) -> None:
+    engine = make_engine(tiny)
+    for number in range(6):
+        engine.add(str(number), PROMPT, SamplingParams(max_tokens=50, ignore_eos=True), seed=0)
+    engine.step()
+    for number in range(6):
+        engine.abort(str(number))
+    engine.abort("unknown")
+    assert not engine.has_work
+    assert engine.step() == []
+    assert engine.scheduler.pool.num_free == engine.scheduler.pool.num_blocks
+
+
+def test_the_context_ends_a_sequence(tiny: LoadedModel) -> None:
+    engine = make_engine(tiny, max_model_len=10)
+    engine.add("a", PROMPT, SamplingParams(max_tokens=500, ignore_eos=True), seed=0)
+    tokens, reason = run(engine)["a"]
+    assert (len(PROMPT) + len(tokens), reason) == (10, FinishReason.LENGTH)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ([], "prompt must be at least one token, got 0"),
+        ([1] * 128, "prompt must be shorter than the context of 128 tokens, got 128; shorten it"),
+        ([1, 97], "prompt must be token ids below 97, got 97"),
+        ([-1], "prompt must be token ids below 97"),
+    ],
+    ids=["empty", "long", "unknown", "negative"],
+)
+def test_a_bad_prompt_is_refused_and_costs_nothing(
+    tiny: LoadedModel, prompt: list[int], message: str
+) -> None:
+    engine = make_engine(tiny)
+    with pytest.raises(InvalidRequest, match=message):
+        engine.add("a", prompt, SamplingParams(), seed=0)
+    assert not engine.has_work
+
+
+def test_capacity_falls_with_work_and_comes_back(tiny: LoadedModel) -> None:
+    engine = make_engine(tiny)
+    idle = engine.capacity()
+    assert (idle.tokens, idle.sequences, idle.block_size) == (32, 5, 4)
+    engine.add("a", [1] * 40, SamplingParams(max_tokens=4, ignore_eos=True), seed=0)
+    busy = engine.capacity()
+    assert busy.tokens == 0
+    assert busy.sequences == 4
+    assert busy.blocks < idle.blocks
+    run(engine)
+    assert engine.capacity() == idle
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"token_budget": 8, "max_num_seqs": 9}, "token_budget must be at least max_num_seqs"),
+        ({"max_model_len": 200}, "max_model_len must be at most the model's 128, got 200"),
+        ({"max_num_seqs": 0}, "max_num_seqs must be at least 1, got 0"),
+    ],
+    ids=["budget", "context", "rows"],
+)
+def test_a_bad_configuration_is_refused(
+    tiny: LoadedModel, config: dict[str, int], message: str
+) -> None:
+    with pytest.raises(InvalidRequest, match=message):
+        make_engine(tiny, **config)

@@ -1,0 +1,124 @@
+"""Sampling: exact distributions, filters, and noise that depends on (seed, position) alone."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from tokenmill.engine.sampler import gumbel_noise, gumbel_of, keep_likely, noise_key, sample
+from tokenmill.engine.sequence import Sequence
+from tokenmill.producer.params import SamplingParams
+
+LOGITS = [2.0, 1.0, 0.5, 0.0, -1.0, -30.0]
+
+
+def make_sequence(seed: int = 0, tokens: int = 5, **sampling: Any) -> Sequence:
+    params = SamplingParams(**sampling)
+    return Sequence(
+        seq_id="a",
+        token_ids=[1] * tokens,
+        num_prompt_tokens=5,
+        params=params,
+        seed=seed,
+        max_num_tokens=1000,
+    )
+
+
+def draw(count: int, **sampling: Any) -> list[int]:
+    seqs = [make_sequence(seed, **sampling) for seed in range(count)]
+    return sample(torch.tensor([LOGITS] * count), seqs, eos_token_ids=())
+
+
+def chi_square(tokens: list[int], probabilities: list[float]) -> float:
+    total = 0.0
+    for token, probability in enumerate(probabilities):
+        expected = probability * len(tokens)
+        if expected < 5:
+            assert tokens.count(token) <= 20
+        else:
+            total += (tokens.count(token) - expected) ** 2 / expected
+    return total
+
+
+def softmax(logits: list[float]) -> list[float]:
+    weights = [math.exp(x) for x in logits]
+    return [w / sum(weights) for w in weights]
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7])
+def test_draws_follow_the_softmax(temperature: float) -> None:
+    """Chi-square with 4 or 5 degrees of freedom: above 20.5 once in a thousand."""
+    tokens = draw(20_000, temperature=temperature)
+    assert chi_square(tokens, softmax([x / temperature for x in LOGITS])) < 20.5
+
+
+def test_positions_are_independent_draws() -> None:
+    seqs = [make_sequence(7, tokens=5 + n, temperature=1.0, max_tokens=999) for n in range(20_000)]
+    tokens = sample(torch.tensor([LOGITS] * len(seqs)), seqs, eos_token_ids=())
+    assert chi_square(tokens, softmax(LOGITS)) < 20.5
+
+
+def test_noise_is_standard_gumbel() -> None:
+    noise = gumbel_noise([make_sequence(seed) for seed in range(40)], 5000, torch.device("cpu"))
+    assert noise.mean().item() == pytest.approx(0.5772, abs=0.01)
+    assert noise.var().item() == pytest.approx(math.pi**2 / 6, abs=0.03)
+    neighbours = torch.corrcoef(torch.stack([noise[:, :-1].flatten(), noise[:, 1:].flatten()]))
+    assert abs(neighbours[0, 1].item()) < 0.01
+
+
+def test_noise_is_finite_at_its_ends() -> None:
+    """With 24 bits the largest uniform number would round to 1, and its noise be infinite."""
+    ends = gumbel_of(torch.tensor([0, -1, 2**31 - 1, -(2**31)], dtype=torch.int32))
+    assert ends.tolist() == pytest.approx([-2.8117, 16.6355, 0.3665, 0.3665], abs=1e-3)
+
+
+def test_a_row_does_not_depend_on_its_batch() -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(9, 300)
+    kinds: list[dict[str, Any]] = [{}, {"temperature": 1.0}, {"temperature": 0.7, "top_p": 0.9}]
+    seqs = [make_sequence(seed, **kinds[seed % 3]) for seed in range(9)]
+    together = sample(logits.clone(), seqs, eos_token_ids=())
+    alone = [sample(logits[n : n + 1].clone(), [seq], ()) for n, seq in enumerate(seqs)]
+    assert [[token] for token in together] == alone
+    assert together[0] == logits[0].argmax()
+
+
+def test_keys_differ_by_seed_and_position() -> None:
+    keys = {noise_key(seed, position) for seed in range(200) for position in range(200)}
+    assert len(keys) == 200 * 200
+    assert len({key & 0xFFFFFFFF for key in keys}) > 200 * 200 - 5
+
+
+@pytest.mark.parametrize(
+    ("sampling", "kept"),
+    [
+        ({"top_k": 2}, [0, 1]),
+        ({"top_k": 99}, [0, 1, 2, 3, 4, 5]),
+        ({"top_p": 0.5}, [0]),
+        ({"top_p": 0.75}, [0, 1]),
+        ({"min_p": 0.3}, [0, 1]),
+        ({"min_p": 1.0}, [0]),
+        ({"top_k": 3, "top_p": 0.99}, [0, 1, 2]),
+        ({"top_k": 2, "top_p": 0.7}, [0]),
+    ],
+    ids=str,
+)
+def test_filters_keep_what_they_say(sampling: dict[str, Any], kept: list[int]) -> None:
+    seq = make_sequence(temperature=1.0, **sampling)
+    left = keep_likely(torch.tensor([LOGITS]), [seq])[0]
+    assert left.isfinite().nonzero().flatten().tolist() == kept
+    assert left[kept].tolist() == [LOGITS[n] for n in kept]
+    assert set(draw(2000, temperature=1.0, **sampling)) <= set(kept)
+
+
+def test_filtered_draws_follow_the_renormalised_distribution() -> None:
+    tokens = draw(20_000, temperature=1.0, top_k=3)
+    assert chi_square(tokens, softmax(LOGITS[:3])) < 13.9
+
+
+def test_ends_are_not_sampled_before_min_tokens() -> None:
+    seq = make_sequence(tokens=6, min_tokens=2, stop_token_ids=[1])
+    assert sample(torch.tensor([LOGITS]), [seq], eos_token_ids={0}) == [2]
+    seq.token_ids.append(2)
+    assert sample(torch.tensor([LOGITS]), [seq], eos_token_ids={0}) == [0]
