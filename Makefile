@@ -34,7 +34,7 @@ fmt: $(READY)    ## format and fix what can be fixed
 	@$(BIN)/ruff format . && $(BIN)/ruff check --fix .
 
 bench: $(READY)  ## the CPU benches, as JSON in bench/results
-	@$(BIN)/python bench/workloads.py
+	@$(BIN)/python bench/queue_overhead.py
 
 clean:           ## remove everything that make created
 	@rm -rf $(VENV) build dist .demo .mypy_cache .pytest_cache .ruff_cache .hypothesis

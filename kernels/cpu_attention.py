@@ -1,0 +1,155 @@
+"""`paged_attention` for the CPU: few large calls of torch's attention instead of many small ones.
+
+Decoding rows are ordered by context length and taken in groups whose keys and values fit the
+processor's cache: each group gathers its blocks into one padded copy, which is still cached when
+attention reads it. The query heads that share a KV head become the query rows of one head.
+A prompt chunk is a call of its own; there the sharing heads become a batch with one set of keys.
+"""
+
+import threading
+from itertools import pairwise
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+# Bytes of keys gathered at once; the best of 0.25 to 12 MiB on a 2-core server with 1 MiB of L2.
+_GROUP_BYTES = 2 << 20
+
+
+class _Scratch(threading.local):
+    """Memory for gathered blocks, kept: fresh pages cost more than the gathering itself."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[int, torch.dtype], torch.Tensor] = {}
+
+    def gather(self, cache: torch.Tensor, blocks: torch.Tensor, place: int) -> torch.Tensor:
+        """Copy `blocks` of `cache` to the memory `place`.
+
+        Returns [len(blocks) * block_size, Hkv, D], valid until the next call for that place.
+        """
+        rows = cache.view(cache.shape[0], -1)
+        needed = blocks.numel() * rows.shape[1]
+        buffer = self._buffers.get((place, cache.dtype))
+        if buffer is None or buffer.numel() < needed:
+            with torch.inference_mode(mode=False):  # usable in and out of inference mode
+                buffer = torch.empty(needed, dtype=cache.dtype)
+            self._buffers[place, cache.dtype] = buffer
+        gathered = buffer[:needed].view(-1, rows.shape[1])
+        torch.index_select(rows, 0, blocks, out=gathered)
+        return gathered.view(-1, *cache.shape[2:])
+
+
+_scratch = _Scratch()
+
+
+def paged_attention(
+    q: torch.Tensor,  # [T, Hq, D]
+    k_cache: torch.Tensor,  # [num_blocks, block_size, Hkv, D]
+    v_cache: torch.Tensor,  # [num_blocks, block_size, Hkv, D]
+    *,
+    cu_seqlens_q: torch.Tensor,  # [S + 1] int32
+    context_lens: torch.Tensor,  # [S] int32
+    block_tables: torch.Tensor,  # [S, B] int32
+    max_query_len: int,
+    scale: float,
+    out: torch.Tensor | None = None,  # [T, Hq, D]
+) -> torch.Tensor:
+    """As `reference.paged_attention`; returns [T, Hq, D]."""
+    out = torch.empty_like(q, memory_format=torch.contiguous_format) if out is None else out
+    starts, contexts = cu_seqlens_q.tolist(), context_lens.tolist()
+    lengths = [end - start for start, end in pairwise(starts)]
+    decoding = [number for number, length in enumerate(lengths) if length == 1]
+    if decoding:
+        decoding.sort(key=contexts.__getitem__)
+        order = torch.tensor(decoding)
+        rows = cu_seqlens_q[order]
+        out[rows] = _decode(
+            q[rows],
+            k_cache,
+            v_cache,
+            [contexts[number] for number in decoding],
+            block_tables[order],
+            scale,
+        )
+    if max_query_len > 1:
+        for number, length in enumerate(lengths):
+            if length > 1:
+                rows_of = slice(starts[number], starts[number + 1])
+                table = block_tables[number]
+                out[rows_of] = _chunk(q[rows_of], k_cache, v_cache, contexts[number], table, scale)
+    return out
+
+
+def _decode(
+    q: torch.Tensor,  # [S, Hq, D]
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    contexts: list[int],  # ascending
+    block_tables: torch.Tensor,  # [S, B]
+    scale: float,
+) -> torch.Tensor:
+    """One query per sequence, in groups of similar context length; returns [S, Hq, D]."""
+    block_size, num_kv_heads, head_dim = k_cache.shape[1:]
+    q = q.view(q.shape[0], num_kv_heads, -1, head_dim)  # [S, Hkv, G, D]
+    out = torch.empty_like(q)
+    limits = torch.tensor(contexts).unsqueeze(1)
+    behind = torch.arange(-(-contexts[-1] // block_size) * block_size) >= limits
+    mask = torch.zeros(behind.shape, dtype=q.dtype).masked_fill_(behind, float("-inf"))
+    block_bytes = k_cache[0].numel() * k_cache.element_size()
+    end = len(contexts)
+    while end > 0:  # from the longest, which sets the padding of its group
+        width = -(-contexts[end - 1] // block_size)
+        start = max(0, end - max(1, _GROUP_BYTES // (width * block_bytes)))
+        group = slice(start, end)
+        blocks = block_tables[group, :width].reshape(-1)
+        keys, values = (
+            _scratch.gather(cache, blocks, place).view(end - start, -1, num_kv_heads, head_dim)
+            for place, cache in enumerate((k_cache, v_cache))
+        )
+        # What lies behind a context may be NaN, which neither the mask nor a weight of 0 removes.
+        shortest = contexts[start]
+        foreign = behind[group, shortest : width * block_size, None, None]
+        keys[:, shortest:].masked_fill_(foreign, 0)
+        values[:, shortest:].masked_fill_(foreign, 0)
+        out[group] = scaled_dot_product_attention(
+            q[group],
+            keys.transpose(1, 2).to(q.dtype),
+            values.transpose(1, 2).to(q.dtype),
+            attn_mask=mask[group, None, None, : width * block_size],
+            scale=scale,
+        )
+        end = start
+    return out.view(len(contexts), -1, head_dim)
+
+
+def _chunk(
+    q: torch.Tensor,  # [n, Hq, D]
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    context: int,
+    block_table: torch.Tensor,  # [B]
+    scale: float,
+) -> torch.Tensor:
+    """The last n positions of one sequence; returns [n, Hq, D]."""
+    block_size, num_kv_heads, head_dim = k_cache.shape[1:]
+    num_queries = q.shape[0]
+    group = q.shape[1] // num_kv_heads
+    blocks = block_table[: -(-context // block_size)]
+    keys, values = (
+        _scratch.gather(cache, blocks, place)[:context]
+        .transpose(0, 1)
+        .to(q.dtype)
+        .expand(group, -1, -1, -1)  # [G, Hkv, N, D], a view
+        for place, cache in enumerate((k_cache, v_cache))
+    )
+    first = num_queries == context
+    mask = (
+        None
+        if first
+        else torch.ones(num_queries, context, dtype=torch.bool).tril_(context - num_queries)
+    )
+    heads = q.view(num_queries, num_kv_heads, group, head_dim).permute(2, 1, 0, 3)
+    out = scaled_dot_product_attention(
+        heads, keys, values, attn_mask=mask, is_causal=first, scale=scale
+    )
+    return out.permute(2, 1, 0, 3).reshape(num_queries, -1, head_dim)

@@ -1,0 +1,89 @@
+"""The kernels by name: Triton for CUDA tensors, plain torch for all others.
+
+Shapes and meaning are in `reference.py`. The Triton files are imported at the first CUDA call, so
+that a process on a CPU never loads triton.
+"""
+
+import torch
+
+from tokenmill.kernels import cpu_attention, reference
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """Scale each row of `x` [T, H] to unit root mean square, times `weight` [H]."""
+    if x.is_cuda:
+        from tokenmill.kernels import rms_norm as on_gpu
+
+        return on_gpu.rms_norm(x, weight, eps)
+    return reference.rms_norm(x, weight, eps)
+
+
+def add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the normed sum and the sum, both [T, H]; `residual` may have become the sum."""
+    if x.is_cuda:
+        from tokenmill.kernels import rms_norm as on_gpu
+
+        return on_gpu.add_rms_norm(x, residual, weight, eps)
+    return reference.add_rms_norm(x, residual, weight, eps)
+
+
+def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    """Return `silu(gate) * up` [T, I] for `gate_up` [T, 2I]."""
+    if gate_up.is_cuda:
+        from tokenmill.kernels import silu_mul as on_gpu
+
+        return on_gpu.silu_mul(gate_up)
+    return reference.silu_mul(gate_up)
+
+
+def rope_store_kv(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    positions: torch.Tensor,
+    cos_sin: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+) -> None:
+    """Rotate `q` and `k` in place, then write `k` and `v` into the caches."""
+    if q.is_cuda:
+        from tokenmill.kernels import rope_kv as on_gpu
+
+        on_gpu.rope_store_kv(q, k, v, positions, cos_sin, slot_mapping, k_cache, v_cache)
+    else:
+        reference.rope_store_kv(q, k, v, positions, cos_sin, slot_mapping, k_cache, v_cache)
+
+
+def paged_attention(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    *,
+    cu_seqlens_q: torch.Tensor,
+    context_lens: torch.Tensor,
+    block_tables: torch.Tensor,
+    max_query_len: int,
+    scale: float,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Causal attention of ragged chunks over the blocked KV cache; returns [T, Hq, D]."""
+    if q.is_cuda:
+        from tokenmill.kernels import paged_attention as on_gpu
+
+        attend = on_gpu.paged_attention
+    else:
+        attend = cpu_attention.paged_attention
+    return attend(
+        q,
+        k_cache,
+        v_cache,
+        cu_seqlens_q=cu_seqlens_q,
+        context_lens=context_lens,
+        block_tables=block_tables,
+        max_query_len=max_query_len,
+        scale=scale,
+        out=out,
+    )

@@ -1,0 +1,219 @@
+"""Causal attention of ragged chunks over the blocked KV cache, in Triton.
+
+    out[i] = softmax(scale * q[i] . K[0 .. p(i)]) V[0 .. p(i)],   p(i) = context - n + i
+
+for query i of a chunk of n tokens whose sequence has `context` cached tokens, the chunk included.
+K and V are read through the sequence's block table. Query head h reads KV head h // G, with
+G = Hq / Hkv.
+
+| tensor           | shape                            | dtype                   | strides      |
+| ---------------- | -------------------------------- | ----------------------- | ------------ |
+| q                | [T, Hq, D]                       | float32, bfloat16, half | rows, any, 1 |
+| k_cache, v_cache | [num_blocks, block_size, Hkv, D] | any floating            | contiguous   |
+| cu_seqlens_q     | [S + 1]                          | int32                   | 1            |
+| context_lens     | [S]                              | int32                   | 1            |
+| block_tables     | [S, B]                           | int32                   | rows, 1      |
+| out              | [T, Hq, D]                       | that of q               | rows, any, 1 |
+
+A tile of BLOCK_M rows holds BLOCK_Q queries times the G heads that share a KV head, so that
+decoding fills the tensor cores too. No two chunks share a tile: chunk s has its tiles from number
+`cu_seqlens_q[s] // BLOCK_Q + s` on, a numbering with gaps that needs no other prefix sum. The grid
+is the bound `T // BLOCK_Q + S`, known without reading lengths back; each program finds its chunk by
+binary search and leaves if it stands in a gap.
+
+Keys are visited from position 0 in tiles of TILE, in one program: a row's result depends neither on
+the other chunks of the step nor on where its own chunk started.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from tokenmill.kernels.checks import (
+    check_contiguous,
+    check_device,
+    check_divisible,
+    check_dtype,
+    check_floating,
+    check_rows,
+    check_shape,
+)
+
+_LOG2_E = 1.4426950408889634
+
+
+@triton.jit
+def _paged_attention_kernel(
+    q_ptr,
+    k_cache_ptr,
+    v_cache_ptr,
+    out_ptr,
+    cu_seqlens_q_ptr,
+    context_lens_ptr,
+    block_tables_ptr,
+    num_seqs,
+    scale_log2,  # scale * log2(e): the softmax is computed in powers of two
+    q_token,  # strides in elements
+    q_head,
+    out_token,
+    out_head,
+    table_row,
+    Hkv: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    TILE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    q_tile = tl.program_id(0)
+    kv_head = tl.program_id(1)
+    low = 0
+    high = num_seqs
+    while low < high:  # the last chunk whose first tile is not behind q_tile
+        middle = (low + high) // 2
+        first_tile = tl.load(cu_seqlens_q_ptr + middle) // BLOCK_Q + middle
+        if first_tile <= q_tile:
+            low = middle + 1
+        else:
+            high = middle
+    seq = low - 1
+    start = tl.load(cu_seqlens_q_ptr + seq)
+    query_len = tl.load(cu_seqlens_q_ptr + seq + 1) - start
+    first_query = (q_tile - start // BLOCK_Q - seq) * BLOCK_Q
+    if first_query >= query_len:
+        return
+
+    rows = tl.arange(0, BLOCK_M)
+    query = first_query + rows // G
+    head = kv_head * G + rows % G
+    row_inside = (rows < BLOCK_Q * G) & (query < query_len)
+    channels = tl.arange(0, BLOCK_D)
+    channel_inside = channels < D
+    token = (start + query).to(tl.int64)
+    q_inside = row_inside[:, None] & channel_inside[None, :]
+    q_offsets = token[:, None] * q_token + head[:, None] * q_head + channels[None, :]
+    q = tl.load(q_ptr + q_offsets, mask=q_inside, other=0.0)  # [BLOCK_M, BLOCK_D]
+
+    before = tl.load(context_lens_ptr + seq) - query_len  # tokens cached before this chunk
+    end = before + tl.minimum(first_query + BLOCK_Q, query_len)  # keys that any row sees
+    table = block_tables_ptr + tl.cast(seq, tl.int64) * table_row
+    highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    mean = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for tile_start in range(0, end, TILE):
+        position = tile_start + tl.arange(0, TILE)
+        key_inside = position < end
+        block = tl.load(table + position // BLOCK_SIZE, mask=key_inside, other=0).to(tl.int64)
+        cached = ((block * BLOCK_SIZE + position % BLOCK_SIZE) * Hkv + kv_head) * D
+        kv_offsets = cached[:, None] + channels[None, :]
+        kv_inside = key_inside[:, None] & channel_inside[None, :]
+        k = tl.load(k_cache_ptr + kv_offsets, mask=kv_inside, other=0.0).to(q.dtype)
+        v = tl.load(v_cache_ptr + kv_offsets, mask=kv_inside, other=0.0).to(q.dtype)
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
+        visible = position[None, :] <= (before + query)[:, None]
+        scores = tl.where(visible & key_inside[None, :], scores, float("-inf"))
+        # Every row sees position 0, so `risen` is finite from the first tile on.
+        risen = tl.maximum(highest, tl.max(scores, axis=1))
+        weights = tl.exp2(scores - risen[:, None])
+        shrink = tl.exp2(highest - risen)
+        total = total * shrink + tl.sum(weights, axis=1)
+        mean = mean * shrink[:, None]
+        mean += tl.dot(weights.to(q.dtype), v, input_precision=PRECISION)
+        highest = risen
+
+    out_offsets = token[:, None] * out_token + head[:, None] * out_head + channels[None, :]
+    mean = (mean / total[:, None]).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + out_offsets, mean, mask=q_inside)
+
+
+def paged_attention(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    *,
+    cu_seqlens_q: torch.Tensor,
+    context_lens: torch.Tensor,
+    block_tables: torch.Tensor,
+    max_query_len: int,
+    scale: float,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attend as in the formula above; returns `out`, or a new contiguous tensor, [T, Hq, D].
+
+    `max_query_len` chooses the tile: 1 when every sequence decodes. Rows behind the last chunk are
+    padding and are not written.
+
+    Raises:
+        ValueError: an argument that does not fit the table above.
+    """
+    if out is None:
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    _check(q, k_cache, v_cache, cu_seqlens_q, context_lens, block_tables, out)
+    num_tokens, num_heads, head_dim = q.shape
+    num_seqs = context_lens.shape[0]
+    block_size, num_kv_heads = k_cache.shape[1:3]
+    if not num_tokens or not num_seqs:
+        return out
+    group = num_heads // num_kv_heads
+    block_m = max(triton.next_power_of_2(group), 16 if max_query_len == 1 else 64)
+    block_q = block_m // group
+    _paged_attention_kernel[(num_tokens // block_q + num_seqs, num_kv_heads)](
+        q,
+        k_cache,
+        v_cache,
+        out,
+        cu_seqlens_q,
+        context_lens,
+        block_tables,
+        num_seqs,
+        scale * _LOG2_E,
+        *q.stride()[:2],
+        *out.stride()[:2],
+        block_tables.stride(0),
+        Hkv=num_kv_heads,
+        G=group,
+        D=head_dim,
+        BLOCK_SIZE=block_size,
+        BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
+        BLOCK_M=block_m,
+        BLOCK_Q=block_q,
+        TILE=32 if q.dtype == torch.float32 else 64,
+        PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+        num_warps=4,
+        num_stages=2,
+        enable_fp_fusion=True,  # said outright, since Triton 3.10 changes the default
+    )
+    return out
+
+
+def _check(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    context_lens: torch.Tensor,
+    block_tables: torch.Tensor,
+    out: torch.Tensor,
+) -> None:
+    check_shape("q", q, "T", "Hq", "D")
+    check_shape("k_cache", k_cache, "num_blocks", "block_size", "Hkv", q.shape[2])
+    check_shape("v_cache", v_cache, *k_cache.shape)
+    check_shape("context_lens", context_lens, "S")
+    check_shape("cu_seqlens_q", cu_seqlens_q, context_lens.shape[0] + 1)
+    check_shape("block_tables", block_tables, context_lens.shape[0], "B")
+    check_shape("out", out, *q.shape)
+    check_divisible("the heads of q", q.shape[1], "Hkv", k_cache.shape[2])
+    check_floating("q", q)
+    check_dtype("v_cache", v_cache, k_cache.dtype)
+    check_dtype("out", out, q.dtype)
+    lengths = {"cu_seqlens_q": cu_seqlens_q, "context_lens": context_lens}
+    for name, tensor in (*lengths.items(), ("block_tables", block_tables)):
+        check_dtype(name, tensor, torch.int32)
+    check_rows(q=q, out=out, block_tables=block_tables)
+    check_contiguous(k_cache=k_cache, v_cache=v_cache, **lengths)
+    check_device(
+        q.device, k_cache=k_cache, v_cache=v_cache, block_tables=block_tables, out=out, **lengths
+    )

@@ -1,0 +1,101 @@
+"""Every kernel in plain torch: the specification that the fast forms are tested against.
+
+Written to be read: loops over sequences, float32 inside, no tricks. Slow, and right on any device.
+"""
+
+import torch
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """Scale each row of `x` [T, H] to unit root mean square, times `weight` [H]; returns [T, H]."""
+    wide = x.float()
+    scale = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
+    return (wide * scale * weight.float()).to(x.dtype)
+
+
+def add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Add `x` to `residual` (both [T, H]) and norm the sum.
+
+    Returns the normed rows [T, H] and the sum [T, H]. The sum is rounded to the dtype of
+    `residual` before it is normed, so that both results describe the same numbers.
+    """
+    total = (x.float() + residual.float()).to(residual.dtype)
+    return rms_norm(total, weight, eps), total
+
+
+def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    """Return `silu(gate) * up` [T, I] for `gate_up` [T, 2I], the gate in the first half."""
+    gate, up = gate_up.float().chunk(2, dim=-1)
+    return (gate * torch.sigmoid(gate) * up).to(gate_up.dtype)
+
+
+def rope_store_kv(
+    q: torch.Tensor,  # [T, Hq, D]
+    k: torch.Tensor,  # [T, Hkv, D]
+    v: torch.Tensor,  # [T, Hkv, D]
+    positions: torch.Tensor,  # [T] int64
+    cos_sin: torch.Tensor,  # [P, R] float32: R/2 cosines, then R/2 sines; R <= D
+    slot_mapping: torch.Tensor,  # [T] int64: block * block_size + offset, or < 0
+    k_cache: torch.Tensor,  # [num_blocks, block_size, Hkv, D]
+    v_cache: torch.Tensor,  # [num_blocks, block_size, Hkv, D]
+) -> None:
+    """Rotate `q` and `k` in place by their positions, then write `k` and `v` to their slots.
+
+    Half-split (NeoX) rotation of the first R channels of each head. Rows with a slot below zero
+    are padding: rotated, not stored.
+    """
+    cos, sin = cos_sin[positions].unsqueeze(1).chunk(2, dim=-1)  # [T, 1, R/2] each
+    half = cos.shape[-1]
+    for heads in (q, k):
+        first, second = heads[..., :half].float(), heads[..., half : 2 * half].float()
+        # Both halves before either is written: `first` and `second` may be views of `heads`.
+        turned = first * cos - second * sin, second * cos + first * sin
+        heads[..., :half] = turned[0].to(heads.dtype)
+        heads[..., half : 2 * half] = turned[1].to(heads.dtype)
+    stored = slot_mapping >= 0
+    block, offset = _split(slot_mapping[stored], k_cache.shape[1])
+    k_cache[block, offset] = k[stored].to(k_cache.dtype)
+    v_cache[block, offset] = v[stored].to(v_cache.dtype)
+
+
+def paged_attention(
+    q: torch.Tensor,  # [T, Hq, D]
+    k_cache: torch.Tensor,  # [num_blocks, block_size, Hkv, D]
+    v_cache: torch.Tensor,  # [num_blocks, block_size, Hkv, D]
+    *,
+    cu_seqlens_q: torch.Tensor,  # [S + 1] int32: prefix sums of the chunk lengths
+    context_lens: torch.Tensor,  # [S] int32: cached tokens, the chunk included
+    block_tables: torch.Tensor,  # [S, B] int32
+    max_query_len: int,
+    scale: float,
+    out: torch.Tensor | None = None,  # [T, Hq, D]
+) -> torch.Tensor:
+    """Causal attention of ragged chunks over the blocked KV cache; returns [T, Hq, D].
+
+    Query i of a chunk of n tokens sits at position `context_len - n + i` and sees the positions
+    up to its own. Query head h reads KV head `h * Hkv // Hq`. Rows behind the last chunk, if any,
+    are padding and stay as they are. `max_query_len` is a hint for kernels and is not used here.
+    """
+    del max_query_len
+    out = torch.empty_like(q, memory_format=torch.contiguous_format) if out is None else out
+    group = q.shape[1] // k_cache.shape[2]
+    starts = cu_seqlens_q.tolist()
+    for number, context_len in enumerate(context_lens.tolist()):
+        rows = slice(starts[number], starts[number + 1])
+        positions = torch.arange(context_len, device=q.device)
+        block, offset = _split(positions, k_cache.shape[1])
+        block = block_tables[number].long()[block]
+        keys = k_cache[block, offset].float().repeat_interleave(group, dim=1)  # [N, Hq, D]
+        values = v_cache[block, offset].float().repeat_interleave(group, dim=1)
+        scores = torch.einsum("qhd,nhd->hqn", q[rows].float(), keys) * scale
+        query_positions = positions[context_len - scores.shape[1] :]
+        hidden = positions[None, :] > query_positions[:, None]  # [n, N]
+        weights = scores.masked_fill(hidden, float("-inf")).softmax(dim=-1)
+        out[rows] = torch.einsum("hqn,nhd->qhd", weights, values).to(out.dtype)
+    return out
+
+
+def _split(slots: torch.Tensor, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.div(slots, block_size, rounding_mode="floor"), slots % block_size

@@ -1,0 +1,56 @@
+"""The gated activation of Llama-shaped MLPs, in Triton.
+
+    y = silu(gate) * up,   silu(z) = z / (1 + exp(-z)),   gate_up = [gate | up]
+
+| tensor  | shape   | dtype                   | strides    |
+| ------- | ------- | ----------------------- | ---------- |
+| gate_up | [T, 2I] | float32, bfloat16, half | rows, 1    |
+| y       | [T, I]  | that of gate_up         | contiguous |
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from tokenmill.kernels.checks import check_divisible, check_floating, check_rows, check_shape
+
+_BLOCK = 1024
+
+
+@triton.jit
+def _silu_mul_kernel(gate_up_ptr, y_ptr, gate_up_stride, y_stride, width, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < width
+    gate_row = gate_up_ptr + row * gate_up_stride
+    gate = tl.load(gate_row + columns, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(gate_row + width + columns, mask=inside, other=0.0).to(tl.float32)
+    y = (gate * tl.sigmoid(gate) * up).to(y_ptr.dtype.element_ty)
+    tl.store(y_ptr + row * y_stride + columns, y, mask=inside)
+
+
+def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    """Return `silu(gate) * up` [T, I] for `gate_up` [T, 2I].
+
+    Raises:
+        ValueError: an argument that does not fit the table above.
+    """
+    check_shape("gate_up", gate_up, "T", "2I")
+    check_divisible("the width of gate_up", gate_up.shape[1], "gate and up", 2)
+    check_floating("gate_up", gate_up)
+    check_rows(gate_up=gate_up)
+    num_rows, width = gate_up.shape[0], gate_up.shape[1] // 2
+    y = torch.empty((num_rows, width), dtype=gate_up.dtype, device=gate_up.device)
+    if y.numel():
+        grid = (num_rows, triton.cdiv(width, _BLOCK))
+        _silu_mul_kernel[grid](
+            gate_up,
+            y,
+            gate_up.stride(0),
+            y.stride(0),
+            width,
+            BLOCK=_BLOCK,
+            num_warps=4,
+            enable_fp_fusion=True,  # said outright, since Triton 3.10 changes the default
+        )
+    return y

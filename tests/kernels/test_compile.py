@@ -1,0 +1,63 @@
+"""The kernels compile for absent GPUs too: the interpreter accepts more than the compiler."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+# A process of its own, because in this one the kernels may be defined for the interpreter.
+COMPILE = """
+import sys, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from tokenmill.kernels.paged_attention import _paged_attention_kernel
+from tokenmill.kernels.rms_norm import _rms_norm_kernel
+from tokenmill.kernels.rope_kv import _rope_store_kv_kernel
+from tokenmill.kernels.silu_mul import _silu_mul_kernel
+
+def compile_kernel(kernel, dtype, integers, floats, **constants):
+    def kind(name):
+        known = {"positions_ptr": "*i64", "slots_ptr": "*i64", "cos_sin_ptr": "*fp32"}
+        if name in constants:
+            return "constexpr"
+        if name in known or name.endswith("_ptr"):
+            return known.get(name, "*i32" if name in integers else "*" + dtype)
+        return "fp32" if name in floats else "i32"
+
+    source = ASTSource(kernel, {n: kind(n) for n in kernel.arg_names}, constants)
+    target = GPUTarget("cuda", int(sys.argv[1]), 32)
+    compiled = triton.compile(source, target=target, options={"enable_fp_fusion": True})
+    print(kernel.__name__, compiled.metadata.shared)
+
+lengths = ["cu_seqlens_q_ptr", "context_lens_ptr", "block_tables_ptr"]
+for dtype, precision, block_m in (("bf16", "tf32", 64), ("fp32", "ieee", 16)):
+    compile_kernel(
+        _paged_attention_kernel, dtype, lengths, ["scale_log2"], Hkv=3, G=3, D=80, BLOCK_SIZE=16,
+        BLOCK_D=128, BLOCK_M=block_m, BLOCK_Q=block_m // 3, TILE=32, PRECISION=precision,
+    )
+compile_kernel(_rms_norm_kernel, "bf16", [], ["eps"], ADD=True, BLOCK=1024)
+compile_kernel(_silu_mul_kernel, "fp16", [], [], BLOCK=1024)
+compile_kernel(
+    _rope_store_kv_kernel, "bf16", [], [], Hq=9, Hkv=3, D=80, R=32, BLOCK_D=128, BLOCK_HALF=16
+)
+"""
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_kernels_compile_without_a_gpu(capability: int, tmp_path: Path) -> None:
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    script = tmp_path / "compile_kernels.py"
+    script.write_text(COMPILE)
+    done = subprocess.run(
+        [sys.executable, script, str(capability)],
+        env={**environment, "TRITON_CACHE_DIR": str(tmp_path / "cache")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    shared = [int(line.split()[1]) for line in done.stdout.splitlines()]
+    assert len(shared) == 5
+    assert max(shared) <= 96 * 1024  # what every GPU from compute capability 8.6 on offers

@@ -1,0 +1,115 @@
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from tokenmill.kernels import cpu_attention, reference
+
+Compare = Callable[[torch.Tensor, torch.Tensor], None]
+BuildCase = Callable[..., Any]
+
+
+@pytest.mark.parametrize(
+    "chunks",
+    [
+        [(1, 1)],
+        [(1, 63), (1, 1), (1, 100), (1, 7), (1, 16)],
+        [(63, 63)],
+        [(7, 100), (100, 100)],
+        [(1, 40), (63, 70), (1, 3), (2, 2), (1, 17)],
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("heads", [(2, 2), (9, 3), (8, 1)], ids=str)
+def test_matches_the_reference(
+    attention_case: BuildCase,
+    assert_close: Compare,
+    poisoned: None,
+    chunks: list[tuple[int, int]],
+    heads: tuple[int, int],
+) -> None:
+    case = attention_case(chunks, heads=heads, head_dim=64)
+    assert_close(case.run(cpu_attention.paged_attention), case.run(reference.paged_attention))
+
+
+@pytest.mark.parametrize("head_dim", [32, 80, 128])
+def test_head_dims(attention_case: BuildCase, assert_close: Compare, head_dim: int) -> None:
+    case = attention_case([(1, 33), (7, 20), (1, 100)], head_dim=head_dim)
+    assert_close(case.run(cpu_attention.paged_attention), case.run(reference.paged_attention))
+
+
+def test_groups_of_one_sequence_and_of_many_agree(
+    attention_case: BuildCase, assert_close: Compare, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = attention_case([(1, context) for context in (1, 15, 16, 17, 50, 100, 3, 100)])
+    expected = case.run(reference.paged_attention)
+    for group_bytes in (1, 30_000, 1 << 30):
+        monkeypatch.setattr(cpu_attention, "_GROUP_BYTES", group_bytes)
+        assert_close(case.run(cpu_attention.paged_attention), expected)
+
+
+def test_scratch_left_by_a_larger_call_does_not_leak_into_a_smaller(
+    attention_case: BuildCase, assert_close: Compare
+) -> None:
+    for context in (200, 5, 100):
+        case = attention_case([(1, context), (1, 2)])
+        assert_close(case.run(cpu_attention.paged_attention), case.run(reference.paged_attention))
+
+
+def test_works_after_a_call_in_inference_mode(
+    attention_case: BuildCase, assert_close: Compare
+) -> None:
+    case = attention_case([(1, 40), (5, 9)])
+    expected = case.run(reference.paged_attention)
+    with torch.inference_mode():
+        assert_close(case.run(cpu_attention.paged_attention), expected)
+    assert_close(case.run(cpu_attention.paged_attention), expected)
+
+
+def test_writes_into_out_and_leaves_padding_rows(
+    attention_case: BuildCase, assert_close: Compare
+) -> None:
+    case = attention_case([(1, 20), (3, 9)])
+    out = torch.full((6, 4, 32), 7.0)
+    padded = torch.cat([case.q, torch.zeros(2, 4, 32)])
+    result = cpu_attention.paged_attention(
+        padded,
+        case.k_cache,
+        case.v_cache,
+        cu_seqlens_q=case.cu_seqlens_q,
+        context_lens=case.context_lens,
+        block_tables=case.block_tables,
+        max_query_len=3,
+        scale=case.scale,
+        out=out,
+    )
+    assert result is out
+    assert_close(out[:4], case.run(reference.paged_attention))
+    assert (out[4:] == 7.0).all()
+
+
+def test_a_bfloat16_cache_serves_float32_queries(attention_case: BuildCase) -> None:
+    case = attention_case([(1, 40), (5, 9)])
+    rounded = attention_case([(1, 40), (5, 9)])
+    expected = reference.paged_attention(
+        case.q,
+        case.k_cache.bfloat16(),
+        case.v_cache.bfloat16(),
+        cu_seqlens_q=case.cu_seqlens_q,
+        context_lens=case.context_lens,
+        block_tables=case.block_tables,
+        max_query_len=5,
+        scale=case.scale,
+    )
+    actual = cpu_attention.paged_attention(
+        rounded.q,
+        rounded.k_cache.bfloat16(),
+        rounded.v_cache.bfloat16(),
+        cu_seqlens_q=rounded.cu_seqlens_q,
+        context_lens=rounded.context_lens,
+        block_tables=rounded.block_tables,
+        max_query_len=5,
+        scale=rounded.scale,
+    )
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)

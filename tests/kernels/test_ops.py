@@ -1,0 +1,51 @@
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from tokenmill.kernels import ops, reference
+
+Compare = Callable[[torch.Tensor, torch.Tensor], None]
+BuildCase = Callable[..., Any]
+
+
+def test_a_cpu_process_never_loads_triton() -> None:
+    code = """
+import sys, torch
+from tokenmill.kernels import ops
+ops.rms_norm(torch.ones(2, 4), torch.ones(4), 1e-5)
+ops.silu_mul(torch.ones(2, 4))
+print([name for name in sys.modules if name.partition(".")[0] == "triton"])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_cpu_results_match_the_references(attention_case: BuildCase, assert_close: Compare) -> None:
+    x, residual = torch.randn(2, 3, 8)
+    weight = torch.randn(8)
+    assert_close(ops.rms_norm(x, weight, 1e-5), reference.rms_norm(x, weight, 1e-5))
+    assert_close(ops.silu_mul(x), reference.silu_mul(x))
+    expected = reference.add_rms_norm(x, residual, weight, 1e-5)
+    for actual, wanted in zip(ops.add_rms_norm(x, residual, weight, 1e-5), expected, strict=True):
+        assert_close(actual, wanted)
+    case = attention_case([(1, 33), (7, 20)])
+    assert_close(case.run(ops.paged_attention), case.run(reference.paged_attention))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_results_match_the_references(
+    attention_case: BuildCase, assert_close: Compare
+) -> None:
+    x, residual = torch.randn(2, 3, 64, device="cuda")
+    weight = torch.randn(64, device="cuda")
+    assert_close(ops.rms_norm(x, weight, 1e-5), reference.rms_norm(x, weight, 1e-5))
+    expected = reference.add_rms_norm(x, residual.clone(), weight, 1e-5)
+    for actual, wanted in zip(ops.add_rms_norm(x, residual, weight, 1e-5), expected, strict=True):
+        assert_close(actual, wanted)
+    case = attention_case([(1, 33), (7, 20)], device="cuda")
+    assert_close(case.run(ops.paged_attention), case.run(reference.paged_attention))

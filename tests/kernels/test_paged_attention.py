@@ -1,0 +1,121 @@
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from tokenmill.kernels import reference
+
+Compare = Callable[[torch.Tensor, torch.Tensor], None]
+BuildCase = Callable[..., Any]
+
+MIXED = [(1, 40), (7, 63), (1, 3), (2, 2), (1, 100)]
+
+
+@pytest.mark.parametrize(
+    "chunks", [[(1, 1)], [(1, 63), (1, 1), (1, 7)], [(63, 63)], [(7, 100)], MIXED], ids=str
+)
+@pytest.mark.parametrize("heads", [(2, 2), (3, 1), (8, 2), (8, 1)], ids=str)
+def test_chunks_and_groups(
+    device: torch.device,
+    assert_close: Compare,
+    poisoned: None,
+    attention_case: BuildCase,
+    chunks: list[tuple[int, int]],
+    heads: tuple[int, int],
+) -> None:
+    from tokenmill.kernels.paged_attention import paged_attention
+
+    case = attention_case(chunks, heads=heads, device=device)
+    assert_close(case.run(paged_attention), case.run(reference.paged_attention))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("head_dim", [32, 64, 80, 128])
+def test_head_dims_and_dtypes(
+    device: torch.device,
+    assert_close: Compare,
+    attention_case: BuildCase,
+    head_dim: int,
+    dtype: torch.dtype,
+) -> None:
+    from tokenmill.kernels.paged_attention import paged_attention
+
+    if dtype == torch.bfloat16 and device.type == "cpu":
+        pytest.skip("Triton's interpreter has no bfloat16 product of matrices")
+    case = attention_case([(1, 33), (7, 20)], head_dim=head_dim, dtype=dtype, device=device)
+    assert_close(case.run(paged_attention), case.run(reference.paged_attention))
+
+
+@pytest.mark.parametrize("block_size", [1, 7, 64])
+def test_block_sizes(
+    device: torch.device, assert_close: Compare, attention_case: BuildCase, block_size: int
+) -> None:
+    from tokenmill.kernels.paged_attention import paged_attention
+
+    case = attention_case([(3, 70), (1, 7)], block_size=block_size, device=device)
+    assert_close(case.run(paged_attention), case.run(reference.paged_attention))
+
+
+def test_a_chunk_of_several_tiles(
+    device: torch.device, assert_close: Compare, attention_case: BuildCase
+) -> None:
+    from tokenmill.kernels.paged_attention import paged_attention
+
+    case = attention_case([(100, 130), (1, 9)], heads=(9, 3), device=device)
+    assert_close(case.run(paged_attention), case.run(reference.paged_attention))
+
+
+def test_rows_behind_the_last_chunk_are_not_written(
+    device: torch.device, attention_case: BuildCase
+) -> None:
+    from tokenmill.kernels.paged_attention import paged_attention
+
+    case = attention_case([(1, 20), (3, 9)], device=device)
+    out = torch.full((6, 4, 32), 7.0, device=device)
+    padded = torch.cat([case.q, torch.zeros(2, 4, 32, device=device)])
+    rest = {
+        name: getattr(case, name)
+        for name in ("cu_seqlens_q", "context_lens", "block_tables", "max_query_len", "scale")
+    }
+    assert paged_attention(padded, case.k_cache, case.v_cache, **rest, out=out) is out
+    assert not out[:4].isnan().any()
+    assert (out[4:] == 7.0).all()
+
+
+def test_a_row_is_the_same_alone_and_among_others(
+    device: torch.device, attention_case: BuildCase
+) -> None:
+    """Bit for bit: a sequence's result may not depend on what shares its step."""
+    from tokenmill.kernels.paged_attention import paged_attention
+
+    case = attention_case([(1, 40), (1, 90), (1, 3)], device=device)
+    together = case.run(paged_attention)
+    alone = paged_attention(
+        case.q[1:2],
+        case.k_cache,
+        case.v_cache,
+        cu_seqlens_q=case.cu_seqlens_q[:2],
+        context_lens=case.context_lens[1:2],
+        block_tables=case.block_tables[1:2],
+        max_query_len=1,
+        scale=case.scale,
+    )
+    assert torch.equal(together[1:2], alone)
+
+
+def test_int64_tables_are_refused(device: torch.device, attention_case: BuildCase) -> None:
+    from tokenmill.kernels.paged_attention import paged_attention
+
+    case = attention_case([(1, 3)], device=device)
+    with pytest.raises(ValueError, match=r"^context_lens: expected dtype torch.int32, got"):
+        paged_attention(
+            case.q,
+            case.k_cache,
+            case.v_cache,
+            cu_seqlens_q=case.cu_seqlens_q,
+            context_lens=case.context_lens.long(),
+            block_tables=case.block_tables,
+            max_query_len=1,
+            scale=1.0,
+        )

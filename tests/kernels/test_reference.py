@@ -1,0 +1,96 @@
+"""The references against independent statements of the same mathematics: torch and transformers."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from tokenmill.kernels import reference
+
+BuildCase = Callable[..., Any]
+
+
+def test_rms_norm_matches_torch() -> None:
+    x, weight = torch.randn(7, 100), torch.randn(100)
+    expected = torch.nn.functional.rms_norm(x, (100,), weight, 1e-5)
+    torch.testing.assert_close(reference.rms_norm(x, weight, 1e-5), expected)
+
+
+def test_add_rms_norm_norms_the_rounded_sum() -> None:
+    x, residual = torch.randn(2, 7, 100).bfloat16()
+    weight = torch.ones(100).bfloat16()
+    y, total = reference.add_rms_norm(x, residual, weight, 1e-5)
+    assert torch.equal(total, x + residual)
+    assert torch.equal(y, reference.rms_norm(x + residual, weight, 1e-5))
+
+
+def test_silu_mul_gates_with_the_first_half() -> None:
+    gate, up = torch.randn(2, 7, 100)
+    expected = torch.nn.functional.silu(gate) * up
+    torch.testing.assert_close(reference.silu_mul(torch.cat([gate, up], dim=1)), expected)
+
+
+@pytest.mark.parametrize("rotary_dim", [2, 6, 8])
+def test_rope_turns_each_channel_pair_as_a_complex_number(rotary_dim: int) -> None:
+    """A pair (a, b) is a + bi times exp(i * angle); the channels behind the rotary ones rest."""
+    q, k, v = torch.randn(5, 3, 8), torch.randn(5, 1, 8), torch.randn(5, 1, 8)
+    before = q.clone()
+    positions = torch.tensor([0, 3, 1, 9, 9])
+    half = rotary_dim // 2
+    angles = torch.outer(torch.arange(10.0), torch.rand(half))
+    cos_sin = torch.cat([angles.cos(), angles.sin()], dim=1)
+    caches = torch.zeros(2, 1, 8, 1, 8)
+    reference.rope_store_kv(q, k, v, positions, cos_sin, torch.arange(5), *caches)
+    turn = torch.polar(torch.ones(5, half), angles[positions]).unsqueeze(1)
+    turned = torch.complex(before[..., :half], before[..., half:rotary_dim]) * turn
+    torch.testing.assert_close(q[..., :rotary_dim], torch.cat([turned.real, turned.imag], dim=-1))
+    assert torch.equal(q[..., rotary_dim:], before[..., rotary_dim:])
+
+
+def test_keys_and_values_go_to_their_slots_and_padding_nowhere() -> None:
+    q, k, v = torch.randn(3, 2, 4), torch.randn(3, 1, 4), torch.randn(3, 1, 4)
+    k_cache, v_cache = torch.full((2, 3, 2, 1, 4), math.nan)
+    slots = torch.tensor([5, -1, 2])
+    cos_sin = torch.tensor([[0.6, 1.0, 0.8, 0.0]])  # one position: channels 0 and 2 turn
+    reference.rope_store_kv(q, k, v, torch.zeros(3).long(), cos_sin, slots, k_cache, v_cache)
+    assert torch.equal(k_cache[2, 1], k[0])
+    assert torch.equal(v_cache[2, 1], v[0])
+    assert torch.equal(k_cache[1, 0], k[2])
+    assert k_cache.isnan().sum() == v_cache.isnan().sum() == 4 * 4
+
+
+def test_paged_attention_matches_dense_attention(attention_case: BuildCase) -> None:
+    """Two sequences laid out densely by hand, chunk by chunk, against torch's own attention."""
+    case = attention_case([(3, 20), (1, 7)], heads=(6, 2))
+    out = case.run(reference.paged_attention)
+    for row, (start, length, context) in enumerate([(0, 3, 20), (3, 1, 7)]):
+        blocks = case.block_tables[row].long()
+        keys = case.k_cache[blocks].flatten(0, 1)[:context].transpose(0, 1)
+        values = case.v_cache[blocks].flatten(0, 1)[:context].transpose(0, 1)
+        mask = torch.ones(length, context, dtype=torch.bool).tril(context - length)
+        expected = torch.nn.functional.scaled_dot_product_attention(
+            case.q[start : start + length].transpose(0, 1)[None],
+            keys.repeat_interleave(3, dim=0)[None],
+            values.repeat_interleave(3, dim=0)[None],
+            attn_mask=mask,
+        )
+        torch.testing.assert_close(out[start : start + length], expected[0].transpose(0, 1))
+
+
+def test_a_chunk_equals_its_tokens_one_by_one(attention_case: BuildCase) -> None:
+    whole = attention_case([(5, 12)])
+    out = whole.run(reference.paged_attention)
+    for i in range(5):
+        single = reference.paged_attention(
+            whole.q[i : i + 1],
+            whole.k_cache,
+            whole.v_cache,
+            cu_seqlens_q=torch.tensor([0, 1], dtype=torch.int32),
+            context_lens=torch.tensor([8 + i], dtype=torch.int32),
+            block_tables=whole.block_tables,
+            max_query_len=1,
+            scale=whole.scale,
+        )
+        torch.testing.assert_close(out[i : i + 1], single)

@@ -1,0 +1,40 @@
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from tokenmill.kernels import reference
+
+Compare = Callable[[torch.Tensor, torch.Tensor], None]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("rows", "width"), [(1, 1), (7, 63), (3, 100), (2, 1536)])
+def test_matches_the_reference(
+    device: torch.device,
+    assert_close: Compare,
+    poisoned: None,
+    rows: int,
+    width: int,
+    dtype: torch.dtype,
+) -> None:
+    from tokenmill.kernels.silu_mul import silu_mul
+
+    gate_up = (4 * torch.randn(rows, 2 * width, device=device)).to(dtype)
+    assert_close(silu_mul(gate_up), reference.silu_mul(gate_up))
+
+
+def test_large_gates_neither_overflow_nor_vanish(device: torch.device) -> None:
+    from tokenmill.kernels.silu_mul import silu_mul
+
+    gate_up = torch.tensor([[-80.0, 80.0, 3.0, 3.0]], device=device)
+    closed, opened = silu_mul(gate_up)[0].tolist()
+    assert closed == pytest.approx(0.0, abs=1e-30)
+    assert opened == 240.0
+
+
+def test_an_odd_width_is_named(device: torch.device) -> None:
+    from tokenmill.kernels.silu_mul import silu_mul
+
+    with pytest.raises(ValueError, match=r"^the width of gate_up: expected a multiple of .* got 5"):
+        silu_mul(torch.zeros(2, 5, device=device))
