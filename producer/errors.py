@@ -1,13 +1,13 @@
 """The errors a user of tokenmill can meet, each with name, expected, got and remedy.
 
-    TokenmillError
-    |-- InvalidRequest        a field of a request is out of bounds; `field` names it
-    |   `-- Conflict          the id exists with another payload
-    |-- Busy                  the queue is full; `retry_after_s` says when to try again
-    |-- NotFound              no such request, or its result has expired
-    |-- RequestFailed         a request ended in error, cancelled or expired
-    |-- ServerUnreachable     the Redis server does not answer
-    `-- WrongServer           something answers, but not a Redis >= 7 that we may use
+TokenmillError
+|-- InvalidRequest        a field of a request is out of bounds; `field` names it
+|   `-- Conflict          the id exists with another payload
+|-- Busy                  the queue is full; `retry_after_s` says when to try again
+|-- NotFound              no such request, or its result has expired
+|-- RequestFailed         a request ended in error, cancelled or expired
+|-- ServerUnreachable     the Redis server does not answer
+`-- WrongServer           something answers, but not a Redis >= 7 that we may use
 """
 
 

@@ -1,0 +1,296 @@
+"""`Client`: submit requests, follow their tokens, gather results, cancel."""
+
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any, Self
+
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import OutOfMemoryError
+from redis.exceptions import TimeoutError as RedisTimeoutError
+
+from tokenmill.producer.connection import MAX_BLOCK_S, connect, shown_url
+from tokenmill.producer.errors import (
+    Busy,
+    Conflict,
+    InvalidRequest,
+    NotFound,
+    ServerUnreachable,
+)
+from tokenmill.producer.follower import Follower, check_position
+from tokenmill.producer.keys import Keys
+from tokenmill.producer.params import SamplingParams
+from tokenmill.producer.request_id import new_request_id
+from tokenmill.producer.scripts import Script
+from tokenmill.producer.window import Window
+from tokenmill.producer.wire import (
+    Delta,
+    Message,
+    Request,
+    Result,
+    WorkerInfo,
+    check_name,
+)
+
+REDIS_URL = "TOKENMILL_REDIS_URL"
+MAX_DEADLINE_S = 30 * 86_400
+#: One enqueue call: at most so many requests and about so many bytes.
+_BATCH = 64
+_BATCH_BYTES = 4 * 2**20
+
+_ENQUEUE = Script("tokenmill.producer", "enqueue")
+_CANCEL = Script("tokenmill.producer", "cancel")
+
+#: A prompt as users write it.
+AnyPrompt = str | Sequence[int] | Sequence[Mapping[str, str]] | Sequence[Message]
+
+
+class Client:
+    """A producer's side of a queue. Threads may share it; close it, or use it in a `with`.
+
+    Raises:
+        ServerUnreachable, WrongServer, InvalidRequest: as for `connect`.
+    """
+
+    def __init__(
+        self, url: str | None = None, *, queue: str = "default", tenant: str = "default"
+    ) -> None:
+        """Connect to `url`, else to `TOKENMILL_REDIS_URL`, else to the embedded server."""
+        self.queue = queue
+        self.tenant = check_name("tenant", tenant)
+        self._keys = Keys(queue)
+        self.url = url or os.environ.get(REDIS_URL) or _embedded()
+        self._server = connect(self.url)
+        self._blocking = connect(self.url, blocking=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connections; submitted requests run on."""
+        self._server.close()
+        self._blocking.close()
+
+    def new_request(
+        self,
+        prompt: AnyPrompt,
+        *,
+        model: str = "",
+        priority: int = 1,
+        request_id: str | None = None,
+        deadline_s: float = 86_400,
+        metadata: Mapping[str, str] | None = None,
+        **sampling: Any,
+    ) -> Request:
+        """Build and check a request without sending it; `sampling` are fields of SamplingParams.
+
+        Raises:
+            InvalidRequest: a field out of bounds.
+        """
+        if not isinstance(deadline_s, int | float) or not 0 < deadline_s <= MAX_DEADLINE_S:
+            expected = f"above 0 and at most {MAX_DEADLINE_S} seconds"
+            raise InvalidRequest("deadline_s", expected, deadline_s)
+        request = Request.from_mapping(
+            {
+                "request_id": new_request_id() if request_id is None else request_id,
+                "prompt": prompt,
+                "params": SamplingParams.from_mapping(sampling),
+                "model": model,
+                "tenant": self.tenant,
+                "priority": priority,
+                "deadline_ms": int((time.time() + deadline_s) * 1000),
+                "metadata": metadata or {},
+            }
+        )
+        request.pack()  # its size is checked here rather than among others in submit_many
+        return request
+
+    def submit(self, prompt: AnyPrompt, **fields: Any) -> str:
+        """Enqueue one request and return its id; `fields` as for `new_request`.
+
+        With a `request_id`, repeating the call is a no-op.
+
+        Raises:
+            InvalidRequest: a field out of bounds; Conflict: the id has another content.
+            Busy: the queue is full. ServerUnreachable: nothing answered; repeating with the same
+                `request_id` is safe.
+        """
+        return self.submit_many([self.new_request(prompt, **fields)])[0]
+
+    def submit_many(self, requests: Iterable[Request]) -> list[str]:
+        """Enqueue requests in batches and return their ids; repeating the call is a no-op.
+
+        Raises:
+            Busy, Conflict: for one of them; those before it are enqueued, others may be.
+        """
+        ids: list[str] = []
+        for batch in _batches(requests):
+            self._enqueue(batch, len(ids))
+            ids += (request.request_id for request, _ in batch)
+        return ids
+
+    def follow(self, request_id: str, *, start: int = 0) -> Iterator[Delta]:
+        """Deltas from the token offset `start` (0, or the `end` of a delta) to the last one.
+
+        Blocks between them, and goes on by itself after a lost connection.
+
+        Raises:
+            NotFound: no such request. InvalidRequest: it ended before `start`.
+        """
+        follower = self.follower()
+        follower.add(request_id, start)
+        with self._reaching():
+            record = Keys.of(self.queue, request_id).record(request_id)
+            row: Any = self._server.hmget(record, "state", "offset")
+        check_position(request_id, start, *row)
+        return _deltas(follower)
+
+    def follow_many(self, request_ids: Iterable[str]) -> Iterator[Delta]:
+        """Deltas of many requests as they come, each request's in order, until all have ended."""
+        follower = self.follower()
+        for request_id in request_ids:
+            follower.add(request_id)
+        return _deltas(follower)
+
+    def follower(self) -> Follower:
+        """A new, empty `Follower` on this client's connection."""
+        return Follower(self._blocking, self.queue)
+
+    def result(self, request_id: str, *, timeout_s: float | None = None) -> Result:
+        """Wait for the whole output, however it ends.
+
+        Raises:
+            NotFound: no such request. TimeoutError: it has not ended within `timeout_s`.
+        """
+        if timeout_s is None:
+            return Result.of(list(self.follow(request_id)))
+        ends_at = time.monotonic() + timeout_s
+        self.follow(request_id)  # checks the id
+        follower = self.follower()
+        follower.add(request_id)
+        deltas: list[Delta] = []
+        while len(follower):
+            left = ends_at - time.monotonic()
+            deltas += follower.poll(max(left, 0.0))
+            if left <= 0 and len(follower):
+                raise TimeoutError(f"request {request_id} has not ended within {timeout_s:g} s")
+        return Result.of(deltas)
+
+    def map(
+        self,
+        prompts: Iterable[AnyPrompt],
+        *,
+        window: int = 256,
+        ordered: bool = False,
+        **fields: Any,
+    ) -> Iterator[Result]:
+        """Results of many prompts, as they end or in order; `fields` as for `new_request`.
+
+        At most `window` requests are unfinished or not yet taken; leaving the loop cancels them.
+        """
+        if window < 1:
+            raise InvalidRequest("window", "at least 1", window)
+        requests = (self.new_request(prompt, **fields) for prompt in prompts)
+        return Window(self, requests, size=window, ordered=ordered).results()
+
+    def cancel(self, request_id: str) -> bool:
+        """Stop a request; False if it had ended otherwise. A running one stops within a flush.
+
+        Raises:
+            NotFound: no such request.
+        """
+        tag = Keys.of(self.queue, request_id).tag
+        with self._reaching():
+            reply = _CANCEL(self._server, tag, [request_id])
+        if reply == b"NONE":
+            raise NotFound(f"no request {request_id} in queue {self.queue}, or its result expired")
+        return bool(reply == b"OK")
+
+    def workers(self) -> list[WorkerInfo]:
+        """The workers whose lease has not run out."""
+        with self._reaching():
+            seconds, micros = self._server.time()
+            now_ms = seconds * 1000 + micros // 1000
+            names: Any = self._server.zrangebyscore(self._keys.workers, now_ms, "+inf")
+            ids = [name.decode() for name in names]
+            rows: list[Any] = [self._server.hgetall(self._keys.worker(name)) for name in ids]
+        return [_worker(name, row) for name, row in zip(ids, rows, strict=True) if b"pid" in row]
+
+    def _enqueue(self, batch: list[tuple[Request, bytes]], before: int) -> None:
+        arguments: list[str | bytes | int] = []
+        for request, payload in batch:
+            arguments += (request.request_id, request.fingerprint, payload, request.tenant)
+            arguments += (request.priority, request.deadline_ms, request.prompt_cost)
+            arguments.append(request.params.max_tokens)
+        with self._reaching():
+            *replies, retry_ms = _ENQUEUE(self._server, self._keys.tag, arguments)
+        for index, (reply, (request, _)) in enumerate(zip(replies, batch, strict=True)):
+            if reply == b"CONFLICT":
+                expected = "a new id, or that of a request with the same content"
+                raise Conflict("request_id", expected, request.request_id, "choose another id")
+            if reply == b"BUSY":
+                raise _busy(self.queue, before + index, retry_ms / 1000)
+
+    @contextmanager
+    def _reaching(self) -> Iterator[None]:
+        try:
+            yield
+        except (RedisConnectionError, RedisTimeoutError) as error:
+            shown = shown_url(self.url)
+            raise ServerUnreachable(f"{shown} does not answer: {error}; is it running?") from error
+        except OutOfMemoryError as error:
+            text = f"queue {self.queue}: the server is out of memory; drain it or raise maxmemory"
+            raise Busy(text, 5.0) from error
+
+
+def _busy(queue: str, accepted: int, retry_after_s: float) -> Busy:
+    text = f"queue {queue} is full: {accepted} requests of this call were accepted"
+    remedy = f"repeat the call after {retry_after_s:.1f} s, or raise max_live"
+    return Busy(f"{text}; {remedy}", retry_after_s)
+
+
+def _batches(requests: Iterable[Request]) -> Iterator[list[tuple[Request, bytes]]]:
+    batch: list[tuple[Request, bytes]] = []
+    size = 0
+    for request in requests:
+        payload = request.pack()
+        if batch and (len(batch) == _BATCH or size + len(payload) > _BATCH_BYTES):
+            yield batch
+            batch, size = [], 0
+        batch.append((request, payload))
+        size += len(payload)
+    if batch:
+        yield batch
+
+
+def _deltas(follower: Follower) -> Iterator[Delta]:
+    while len(follower):
+        yield from follower.poll(MAX_BLOCK_S)
+
+
+def _worker(worker_id: str, row: Mapping[bytes, bytes]) -> WorkerInfo:
+    fields = {name.decode(): value.decode() for name, value in row.items()}
+    return WorkerInfo(
+        worker_id=worker_id,
+        model=fields["model"],
+        host=fields["host"],
+        pid=int(fields["pid"]),
+        started_ms=int(fields["started_ms"]),
+        version=fields.get("version", ""),
+    )
+
+
+def _embedded() -> str:
+    from tokenmill.producer.embedded import ensure_server
+
+    return ensure_server()

@@ -1,0 +1,152 @@
+"""`Follower`: reads the outputs of many requests in one blocking read, across reconnects."""
+
+import logging
+import time
+from typing import Any
+
+import redis
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import TimeoutError as RedisTimeoutError
+
+from tokenmill.producer.connection import MAX_BLOCK_S
+from tokenmill.producer.errors import InvalidRequest, NotFound
+from tokenmill.producer.keys import Keys
+from tokenmill.producer.wire import Delta, Usage, unpack_token_ids
+
+SERVER_LOST = "server_lost"
+SERVER_BACK = "server_back"
+#: Entries of one request taken by one read: a long output does not hold up the others.
+_ENTRIES = 64
+_BACKOFF_S = (0.05, 2.0)
+
+log = logging.getLogger(__name__)
+
+
+class Follower:
+    """A set of followed requests; each leaves the set with its last delta. One thread at a time.
+
+    The position in a stream is the number of tokens read, so that reading goes on exactly there
+    after a lost connection or in another process.
+    """
+
+    def __init__(self, blocking: redis.Redis, queue: str = "default") -> None:
+        """`blocking` comes from `connect(url, blocking=True)`; threads may share it."""
+        self._server = blocking
+        self._queue = queue
+        #: Stream key -> id of the last entry read, "<tokens>-0".
+        self._cursors: dict[Any, Any] = {}
+        self._ids: dict[str, str] = {}
+        self._failures = 0
+        self._heard = time.monotonic()
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def add(self, request_id: str, start: int = 0) -> None:
+        """Follow a request from the token offset `start`, 0 or the `end` of a delta."""
+        if start < 0:
+            raise InvalidRequest("start", "a token offset of at least 0", start)
+        key = Keys.of(self._queue, request_id).output(request_id)
+        self._ids[key] = request_id
+        self._cursors[key] = f"{start}-0"
+
+    def remove(self, request_id: str) -> None:
+        """Follow it no longer; an id that is not followed is no error."""
+        self._forget(Keys.of(self._queue, request_id).output(request_id))
+
+    def poll(self, timeout_s: float) -> list[Delta]:
+        """What has come, waiting up to `timeout_s` for the first; may be empty.
+
+        A server that does not answer is not an error: the call returns empty after a while, logs
+        once, and the next goes on where this one was.
+
+        Raises:
+            NotFound: a followed request is not known, or its result has expired.
+        """
+        if not self._cursors:
+            return []
+        try:
+            deltas = self._read(timeout_s)
+            if not deltas and time.monotonic() - self._heard >= MAX_BLOCK_S:
+                self._check_silence()
+        except (RedisConnectionError, RedisTimeoutError) as error:
+            self._lost(error, timeout_s)
+            return []
+        if self._failures:
+            self._failures = 0
+            log.warning(SERVER_BACK)
+        return deltas
+
+    def _read(self, timeout_s: float) -> list[Delta]:
+        # To the server, 0 would mean to block for ever.
+        block_ms = max(int(min(timeout_s, MAX_BLOCK_S) * 1000), 1)
+        reply: Any = self._server.xread(self._cursors, count=_ENTRIES, block=block_ms)
+        deltas = []
+        for name, entries in reply or ():
+            key = name.decode()
+            for entry_id, fields in entries:
+                delta = _delta(self._ids[key], entry_id.decode(), fields)
+                deltas.append(delta)
+                if delta.finish_reason:
+                    self._forget(key)
+                    break
+                self._cursors[key] = entry_id.decode()
+        if deltas:
+            self._heard = time.monotonic()
+        return deltas
+
+    def _check_silence(self) -> None:
+        """After a silence: whether what is followed is still there, and can still say something."""
+        self._heard = time.monotonic()
+        followed = list(self._ids.items())
+        with self._server.pipeline(transaction=False) as pipeline:
+            for _, request_id in followed:
+                record = Keys.of(self._queue, request_id).record(request_id)
+                pipeline.hmget(record, "state", "offset")
+            rows: list[Any] = pipeline.execute()
+        for (key, request_id), (state, offset) in zip(followed, rows, strict=True):
+            start = int(self._cursors[key].partition("-")[0])
+            check_position(request_id, start, state, offset)
+
+    def _forget(self, key: str) -> None:
+        self._ids.pop(key, None)
+        self._cursors.pop(key, None)
+
+    def _lost(self, error: Exception, timeout_s: float) -> None:
+        if not self._failures:
+            log.warning("%s: %s; retrying until it is back", SERVER_LOST, error)
+        low, high = _BACKOFF_S
+        time.sleep(min(low * 2 ** min(self._failures, 10), high, max(timeout_s, 0.0)))
+        self._failures += 1
+
+
+def check_position(request_id: str, start: int, state: bytes | None, offset: bytes | None) -> None:
+    """Whether a request with this `state` and `offset` has anything to say after `start` tokens.
+
+    Raises:
+        NotFound: there is no such request.
+        InvalidRequest: it ended before `start`.
+    """
+    if state is None:
+        raise NotFound(f"no request {request_id} in this queue: a wrong id, or its result expired")
+    total = int(offset or 0)
+    if state == b"end" and start > total:
+        raise InvalidRequest("start", f"at most {total}, where the request ended", start)
+
+
+def _delta(request_id: str, entry_id: str, fields: dict[bytes, bytes]) -> Delta:
+    token_ids = unpack_token_ids(fields[b"t"])
+    finish_reason = fields.get(b"f", b"").decode()
+    usage = None
+    if finish_reason:
+        usage = Usage(prompt_tokens=int(fields[b"p"]), completion_tokens=int(fields[b"c"]))
+    return Delta(
+        request_id=request_id,
+        start=int(entry_id.partition("-")[0]) - len(token_ids),
+        token_ids=token_ids,
+        text=fields[b"x"].decode(),
+        finish_reason=finish_reason,
+        reason=fields.get(b"y", b"").decode(),
+        usage=usage,
+        digest=fields[b"h"].decode(),
+    )

@@ -1,0 +1,100 @@
+"""`LocalWorker`: a worker that a command brings along as its child, and takes with it."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from tokenmill.producer.embedded import state_dir
+from tokenmill.producer.errors import TokenmillError
+
+#: In the child's environment: end when this process ends, however it does.
+PARENT = "TOKENMILL_PARENT_PID"
+STOP_TIMEOUT_S = 30.0
+_SHOWN_LINES = 5
+
+
+class WorkerEnded(TokenmillError):
+    """The worker that this command brought along has ended by itself."""
+
+
+class LocalWorker:
+    """A worker process for one model on one queue; its log is in the state directory."""
+
+    def __init__(self, model: str, *, url: str, queue: str) -> None:
+        self.model = model
+        self.log = state_dir() / f"worker-{os.getpid()}.log"
+        with self.log.open("wb") as output:
+            # Its own process group: Ctrl-C reaches this process alone, which then ends it in order.
+            self._process = subprocess.Popen(
+                _command(model, url, queue),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                process_group=0,
+                env=os.environ | {PARENT: str(os.getpid())},
+            )
+
+    def check(self) -> None:
+        """Whether it runs.
+
+        Raises:
+            WorkerEnded: it does not; the text has its last words.
+        """
+        status = self._process.poll()
+        if status is not None:
+            lines = _last_lines(self.log)
+            said = f": {lines[-1]}" if len(lines) == 1 else "".join(f"\n  {line}" for line in lines)
+            raise WorkerEnded(
+                f"the worker for {self.model} ended with status {status}{said}\n"
+                f"its log is {self.log}; run the same command again to go on"
+            )
+
+    def stop(self) -> None:
+        """End it in order and wait; kill it when it does not end, or on a second Ctrl-C."""
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGTERM)
+            try:
+                self._process.wait(STOP_TIMEOUT_S)
+            except (subprocess.TimeoutExpired, KeyboardInterrupt):
+                self._process.kill()
+                self._process.wait()
+        if self._process.returncode in (0, -signal.SIGTERM, -signal.SIGKILL):
+            self.log.unlink(missing_ok=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+
+def end_with_parent() -> None:
+    """In a process that a `LocalWorker` started: end in order when its parent is gone (Linux)."""
+    parent = os.environ.pop(PARENT, "")
+    if not parent.isdecimal() or sys.platform != "linux":
+        return
+    import ctypes
+
+    set_parent_death_signal = 1
+    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
+    if os.getppid() != int(parent):  # it went before we asked
+        sys.exit(0)
+
+
+def _command(model: str, url: str, queue: str) -> list[str]:
+    command = [sys.executable, "-P", "-m", "tokenmill.producer.cli", "worker"]
+    return [*command, "--model", model, "--redis", url, "--queue", queue]
+
+
+def _last_lines(log: Path) -> list[str]:
+    lines = [line.rstrip() for line in log.read_text(errors="replace").splitlines()]
+    return [line for line in lines if line.strip()][-_SHOWN_LINES:]

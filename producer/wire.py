@@ -1,0 +1,374 @@
+"""What travels between producers and workers: requests, deltas, results, and their bounds.
+
+Bytes on the wire are msgpack of plain maps, text is UTF-8, token ids are packed little-endian
+uint32. Everything is checked when it is built, so whatever arrives was checked twice.
+Longer than other files, so that the whole format can be read in one place.
+"""
+
+import hashlib
+import re
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Self
+
+import msgpack
+
+from tokenmill.producer.errors import InvalidRequest
+from tokenmill.producer.params import SamplingParams
+from tokenmill.producer.request_id import check_request_id
+
+WIRE_VERSION = 1
+MAX_PAYLOAD_BYTES = 4 * 2**20
+MAX_PROMPT_TOKENS = 1_000_000
+MAX_TOKEN_ID = 2**31 - 1
+MAX_MESSAGES = 4096
+MAX_METADATA = 32
+MAX_METADATA_KEY = 64
+MAX_METADATA_VALUE = 1024
+MAX_MODEL = 256
+MAX_TIME_MS = 2**53 - 1
+PRIORITIES = (0, 1, 2)
+#: Finish reasons; "" in a delta means that more follows.
+FINISH_REASONS = frozenset({"stop", "length", "cancelled", "expired", "error"})
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}", re.ASCII)
+_ROLE = re.compile(r"[a-z][a-z_]{0,31}", re.ASCII)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Message:
+    """One turn of a chat; the worker's model brings the template that joins the turns."""
+
+    role: str
+    content: str
+
+
+#: Text as it is, token ids, or chat messages.
+Prompt = str | tuple[int, ...] | tuple[Message, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One thing to generate, checked on construction.
+
+    Raises:
+        InvalidRequest: a field is of the wrong type or out of bounds; `field` is its path,
+            such as `prompt[3].role`.
+    """
+
+    #: `<shard>.<26 to 64 characters>`; the same id with the same content is one request.
+    request_id: str
+    prompt: Prompt
+    params: SamplingParams = field(default_factory=SamplingParams)
+    #: "" takes whatever model the queue serves.
+    model: str = ""
+    tenant: str = "default"
+    #: 0 is served first, then 1, then 2.
+    priority: int = 1
+    #: Unix time in ms after which the request ends as "expired" with what it has.
+    deadline_ms: int
+    #: Carried along for the producer's own use; the worker does not read it.
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_request_id(self.request_id)
+        object.__setattr__(self, "prompt", _prompt(self.prompt))
+        if not isinstance(self.params, SamplingParams):
+            raise InvalidRequest("params", "SamplingParams", self.params)
+        if not isinstance(self.model, str) or len(self.model) > MAX_MODEL:
+            raise InvalidRequest("model", f"a name of up to {MAX_MODEL} characters", self.model)
+        check_name("tenant", self.tenant)
+        if not _is_int(self.priority) or self.priority not in PRIORITIES:
+            raise InvalidRequest("priority", "0 (high), 1 (normal) or 2 (low)", self.priority)
+        if not _is_int(self.deadline_ms) or not 0 < self.deadline_ms <= MAX_TIME_MS:
+            raise InvalidRequest("deadline_ms", "a unix time in milliseconds", self.deadline_ms)
+        object.__setattr__(self, "metadata", _metadata(self.metadata))
+
+    @property
+    def prompt_cost(self) -> int:
+        """Prompt tokens: exact for token ids, else an estimate (4 bytes a token)."""
+        if isinstance(self.prompt, str):
+            return _utf8_len(self.prompt) // 4 + 1
+        return sum(
+            _utf8_len(item.content) // 4 + 8 if isinstance(item, Message) else 1
+            for item in self.prompt
+        )
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex digest of everything but the id and the deadline: what makes a repeat a repeat."""
+        content = self.to_mapping()
+        del content["request_id"], content["deadline_ms"]
+        return hashlib.blake2b(msgpack.packb(_sorted(content)), digest_size=16).hexdigest()
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> Self:
+        """Build from plain values, as JSON or msgpack carry them.
+
+        Raises:
+            InvalidRequest: an unknown or missing field, or one out of bounds.
+        """
+        _known(values, cls)
+        given = dict(values)
+        for name in ("request_id", "prompt", "deadline_ms"):
+            if name not in given:
+                raise InvalidRequest(name, "given", None)
+        params = given.get("params", {})
+        if not isinstance(params, SamplingParams):
+            if not isinstance(params, Mapping):
+                raise InvalidRequest("params", "a map of sampling parameters", params)
+            given["params"] = SamplingParams.from_mapping(params)
+        return cls(**given)
+
+    def to_mapping(self) -> dict[str, Any]:
+        """Plain types, without the fields that have their default; undone by `from_mapping`."""
+        values: dict[str, Any] = {"request_id": self.request_id, "deadline_ms": self.deadline_ms}
+        values["prompt"] = _plain_prompt(self.prompt)
+        optional = {
+            "params": self.params.to_mapping(),
+            "model": self.model,
+            "metadata": dict(self.metadata),
+        }
+        values.update({name: value for name, value in optional.items() if value})
+        if self.tenant != "default":
+            values["tenant"] = self.tenant
+        if self.priority != 1:
+            values["priority"] = self.priority
+        return values
+
+    def pack(self) -> bytes:
+        """As msgpack, at most `MAX_PAYLOAD_BYTES` long.
+
+        Raises:
+            InvalidRequest: it is longer, or its text is not valid Unicode.
+        """
+        try:
+            payload: bytes = msgpack.packb({"v": WIRE_VERSION, **self.to_mapping()})
+        except UnicodeEncodeError as error:
+            raise InvalidRequest("prompt", "valid Unicode text", error.reason) from error
+        if len(payload) > MAX_PAYLOAD_BYTES:
+            expected = f"a request of at most {MAX_PAYLOAD_BYTES} bytes"
+            raise InvalidRequest("prompt", expected, len(payload), "split the prompt")
+        return payload
+
+    @classmethod
+    def unpack(cls, payload: bytes) -> Self:
+        """Undo `pack`, trusting nothing.
+
+        Raises:
+            InvalidRequest: not msgpack, another version, or a field out of bounds.
+        """
+        if len(payload) > MAX_PAYLOAD_BYTES:
+            expected = f"at most {MAX_PAYLOAD_BYTES} bytes"
+            raise InvalidRequest("payload", expected, len(payload), "split the prompt")
+        try:
+            values = msgpack.unpackb(payload, strict_map_key=True)
+        # msgpack raises ValueError and its subclasses, and UnicodeDecodeError is one of them.
+        except (ValueError, TypeError) as error:
+            raise InvalidRequest("payload", "a msgpack map", type(error).__name__) from error
+        if not isinstance(values, dict) or values.pop("v", None) != WIRE_VERSION:
+            expected = f"a msgpack map of version {WIRE_VERSION}"
+            remedy = "upgrade the older of producer and worker"
+            raise InvalidRequest("payload", expected, type(values).__name__, remedy)
+        return cls.from_mapping(values)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """Tokens a request took; a prompt that no worker ever saw counts 0."""
+
+    prompt_tokens: int
+    completion_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Delta:
+    """A piece of a request's output. The last has a `finish_reason`, and may have tokens too."""
+
+    request_id: str
+    #: Offset of the first of `token_ids`; `end` is where the next delta starts.
+    start: int
+    token_ids: tuple[int, ...]
+    text: str
+    #: "" goes on; else one of `FINISH_REASONS`.
+    finish_reason: str = ""
+    #: Why, where `finish_reason` is not "stop" or "length".
+    reason: str = ""
+    #: In the last delta only.
+    usage: Usage | None = None
+    #: `chain_digest` of all tokens up to `end`: shows a fork after a server rolled back.
+    digest: str = ""
+
+    @property
+    def end(self) -> int:
+        """Token offset after this delta: follow from here to go on."""
+        return self.start + len(self.token_ids)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """A whole output."""
+
+    request_id: str
+    token_ids: tuple[int, ...]
+    text: str
+    finish_reason: str
+    reason: str
+    usage: Usage
+
+    @classmethod
+    def of(cls, deltas: Sequence[Delta]) -> Self:
+        """Join all deltas of one request, the last one ending it."""
+        last = deltas[-1]
+        token_ids = tuple(token_id for delta in deltas for token_id in delta.token_ids)
+        return cls(
+            request_id=last.request_id,
+            token_ids=token_ids,
+            text="".join(delta.text for delta in deltas),
+            finish_reason=last.finish_reason,
+            reason=last.reason,
+            usage=last.usage or Usage(prompt_tokens=0, completion_tokens=len(token_ids)),
+        )
+
+    @property
+    def ok(self) -> bool:
+        """Whether the model ended it, and not an error, a deadline or a cancel."""
+        return self.finish_reason in ("stop", "length")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerInfo:
+    """A worker's registration: what it serves, and where it runs."""
+
+    worker_id: str
+    model: str
+    host: str
+    pid: int
+    started_ms: int
+    version: str = ""
+
+
+def pack_token_ids(token_ids: Iterable[int]) -> bytes:
+    """Token ids as little-endian uint32."""
+    ids = tuple(token_ids)
+    return struct.pack(f"<{len(ids)}I", *ids)
+
+
+def unpack_token_ids(packed: bytes) -> tuple[int, ...]:
+    """Undo `pack_token_ids`."""
+    return struct.unpack(f"<{len(packed) // 4}I", packed)
+
+
+def chain_digest(previous: str, token_ids: Iterable[int]) -> str:
+    """Running blake2b-64 over token ids, one link a token, so that no split into deltas shows.
+
+    `previous` is the hex digest so far, "" at the start; returns 16 hex digits.
+    """
+    link = bytes.fromhex(previous)
+    for token_id in token_ids:
+        link = hashlib.blake2b(link + token_id.to_bytes(4, "little"), digest_size=8).digest()
+    return link.hex()
+
+
+def check_name(name: str, value: object) -> str:
+    """The value, if it may be the name of a queue or tenant: it becomes part of a key.
+
+    Raises:
+        InvalidRequest: it may not.
+    """
+    if not isinstance(value, str) or not _NAME.fullmatch(value):
+        expected = "1 to 64 of A-Z a-z 0-9 _ . -, beginning with a letter or digit"
+        raise InvalidRequest(name, expected, value)
+    return value
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _utf8_len(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
+
+
+def _known(values: Mapping[str, Any], cls: type[Request]) -> None:
+    known = {item.name for item in fields(cls)}
+    for name in values:
+        if name not in known:
+            expected = f"a field of a request ({', '.join(sorted(known))})"
+            raise InvalidRequest(str(name), expected, name, "remove it")
+
+
+def _prompt(value: object) -> Prompt:
+    if isinstance(value, str):
+        return _text("prompt", value)
+    if not isinstance(value, list | tuple) or not value:
+        raise InvalidRequest("prompt", "text, token ids or chat messages, not empty", value)
+    if _is_int(value[0]):
+        return _token_ids(value)
+    if len(value) > MAX_MESSAGES:
+        raise InvalidRequest("prompt", f"at most {MAX_MESSAGES} messages", len(value))
+    return tuple(_message(f"prompt[{index}]", item) for index, item in enumerate(value))
+
+
+def _text(path: str, value: str) -> str:
+    if not 1 <= len(value) <= MAX_PAYLOAD_BYTES:
+        raise InvalidRequest(path, f"1 to {MAX_PAYLOAD_BYTES} characters", len(value))
+    return value
+
+
+def _token_ids(value: list[Any] | tuple[Any, ...]) -> tuple[int, ...]:
+    if len(value) > MAX_PROMPT_TOKENS:
+        raise InvalidRequest("prompt", f"at most {MAX_PROMPT_TOKENS} token ids", len(value))
+    for index, item in enumerate(value):
+        if not _is_int(item) or not 0 <= item <= MAX_TOKEN_ID:
+            expected = f"a token id from 0 to {MAX_TOKEN_ID}"
+            raise InvalidRequest(f"prompt[{index}]", expected, item)
+    return tuple(value)
+
+
+def _message(path: str, item: object) -> Message:
+    if isinstance(item, Message):
+        role, content = item.role, item.content
+    elif isinstance(item, Mapping):
+        for name in item:
+            if name not in ("role", "content"):
+                raise InvalidRequest(f"{path}.{name}", "role or content", name, "remove it")
+        role, content = item.get("role", ""), item.get("content", None)
+    else:
+        raise InvalidRequest(path, "a message with role and content", item)
+    if not isinstance(role, str) or not _ROLE.fullmatch(role):
+        raise InvalidRequest(f"{path}.role", "a role such as system, user or assistant", role)
+    if not isinstance(content, str):
+        raise InvalidRequest(f"{path}.content", "text", content)
+    if len(content) > MAX_PAYLOAD_BYTES:
+        expected = f"at most {MAX_PAYLOAD_BYTES} characters"
+        raise InvalidRequest(f"{path}.content", expected, len(content))
+    return Message(role=role, content=content)
+
+
+def _plain_prompt(prompt: Prompt) -> str | list[Any]:
+    if isinstance(prompt, str):
+        return prompt
+    return [
+        {"role": item.role, "content": item.content} if isinstance(item, Message) else item
+        for item in prompt
+    ]
+
+
+def _metadata(value: object) -> dict[str, str]:
+    if not isinstance(value, Mapping) or len(value) > MAX_METADATA:
+        raise InvalidRequest("metadata", f"a map of at most {MAX_METADATA} strings", value)
+    for key, item in value.items():
+        if not isinstance(key, str) or not 1 <= len(key) <= MAX_METADATA_KEY:
+            raise InvalidRequest("metadata", f"keys of 1 to {MAX_METADATA_KEY} characters", key)
+        if not isinstance(item, str) or len(item) > MAX_METADATA_VALUE:
+            expected = f"a string of at most {MAX_METADATA_VALUE} characters"
+            raise InvalidRequest(f"metadata.{key}", expected, item)
+    return dict(value)
+
+
+def _sorted(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _sorted(value[key]) for key in sorted(value)}
+    return value

@@ -1,0 +1,126 @@
+"""A worker without a model: it answers through the real queue, a word a token."""
+
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tokenmill.producer.connection import connect
+from tokenmill.producer.keys import Keys
+from tokenmill.producer.wire import Request, Usage, WorkerInfo, chain_digest
+from tokenmill.worker.queue import Append, Claim, Finish, Queue
+
+
+class FakeWorker(threading.Thread):
+    """Says what it was asked, reversed, a word a token; refuses a prompt with the word REFUSE."""
+
+    def __init__(self, url: str, *, model: str, limit: int) -> None:
+        super().__init__(daemon=True)
+        self.url = url
+        self.model = model
+        #: Answers that it still gives; then it only keeps its lease.
+        self.limit = limit
+        self.answered = 0
+        self.requests: list[Request] = []
+        self.exhausted = threading.Event()
+        self.ready = threading.Event()
+        self.ended = threading.Event()
+
+    def run(self) -> None:
+        server, blocking = connect(self.url), connect(self.url, blocking=True)
+        queue = Queue(server, Keys(), f"fake-{time.monotonic_ns()}", blocking=blocking)
+        info = WorkerInfo(
+            worker_id=queue.worker_id,
+            model=self.model,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            started_ms=1,
+        )
+        queue.register(info)
+        self.ready.set()
+        while not self.ended.is_set():
+            room = min(self.limit - self.answered, 64)
+            claims = (
+                queue.claim(sequences=room, tokens=10**6, kv_tokens=10**9, limit=room)
+                if room > 0
+                else []
+            )
+            for claim in claims:
+                self._answer(queue, claim)
+            if self.answered >= self.limit:
+                self.exhausted.set()
+                queue.renew()
+            queue.wait(0.05)
+        queue.retire()
+        server.close()
+        blocking.close()
+
+    def stop(self) -> None:
+        self.ended.set()
+        self.join(10)
+
+    def _answer(self, queue: Queue, claim: Claim) -> None:
+        prompt = claim.request.prompt
+        last = prompt if isinstance(prompt, str) else prompt[-1]
+        text = last if isinstance(last, str) else getattr(last, "content", str(last))
+        words = text.split()[::-1][: claim.request.params.max_tokens]
+        refused = "REFUSE" in words
+        if refused:
+            words = []
+        ids = tuple(range(len(words)))
+        pieces = [f"{word} " for word in words]
+        half = len(ids) // 2
+        if half:
+            append = Append(
+                request_id=claim.request_id,
+                epoch=claim.epoch,
+                start=0,
+                token_ids=ids[:half],
+                text="".join(pieces[:half]),
+                digest=chain_digest("", ids[:half]),
+            )
+            queue.append([append])
+        finish = Finish(
+            request_id=claim.request_id,
+            epoch=claim.epoch,
+            start=half,
+            token_ids=ids[half:],
+            text="".join(pieces[half:]),
+            digest=chain_digest("", ids),
+            finish_reason="error" if refused else "stop",
+            reason="refused, as asked" if refused else "",
+            usage=Usage(prompt_tokens=len(text.split()), completion_tokens=len(ids)),
+        )
+        queue.finish([finish])
+        self.requests.append(claim.request)
+        self.answered += 1
+
+
+@pytest.fixture
+def fake_worker(server_url: str) -> Iterator[Callable[..., FakeWorker]]:
+    """`fake_worker(model=, limit=, url=)`: a running FakeWorker, by default on the shared server."""
+    workers: list[FakeWorker] = []
+
+    def start(*, model: str = "fake", limit: int = 10**9, url: str = server_url) -> FakeWorker:
+        worker = FakeWorker(url, model=model, limit=limit)
+        worker.start()
+        assert worker.ready.wait(10)
+        workers.append(worker)
+        return worker
+
+    yield start
+    for worker in workers:
+        worker.stop()
+
+
+@pytest.fixture
+def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A state directory of this test alone, and no server named."""
+    path = tmp_path / "state"
+    monkeypatch.setenv("TOKENMILL_STATE_DIR", str(path))
+    monkeypatch.delenv("TOKENMILL_REDIS_URL", raising=False)
+    return path

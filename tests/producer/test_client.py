@@ -1,0 +1,280 @@
+"""The client against real servers, with workers played by the test."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import redis
+
+from tokenmill.producer import client as client_module
+from tokenmill.producer.client import REDIS_URL, Client
+from tokenmill.producer.errors import (
+    Busy,
+    Conflict,
+    InvalidRequest,
+    NotFound,
+    ServerUnreachable,
+)
+from tokenmill.producer.keys import Keys
+from tokenmill.producer.request_id import new_request_id
+from tokenmill.producer.wire import Request, Usage, chain_digest
+from tokenmill.worker.queue import Append, Claim, Finish, Queue
+
+AMPLE = {"sequences": 100, "tokens": 100_000, "kv_tokens": 1_000_000}
+MakeQueue = Callable[..., Queue]
+
+
+def append(queue: Queue, claim: Claim, start: int, *token_ids: int) -> None:
+    piece = Append(
+        request_id=claim.request_id,
+        epoch=claim.epoch,
+        start=start,
+        token_ids=token_ids,
+        text="".join(map(chr, token_ids)),
+        digest=chain_digest("", token_ids),
+    )
+    queue.append([piece])
+
+
+def finish(queue: Queue, claim: Claim, start: int) -> None:
+    usage = Usage(prompt_tokens=2, completion_tokens=start)
+    end = Finish(
+        request_id=claim.request_id,
+        epoch=claim.epoch,
+        start=start,
+        finish_reason="stop",
+        usage=usage,
+    )
+    queue.finish([end])
+
+
+def test_submit_sends_what_new_request_builds(client: Client, make_queue: MakeQueue) -> None:
+    fields: dict[str, Any] = {"priority": 0, "model": "m", "metadata": {"row": "1"}, "seed": 5}
+    request_id = client.submit([{"role": "user", "content": "hi"}], max_tokens=3, **fields)
+    [claim] = make_queue().claim(**AMPLE)
+    built = client.new_request(
+        [{"role": "user", "content": "hi"}], max_tokens=3, request_id=request_id, **fields
+    )
+    assert claim.request.fingerprint == built.fingerprint
+    assert claim.request.params.seed == 5
+    assert abs(claim.request.deadline_ms - built.deadline_ms) < 60_000
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"temperature": -1}, "temperature"),
+        ({"max_tokenz": 3}, "max_tokenz"),
+        ({"deadline_s": 0}, "deadline_s"),
+        ({"deadline_s": 31 * 86_400}, "deadline_s"),
+        ({"request_id": ""}, "request_id"),
+    ],
+)
+def test_bad_fields_are_refused_before_anything_is_sent(
+    client: Client, server: redis.Redis, fields: dict[str, Any], field: str
+) -> None:
+    with pytest.raises(InvalidRequest, match="must be") as caught:
+        client.submit("x", **fields)
+    assert caught.value.field == field
+    assert server.dbsize() == 0
+
+
+def test_a_repeat_is_a_no_op_and_another_content_a_conflict(
+    client: Client, server: redis.Redis
+) -> None:
+    request_id = new_request_id()
+    assert client.submit("x", request_id=request_id) == request_id
+    assert client.submit("x", request_id=request_id) == request_id
+    assert server.xlen(Keys().lane(1, "default")) == 1
+    with pytest.raises(Conflict, match="choose another id"):
+        client.submit("y", request_id=request_id)
+
+
+def test_a_full_queue_refuses_and_says_when_to_come_back(
+    client: Client, server: redis.Redis, make_queue: MakeQueue
+) -> None:
+    queue = make_queue()
+    queue.configure(max_live=2)
+    requests = [client.new_request(f"{number}") for number in range(3)]
+    with pytest.raises(Busy, match="2 requests of this call were accepted") as caught:
+        client.submit_many(requests)
+    assert 1.0 <= caught.value.retry_after_s <= 2.0
+    assert server.zcard(Keys().live) == 2
+    finish(queue, queue.claim(**AMPLE)[0], 0)
+    assert client.submit_many(requests) == [request.request_id for request in requests]
+
+
+def test_submit_many_goes_in_batches_by_number_and_size(
+    client: Client, server: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    enqueue = client_module._ENQUEUE
+
+    def counted(server: redis.Redis, tag: str, arguments: list[Any]) -> Any:
+        calls.append(len(arguments) // 8)
+        return enqueue(server, tag, arguments)
+
+    monkeypatch.setattr(client_module, "_ENQUEUE", counted)
+    client.submit_many(client.new_request("x") for _ in range(150))
+    client.submit_many(client.new_request("x" * 2_000_000) for _ in range(3))
+    assert calls == [64, 64, 22, 2, 1]
+    assert server.zcard(Keys().live) == 153
+
+
+def test_follow_reads_from_any_offset_and_ends(client: Client, make_queue: MakeQueue) -> None:
+    request_id = client.submit("x")
+    queue = make_queue()
+    [claim] = queue.claim(**AMPLE)
+    append(queue, claim, 0, 65, 66)
+    deltas = client.follow(request_id)
+    first = next(deltas)
+    assert (first.start, first.token_ids, first.text, first.finish_reason) == (
+        0,
+        (65, 66),
+        "AB",
+        "",
+    )
+    append(queue, claim, 2, 67)
+    assert next(deltas).token_ids == (67,)
+    finish(queue, claim, 3)
+    last = next(deltas)
+    assert (last.start, last.token_ids, last.finish_reason) == (3, (), "stop")
+    assert last.usage == Usage(prompt_tokens=2, completion_tokens=3)
+    assert list(deltas) == []
+    assert [delta.text for delta in client.follow(request_id, start=first.end)] == ["C", ""]
+    with pytest.raises(InvalidRequest, match="start must be at most 3"):
+        client.follow(request_id, start=4)
+    with pytest.raises(NotFound, match="wrong id"):
+        client.follow(new_request_id())
+    with pytest.raises(InvalidRequest, match="request_id must be"):
+        client.follow("nonsense")
+
+
+def test_result_waits_for_the_end(client: Client, echo_worker: None) -> None:
+    assert client.result(client.submit("hello"), timeout_s=30).text == "hello"
+    assert client.result(client.submit("again")).text == "again"
+
+
+def test_result_times_out(client: Client) -> None:
+    with pytest.raises(TimeoutError, match=r"not ended within 0\.01 s"):
+        client.result(client.submit("x"), timeout_s=0.01)
+    with pytest.raises(NotFound, match="wrong id"):
+        client.result(new_request_id(), timeout_s=1)
+
+
+def test_follow_many_mixes_streams_in_order(client: Client, echo_worker: None) -> None:
+    texts = {client.submit(f"text {number}"): f"text {number}" for number in range(10)}
+    seen = dict.fromkeys(texts, "")
+    ends = {}
+    for delta in client.follow_many(texts):
+        assert delta.start == len(seen[delta.request_id])
+        seen[delta.request_id] += delta.text
+        if delta.finish_reason:
+            ends[delta.request_id] = delta.finish_reason
+    assert seen == texts
+    assert set(ends.values()) == {"stop"}
+    assert len(ends) == 10
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+def test_map_answers_every_prompt(client: Client, echo_worker: None, ordered: bool) -> None:
+    prompts = [f"prompt {number}" for number in range(30)]
+    texts = [result.text for result in client.map(prompts, window=7, ordered=ordered)]
+    assert (texts if ordered else sorted(texts)) == (prompts if ordered else sorted(prompts))
+
+
+def test_map_keeps_to_its_window_and_cancels_what_it_leaves(
+    client: Client, server: redis.Redis, make_queue: MakeQueue
+) -> None:
+    queue = make_queue()
+    made = []
+
+    def prompts() -> Any:
+        for number in range(100):
+            made.append(number)
+            # Answer the first as soon as the window is full, so that the loop has something.
+            if number == 3:
+                finish(queue, queue.claim(**AMPLE, limit=1)[0], 0)
+            yield f"{number}"
+
+    results = client.map(prompts(), window=5)
+    assert next(results).finish_reason == "stop"
+    assert len(made) == 5
+    assert server.zcard(Keys().live) == 4
+    results.close()  # type: ignore[attr-defined]
+    assert server.zcard(Keys().live) == 0
+    with pytest.raises(InvalidRequest, match="window must be"):
+        client.map([], window=0)
+
+
+def test_map_waits_for_a_full_queue(
+    client: Client, make_queue: MakeQueue, echo_worker: None
+) -> None:
+    make_queue().configure(max_live=1)
+    assert [result.text for result in client.map(["a", "b"], window=2)] == ["a", "b"]
+
+
+def test_cancel_says_what_it_did(client: Client, make_queue: MakeQueue) -> None:
+    queue = make_queue()
+    ended, waiting = client.submit("x"), client.submit("y")
+    finish(queue, queue.claim(**AMPLE, limit=1)[0], 0)
+    assert client.cancel(ended) is False
+    assert client.cancel(waiting) is True
+    with pytest.raises(NotFound, match="no request"):
+        client.cancel(new_request_id())
+
+
+def test_the_url_comes_from_the_environment(
+    server_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(REDIS_URL, server_url)
+    with Client() as client:
+        assert client.url == server_url
+        assert client.workers() == []
+
+
+def test_an_enqueue_survives_a_crash_and_a_follower_goes_on(
+    own_server: Any, make_request: Callable[..., Request], caplog: pytest.LogCaptureFixture
+) -> None:
+    with Client(own_server.url) as client:
+        client._server.config_set("appendfsync", "always")
+        queue = Queue(client._server, Keys(), "w")
+        request_id = client.submit("x")
+        [claim] = queue.claim(**AMPLE)
+        append(queue, claim, 0, 65)
+        follower = client.follower()
+        follower.add(request_id)
+        assert [delta.text for delta in follower.poll(5)] == ["A"]
+        own_server.kill()
+        with pytest.raises(ServerUnreachable, match="does not answer"):
+            client.submit("y")
+        assert follower.poll(0.01) == []
+        assert follower.poll(0.01) == []
+        own_server.start()
+        append(queue, claim, 0, 65)  # a repeat of what was committed before the crash
+        append(queue, claim, 1, 66)
+        finish(queue, claim, 2)
+        assert [delta.text for delta in follower.poll(5)] == ["B", ""]
+        assert client.result(request_id, timeout_s=5).text == "AB"
+    assert [record.message.split(":")[0] for record in caplog.records] == [
+        "server_lost",
+        "server_back",
+    ]
+
+
+def test_out_of_memory_refuses_new_work_and_ends_the_old(
+    client: Client, server: redis.Redis, make_queue: MakeQueue
+) -> None:
+    request_id = client.submit("x")
+    queue = make_queue()
+    [claim] = queue.claim(**AMPLE)
+    server.config_set("maxmemory", "1mb")
+    try:
+        with pytest.raises(Busy, match="out of memory"):
+            client.submit("y")
+        append(queue, claim, 0, 65)
+        finish(queue, claim, 1)
+    finally:
+        server.config_set("maxmemory", "0")
+    assert client.result(request_id, timeout_s=5).text == "A"

@@ -1,0 +1,78 @@
+from collections.abc import Callable
+
+import pytest
+import redis
+
+from tokenmill.producer import follower as follower_module
+from tokenmill.producer.client import Client
+from tokenmill.producer.errors import InvalidRequest, NotFound
+from tokenmill.producer.follower import Follower, check_position
+from tokenmill.producer.keys import Keys
+
+
+def test_an_empty_follower_has_nothing(client: Client) -> None:
+    follower = client.follower()
+    assert follower.poll(10) == []
+    assert len(follower) == 0
+
+
+def test_add_and_remove(client: Client, echo_worker: None) -> None:
+    follower = client.follower()
+    kept, dropped = client.submit("kept"), client.submit("dropped")
+    follower.add(kept)
+    follower.add(dropped)
+    follower.remove(dropped)
+    follower.remove(dropped)
+    seen = []
+    while len(follower):
+        seen += follower.poll(5)
+    assert {delta.request_id for delta in seen} == {kept}
+    assert "".join(delta.text for delta in seen) == "kept"
+    with pytest.raises(InvalidRequest, match="start must be"):
+        follower.add(kept, -1)
+
+
+def test_a_vanished_request_is_noticed_after_a_silence(
+    client: Client, server: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request_id = client.submit("x")
+    follower = client.follower()
+    follower.add(request_id)
+    assert follower.poll(0.01) == []
+    monkeypatch.setattr(follower_module, "MAX_BLOCK_S", 0.0)
+    assert follower.poll(0.01) == []  # silent, but it is there
+    server.delete(Keys().record(request_id))
+    with pytest.raises(NotFound, match=request_id):
+        follower.poll(0.01)
+
+
+@pytest.mark.parametrize(("start", "offset"), [(0, b"0"), (3, b"3"), (0, b"3")])
+def test_a_position_that_has_more_to_say(start: int, offset: bytes) -> None:
+    check_position("id", start, b"end", offset)
+
+
+def test_a_position_beyond_the_end() -> None:
+    check_position("id", 4, b"run", b"3")
+    with pytest.raises(InvalidRequest, match="start must be at most 3"):
+        check_position("id", 4, b"end", b"3")
+
+
+def test_a_long_output_does_not_hold_up_others(
+    client: Client, make_follower_input: Callable[[Follower], tuple[str, str]]
+) -> None:
+    follower = client.follower()
+    long, short = make_follower_input(follower)
+    first = follower.poll(5)
+    assert {delta.request_id for delta in first} == {long, short}
+
+
+@pytest.fixture
+def make_follower_input(client: Client, echo_worker: None) -> Callable[[Follower], tuple[str, str]]:
+    def make(follower: Follower) -> tuple[str, str]:
+        long, short = client.submit("x" * 400), client.submit("short")
+        for request_id in (long, short):
+            client.result(request_id, timeout_s=30)
+            follower.add(request_id)
+        return long, short
+
+    return make

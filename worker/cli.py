@@ -1,0 +1,170 @@
+"""`tokenmill worker`: serve a model. Imports no torch before it starts."""
+
+import logging
+from functools import partial
+from typing import Any
+
+import click
+
+from tokenmill.engine.config import EngineConfig
+from tokenmill.engine.scheduler import Policy
+from tokenmill.worker.config import WorkerConfig, parse_bytes
+from tokenmill.worker.log import configure
+
+#: An option whose help names its environment variable.
+_option = partial(click.option, show_envvar=True)
+
+
+def _auto(value: str) -> int | None:
+    """An integer, or `auto` (None): chosen from device and model."""
+    if value == "auto":
+        return None
+    try:
+        return int(value)
+    except ValueError as error:
+        raise click.BadParameter(f"expected an integer or auto, got {value!r}") from error
+
+
+@click.command()
+@_option(
+    "--model", envvar="TOKENMILL_MODEL", required=True, help="Name, directory, .gguf or hub id."
+)
+@_option(
+    "--redis",
+    "url",
+    envvar="TOKENMILL_REDIS_URL",
+    metavar="URL",
+    help="redis://, rediss:// or unix://; without one, the embedded server.",
+)
+@_option("--queue", envvar="TOKENMILL_QUEUE", default="default", help="Name of the queue.")
+@_option(
+    "--token-budget",
+    envvar="TOKENMILL_TOKEN_BUDGET",
+    type=_auto,
+    metavar="N|auto",
+    default="auto",
+    show_default=True,
+    help="Most tokens in one forward pass.",
+)
+@_option(
+    "--device",
+    envvar="TOKENMILL_DEVICE",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    help="auto takes a GPU where there is one.",
+)
+@_option(
+    "--dtype",
+    envvar="TOKENMILL_DTYPE",
+    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+    default="auto",
+    help="auto is bfloat16 on a GPU and float32 on a CPU.",
+)
+@_option(
+    "--max-num-seqs",
+    envvar="TOKENMILL_MAX_NUM_SEQS",
+    type=_auto,
+    metavar="N|auto",
+    default="auto",
+    help="Most sequences at once.",
+)
+@_option(
+    "--max-model-len",
+    envvar="TOKENMILL_MAX_MODEL_LEN",
+    type=_auto,
+    metavar="N|auto",
+    default="auto",
+    help="Most tokens of a sequence.",
+)
+@_option(
+    "--kv-cache-memory",
+    envvar="TOKENMILL_KV_CACHE_MEMORY",
+    metavar="BYTES",
+    help="Memory for the KV cache, such as 2GiB.",
+)
+@_option(
+    "--policy",
+    envvar="TOKENMILL_POLICY",
+    type=click.Choice([policy.value for policy in Policy]),
+    default=Policy.SPLITFUSE.value,
+    help="How a step is filled; the others are for comparison.",
+)
+@_option("--threads", envvar="TOKENMILL_THREADS", type=int, help="CPU threads of the model.")
+@_option(
+    "--lease",
+    "lease_s",
+    envvar="TOKENMILL_LEASE",
+    type=float,
+    default=15.0,
+    metavar="SECONDS",
+    help="Silence after which others take over.",
+)
+@_option(
+    "--stall-limit",
+    "stall_limit_s",
+    envvar="TOKENMILL_STALL_LIMIT",
+    type=float,
+    default=60.0,
+    metavar="SECONDS",
+    help="A longer step counts as hung.",
+)
+@_option(
+    "--exit-when-idle",
+    "exit_when_idle_s",
+    envvar="TOKENMILL_EXIT_WHEN_IDLE",
+    type=float,
+    metavar="SECONDS",
+    help="End after so long without work.",
+)
+@_option(
+    "--health-port",
+    envvar="TOKENMILL_HEALTH_PORT",
+    type=int,
+    metavar="PORT",
+    help="Serve /livez and /readyz here.",
+)
+@_option("--verbose", "-v", envvar="TOKENMILL_VERBOSE", is_flag=True, help="Log every request.")
+@_option("--json", "as_json", envvar="TOKENMILL_JSON", is_flag=True, help="Log as JSON lines.")
+@click.pass_context
+def worker(
+    context: click.Context,
+    /,
+    *,
+    url: str | None,
+    token_budget: int | None,
+    max_num_seqs: int | None,
+    max_model_len: int | None,
+    kv_cache_memory: str | None,
+    policy: str,
+    lease_s: float,
+    verbose: bool,
+    as_json: bool,
+    **settings: Any,
+) -> None:
+    """Serve a model: take requests from the queue, stream their tokens back.
+
+    SIGTERM or Ctrl-C stops it in order: what runs is given back, and another worker goes on at the
+    exact token. A second one quits at once.
+    """
+    configure(as_json=as_json, level=logging.DEBUG if verbose else logging.INFO)
+    config = WorkerConfig(
+        redis_url=url or _embedded(),
+        lease_ms=int(lease_s * 1000),
+        engine=EngineConfig(
+            token_budget=token_budget,
+            max_num_seqs=max_num_seqs,
+            max_model_len=max_model_len,
+            kv_cache_memory=None if kv_cache_memory is None else parse_bytes(kv_cache_memory),
+            policy=Policy(policy),
+        ),
+        **settings,
+    )
+    from tokenmill.worker.process import run
+
+    context.exit(run(config))
+
+
+def _embedded() -> str:
+    from tokenmill.producer.embedded import ensure_server
+
+    return ensure_server()

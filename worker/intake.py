@@ -1,0 +1,254 @@
+"""`Intake`: a thread that claims what fits, tokenizes it, and hands it to the loop.
+
+The loop offers the engine's capacity after each step. While the next step runs, that offer, less
+what was claimed since and has not reached the engine, is what may be claimed:
+
+    room = capacity offered - (claimed, and not in that capacity yet)
+
+Without room the thread sleeps until the next offer; without work, on the control stream. Renewing
+the lease and reaping are done on the side. All of it stops while the engine makes no progress, so
+that a hung worker loses its lease like a dead one.
+"""
+
+import random
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from redis.exceptions import RedisError
+
+from tokenmill.engine.detokenizer import Decodes
+from tokenmill.engine.engine import Capacity
+from tokenmill.producer.connection import MAX_BLOCK_S
+from tokenmill.producer.errors import InvalidRequest
+from tokenmill.producer.params import derived_seed
+from tokenmill.producer.wire import Message, Request
+from tokenmill.worker.inbox import Admission, Inbox
+from tokenmill.worker.log import CLAIMED, IDLE, REAPED, emit
+from tokenmill.worker.outage import Outage
+from tokenmill.worker.output import Output
+from tokenmill.worker.publisher import Publisher
+from tokenmill.worker.queue import Claim, Queue
+
+#: With work in the engine and nothing claimable, look again after this: what did not fit before
+#: fits when something ends, and that wakes nobody.
+BUSY_WAIT_S = 0.1
+#: New tokens that a claim reserves KV memory for, as the claim script does.
+KV_RESERVE = 256
+
+
+class Tokenizes(Decodes, Protocol):
+    """Of a tokenizer, what a worker needs."""
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def apply_chat_template(self, messages: Sequence[dict[str, str]]) -> list[int]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """What may be claimed now."""
+
+    sequences: int = 0
+    tokens: int = 0
+    kv_tokens: int = 0
+
+    def __bool__(self) -> bool:
+        return self.sequences > 0 and self.tokens > 0 and self.kv_tokens > 0
+
+    def less(self, other: "Room") -> "Room":
+        return Room(
+            self.sequences - other.sequences,
+            self.tokens - other.tokens,
+            self.kv_tokens - other.kv_tokens,
+        )
+
+
+class Intake:
+    """Offered capacity by the loop, run by its own thread."""
+
+    def __init__(
+        self,
+        queue: Queue,
+        inbox: Inbox,
+        publisher: Publisher,
+        outage: Outage,
+        *,
+        tokenizer: Tokenizes,
+        model: str,
+        exit_when_idle_s: float | None = None,
+        is_alive: Callable[[], bool] = lambda: True,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._queue = queue
+        self._inbox = inbox
+        self._publisher = publisher
+        self._outage = outage
+        self._tokenizer = tokenizer
+        self._model = model
+        self._exit_when_idle_s = exit_when_idle_s
+        self._is_alive = is_alive
+        self._clock = clock
+        self._changed = threading.Condition()
+        self._stopping = threading.Event()
+        self._offered = Room()
+        #: Claimed, and not in the offered capacity: sequence id -> what it takes.
+        self._held: dict[str, Room] = {}
+        self._upkeep_s = queue.lease_ms / 3000
+        self._upkeep_at = clock()
+        self._idle_since = clock()
+
+    # -- called by other threads -------------------------------------------------------------
+
+    def offer(self, capacity: Capacity, admitted: Iterable[str] = ()) -> None:
+        """Say what the engine can take, the sequences `admitted` being in it already."""
+        kv_tokens = capacity.blocks * capacity.block_size
+        with self._changed:
+            for seq_id in admitted:
+                self._held.pop(seq_id, None)
+            self._offered = Room(capacity.sequences, capacity.tokens, kv_tokens)
+            if self._room():
+                self._changed.notify()
+
+    def stop(self) -> None:
+        """Claim nothing more, and end."""
+        self._stopping.set()
+        with self._changed:
+            self._changed.notify()
+
+    # -- the thread --------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Claim until stopped."""
+        while not self._stopping.is_set():
+            try:
+                self.turn()
+            except RedisError as error:
+                if not self._stopping.is_set():
+                    self._stopping.wait(self._outage.lost(error))
+
+    def turn(self) -> None:
+        """Claim once, or wait for what makes it worth while."""
+        if not self._is_alive():
+            self._stopping.wait(self._upkeep_s)
+            return
+        self._keep_up()
+        room = self._await_room()
+        if not room:
+            return
+        was_idle = not self._publisher.num_held
+        claims = self._queue.claim(
+            sequences=room.sequences, tokens=room.tokens, kv_tokens=room.kv_tokens
+        )
+        self._outage.back()
+        for claim in claims:
+            self._prepare(claim)
+        if claims or not was_idle:
+            self._idle_since = self._clock()
+        if not claims:
+            self._await_work(is_idle=was_idle)
+
+    def _keep_up(self) -> None:
+        """Renew the lease and reap, every third of a lease and not all workers at once."""
+        now = self._clock()
+        if now < self._upkeep_at:
+            return
+        self._upkeep_at = now + self._upkeep_s * random.uniform(0.8, 1.0)
+        self._queue.renew()
+        self._outage.back()
+        # After an outage every lease looks run out: let the others renew theirs first.
+        if now - self._outage.ended_at > self._queue.lease_ms / 1000:
+            moved = self._queue.reap()
+            if moved:
+                emit(REAPED, requests=moved)
+
+    def _room(self) -> Room:
+        room = self._offered
+        for held in self._held.values():
+            room = room.less(held)
+        return room
+
+    def _await_room(self) -> Room:
+        """What may be claimed, waiting for it until the next upkeep."""
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._stopping.is_set() or self._room(),
+                max(self._upkeep_at - self._clock(), 0.01),
+            )
+            return Room() if self._stopping.is_set() else self._room()
+
+    def _await_work(self, *, is_idle: bool) -> None:
+        timeout_s = min(MAX_BLOCK_S, self._upkeep_s) if is_idle else BUSY_WAIT_S
+        if is_idle and self._exit_when_idle_s is not None:
+            left = self._idle_since + self._exit_when_idle_s - self._clock()
+            if left <= 0:
+                emit(IDLE, idle_s=self._exit_when_idle_s)
+                self._inbox.stop()
+                self._stopping.set()
+                return
+            timeout_s = min(timeout_s, left)
+        self._queue.wait(timeout_s)
+
+    def _prepare(self, claim: Claim) -> None:
+        """Tokenize a claim and hand it over; what is wrong with it ends it, and nothing else."""
+        reason = ""
+        prompt_ids: list[int] = []
+        try:
+            prompt_ids = self._prompt_ids(claim.request)
+        except InvalidRequest as error:
+            reason = str(error)
+        except Exception as error:  # noqa: BLE001 - whatever a tokenizer raises on a text
+            reason = f"prompt cannot be tokenized: {type(error).__name__}"
+        output = Output(claim, self._tokenizer, prompt_tokens=len(prompt_ids))
+        emit(
+            CLAIMED,
+            request_id=claim.request_id,
+            epoch=claim.epoch,
+            attempts=claim.attempts,
+            prompt_tokens=len(prompt_ids),
+            committed=len(claim.token_ids),
+        )
+        if not reason and not output.is_stopped:
+            self._admit(output.seq_id, claim, prompt_ids, output)
+            return
+        if reason:
+            output.end("error", reason)
+        else:  # a worker died between the last token and the end
+            output.end("stop")
+        self._publisher.open(output)
+
+    def _admit(self, seq_id: str, claim: Claim, prompt_ids: list[int], output: Output) -> None:
+        request = claim.request
+        params = request.params
+        tokens = len(prompt_ids) + len(claim.token_ids)
+        still = max(params.max_tokens - len(claim.token_ids), 0)
+        with self._changed:
+            self._held[seq_id] = Room(1, tokens, tokens + min(still, KV_RESERVE))
+        self._publisher.open(output)
+        self._inbox.admit(
+            Admission(
+                seq_id=seq_id,
+                prompt_ids=tuple(prompt_ids),
+                output_ids=claim.token_ids,
+                params=params,
+                seed=derived_seed(claim.request_id) if params.seed is None else params.seed,
+                priority=request.priority,
+            )
+        )
+
+    def _prompt_ids(self, request: Request) -> list[int]:
+        if request.model not in ("", self._model):
+            raise InvalidRequest("model", f"{self._model!r}, as served here", request.model)
+        prompt = request.prompt
+        if isinstance(prompt, str):
+            return self._tokenizer.encode(prompt)
+        messages = [
+            {"role": item.role, "content": item.content}
+            for item in prompt
+            if isinstance(item, Message)
+        ]
+        if messages:
+            return self._tokenizer.apply_chat_template(messages)
+        return [item for item in prompt if isinstance(item, int)]

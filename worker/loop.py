@@ -1,0 +1,155 @@
+"""`Loop`: the iteration of a worker, on the main thread.
+
+    capacity -> claims -> engine.add -> step -> publish
+
+    thread      does                                             hands over
+    intake      claims what fits the capacity offered, tokenizes admissions to the loop
+    loop        engine.add, engine.step                          step outputs to the publisher
+    publisher   writes tokens, text and ends                     aborts (fenced, cancelled, stop
+                                                                 string complete) to the loop
+
+The accelerator waits for nobody: what intake claims during a step enters the next one, and what a
+step gave is written during the next one. The loop sleeps only when the engine has nothing to do, or
+when the server has been away for so long that the unwritten tokens must not grow further.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from tokenmill.engine.engine import Capacity, StepOutput
+from tokenmill.producer.errors import InvalidRequest, TokenmillError
+from tokenmill.producer.params import SamplingParams
+from tokenmill.worker.health import Pulse
+from tokenmill.worker.inbox import Admission, Inbox
+from tokenmill.worker.intake import Intake, Tokenizes
+from tokenmill.worker.log import STEP_FAILED, emit
+from tokenmill.worker.publisher import Publisher
+
+#: Longest sleep of an idle loop: it shows its pulse this often.
+IDLE_S = 1.0
+#: Steps in a row that may fail before the engine is given up.
+MAX_FAILURES = 3
+
+
+class EngineFailed(TokenmillError):
+    """Several steps in a row failed; another process may do better."""
+
+
+class EngineLike(Protocol):
+    """Of an engine, what a worker needs: the seam at which tests put another."""
+
+    @property
+    def model_name(self) -> str: ...
+    @property
+    def tokenizer(self) -> Tokenizes: ...
+    @property
+    def max_model_len(self) -> int: ...
+    @property
+    def has_work(self) -> bool: ...
+    def add(
+        self,
+        seq_id: str,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        output_ids: Sequence[int],
+        seed: int,
+        priority: int,
+    ) -> None: ...
+    def abort(self, seq_id: str) -> None: ...
+    def step(self) -> list[StepOutput]: ...
+    def capacity(self) -> Capacity: ...
+
+
+class Loop:
+    """Runs until `inbox.stop()`; what still runs then is the publisher's to release."""
+
+    def __init__(
+        self, engine: EngineLike, inbox: Inbox, intake: Intake, publisher: Publisher, pulse: Pulse
+    ) -> None:
+        self._engine = engine
+        self._inbox = inbox
+        self._intake = intake
+        self._publisher = publisher
+        self._pulse = pulse
+        #: What is in the engine.
+        self._running: set[str] = set()
+        self._failures = 0
+
+    def run(self) -> None:
+        """Iterate until told to stop.
+
+        Raises:
+            EngineFailed: steps failed repeatedly.
+        """
+        self._intake.offer(self._engine.capacity())
+        while self.turn(IDLE_S):
+            pass
+
+    def turn(self, idle_s: float = 0.0) -> bool:
+        """One iteration; False when it is time to stop."""
+        mail = self._inbox.take(0.0 if self._can_step else idle_s)
+        self._pulse.beat()
+        if mail.is_stopping:
+            return False
+        for seq_id in mail.aborts:
+            self._engine.abort(seq_id)
+            self._running.discard(seq_id)
+        for admission in mail.admissions:
+            self._add(admission)
+        if self._can_step:
+            self._publish(self._step())
+        self._intake.offer(self._engine.capacity(), [a.seq_id for a in mail.admissions])
+        return True
+
+    @property
+    def _can_step(self) -> bool:
+        return self._engine.has_work and not self._publisher.is_full
+
+    def _add(self, admission: Admission) -> None:
+        try:
+            self._engine.add(
+                admission.seq_id,
+                admission.prompt_ids,
+                admission.params,
+                output_ids=admission.output_ids,
+                seed=admission.seed,
+                priority=admission.priority,
+            )
+        except InvalidRequest as error:
+            self._publisher.fail(admission.seq_id, str(error))
+        else:
+            self._running.add(admission.seq_id)
+
+    def _step(self) -> list[StepOutput]:
+        try:
+            outputs = self._engine.step()
+        except Exception as error:  # noqa: BLE001 - a model, a kernel or a driver may raise anything
+            self._give_back(error)
+            return []
+        self._failures = 0
+        return outputs
+
+    def _publish(self, outputs: Sequence[StepOutput]) -> None:
+        for output in outputs:
+            if output.finish_reason is not None:
+                self._running.discard(output.seq_id)
+        if outputs:
+            self._publisher.put(outputs)
+
+    def _give_back(self, error: Exception) -> None:
+        """A step failed, and nobody knows for which sequence: others may try all of them.
+
+        The attempt counts, so that one that fails every step it is in ends as an error.
+        """
+        self._failures += 1
+        reason = f"a step failed: {type(error).__name__}: {str(error)[:200]}"
+        emit(STEP_FAILED, error=reason, sequences=len(self._running))
+        for seq_id in self._running:
+            self._engine.abort(seq_id)
+        self._publisher.give_back(self._running, reason)
+        self._running.clear()
+        if self._failures >= MAX_FAILURES:
+            raise EngineFailed(
+                f"{self._failures} steps in a row failed, the last: {reason}"
+            ) from error

@@ -1,0 +1,45 @@
+#!lua flags=allow-oom
+-- Commit tokens of up to 64 requests, and renew the worker's lease.
+--
+-- KEYS[1]  T, the tag of the shard
+-- ARGV     worker, lease ms; per request: id, epoch, start, count, token ids packed, text, digest
+-- Returns  per request: OK | FENCED | CANCEL | GAP
+-- Twice    the second run finds the offset already there: OK
+--
+-- Three guards against a repeated or lost delta: the epoch, the offset, and the entry id, which
+-- must grow and is the number of tokens so far.
+
+-- @include record
+
+local T, worker = KEYS[1], ARGV[1]
+local FIELDS = 7
+local verdicts = {}
+
+local function append(id, epoch, start, count, tokens, text, digest)
+  local r = redis.call('HMGET', record_of(T, id), 'state', 'epoch', 'offset', 'cancel')
+  if r[1] ~= 'run' or tonumber(r[2]) ~= epoch then
+    return 'FENCED'
+  end
+  if r[4] == '1' then
+    return 'CANCEL'
+  end
+  local offset = tonumber(r[3])
+  if offset >= start + count then
+    return 'OK'
+  end
+  if offset ~= start then
+    return 'GAP'
+  end
+  local stop = int(start + count)
+  redis.call('XADD', T .. ':o:' .. id, stop .. '-0', 'e', int(epoch), 't', tokens, 'x', text,
+    'h', digest)
+  redis.call('HSET', record_of(T, id), 'offset', stop, 'digest', digest)
+  return 'OK'
+end
+
+redis.call('ZADD', T .. ':workers', int(now_ms() + tonumber(ARGV[2])), worker)
+for i = 3, #ARGV, FIELDS do
+  verdicts[#verdicts + 1] = append(ARGV[i], tonumber(ARGV[i + 1]), tonumber(ARGV[i + 2]),
+    tonumber(ARGV[i + 3]), ARGV[i + 4], ARGV[i + 5], ARGV[i + 6])
+end
+return verdicts

@@ -1,0 +1,62 @@
+#!lua flags=allow-oom
+-- Park what dead workers ran, and end what is overdue. Any worker may call it at any time.
+--
+-- KEYS[1]  T, the tag of the shard
+-- ARGV     most requests to move
+-- Returns  requests moved; as many as asked for: there may be more
+-- Twice    the second run finds less to do
+
+-- @include record
+
+local T, budget = KEYS[1], tonumber(ARGV[1])
+local now = now_ms()
+local WORKERS_AT_ONCE = 16
+local moved, parked = 0, 0
+
+local function orphan(worker, own, id)
+  local r = load(T, id)
+  if r and r.state == 'run' and r.worker == worker then
+    park_record(T, r, now, now, r.attempts)
+    parked = parked + 1
+  else
+    redis.call('SREM', own, id)
+  end
+end
+
+local function bury(worker)
+  local own = T .. ':own:' .. worker
+  for _, id in ipairs(redis.call('SRANDMEMBER', own, budget - moved)) do
+    orphan(worker, own, id)
+    moved = moved + 1
+  end
+  if redis.call('SCARD', own) == 0 then
+    redis.call('ZREM', T .. ':workers', worker)
+    redis.call('DEL', T .. ':w:' .. worker)
+  end
+end
+
+local function expire(id)
+  local r = load(T, id)
+  if not r then
+    redis.call('ZREM', T .. ':live', id)
+    return
+  end
+  r.epoch = r.epoch + 1
+  finish_record(T, r, now, { finish = 'expired', reason = 'deadline passed' })
+end
+
+for _, worker in ipairs(redis.call('ZRANGEBYSCORE', T .. ':workers', '-inf', int(now), 'LIMIT', 0,
+  WORKERS_AT_ONCE)) do
+  if moved < budget then
+    bury(worker)
+  end
+end
+for _, id in ipairs(redis.call('ZRANGEBYSCORE', T .. ':live', '-inf', int(now), 'LIMIT', 0,
+  math.max(budget - moved, 0))) do
+  expire(id)
+  moved = moved + 1
+end
+if parked > 0 then
+  wake(T, 'wake')
+end
+return moved

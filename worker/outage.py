@@ -1,0 +1,51 @@
+"""`Outage`: the server does not answer; what all threads of a worker do about it."""
+
+import threading
+import time
+from collections.abc import Callable
+
+from redis.exceptions import RedisError
+
+from tokenmill.worker.log import SERVER_BACK, SERVER_LOST, emit
+
+#: Wait before the first and at most before any further try, in seconds.
+BACKOFF_S = (0.05, 2.0)
+
+
+class Outage:
+    """Says once that the server is lost and once that it is back; threads share it."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._since: float | None = None
+        self._failures = 0
+        #: When the last outage ended; minus infinity when there was none.
+        self.ended_at = float("-inf")
+
+    @property
+    def is_on(self) -> bool:
+        return self._since is not None
+
+    def lost(self, error: RedisError) -> float:
+        """A call failed; returns the seconds to wait before the next try."""
+        with self._lock:
+            is_first = self._since is None
+            if self._since is None:
+                self._since = self._clock()
+            low, high = BACKOFF_S
+            delay = min(low * 2.0 ** min(self._failures, 16), high)
+            self._failures += 1
+        if is_first:
+            emit(SERVER_LOST, error=f"{type(error).__name__}: {error}")
+        return delay
+
+    def back(self) -> None:
+        """A call succeeded."""
+        if self._since is None:
+            return
+        with self._lock:
+            since, self._since, self._failures = self._since, None, 0
+            self.ended_at = now = self._clock()
+        if since is not None:
+            emit(SERVER_BACK, after_s=now - since)

@@ -1,0 +1,101 @@
+"""`Output`: the tokens and text of one running request that are still to be written.
+
+    tokens   [ committed ........ | unsent ... ]
+             0                 start           end
+    text     what the detokenizer has given for the unsent tokens; it may hold some back
+
+The text of the first n tokens is a function of those tokens alone, so a resumed request, whose
+committed tokens are fed again, goes on at the exact character.
+"""
+
+from collections.abc import Sequence
+
+from tokenmill.engine.detokenizer import Decodes, Detokenizer
+from tokenmill.producer.wire import Usage, chain_digest
+from tokenmill.worker.queue import Append, Claim, Finish
+
+
+def seq_id_of(claim: Claim) -> str:
+    """The engine's id of a claim: a request claimed again by this worker is another sequence."""
+    return f"{claim.request_id}#{claim.epoch}"
+
+
+class Output:
+    """One claim from its first token here to its end. Owned by the publisher's thread."""
+
+    def __init__(self, claim: Claim, tokenizer: Decodes, *, prompt_tokens: int) -> None:
+        self.seq_id = seq_id_of(claim)
+        self.request_id = claim.request_id
+        self.epoch = claim.epoch
+        #: Tokens the server has.
+        self.start = len(claim.token_ids)
+        #: Set once: the word on the wire, and why.
+        self.finish_reason = ""
+        self.reason = ""
+        self._prompt_tokens = prompt_tokens
+        self._resumed_at = self.start
+        self._digest = chain_digest("", claim.token_ids)
+        self._token_ids: list[int] = []
+        self._text = ""
+        self._detokenizer = Detokenizer(tokenizer, claim.request.params.stop)
+        self._detokenizer.feed(claim.token_ids)
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether a stop string is complete."""
+        return self._detokenizer.stopped
+
+    @property
+    def has_unsent(self) -> bool:
+        return bool(self._token_ids)
+
+    @property
+    def is_urgent(self) -> bool:
+        """Whether it has its first tokens, for which somebody waits."""
+        return bool(self._token_ids) and self.start == self._resumed_at
+
+    def feed(self, token_ids: Sequence[int]) -> None:
+        """Take new tokens; those after a complete stop string are not kept."""
+        before = self._detokenizer.num_tokens
+        self._text += self._detokenizer.feed(token_ids)
+        self._token_ids += token_ids[: self._detokenizer.num_tokens - before]
+
+    def end(self, finish_reason: str, reason: str = "") -> None:
+        """No more tokens come; the text held back is let go."""
+        self.finish_reason, self.reason = finish_reason, reason
+        self._text += self._detokenizer.finish()
+
+    def to_append(self) -> Append:
+        """What is unsent; without tokens, only a question for the verdict."""
+        return Append(
+            request_id=self.request_id,
+            epoch=self.epoch,
+            start=self.start,
+            token_ids=tuple(self._token_ids),
+            text=self._text if self._token_ids else "",
+            digest=chain_digest(self._digest, self._token_ids),
+        )
+
+    def written(self, append: Append) -> None:
+        """The server has it."""
+        if append.token_ids:
+            self.start += len(append.token_ids)
+            self._digest = append.digest
+            self._token_ids, self._text = [], ""
+
+    def to_finish(self) -> Finish:
+        """The end, with what is unsent."""
+        return Finish(
+            request_id=self.request_id,
+            epoch=self.epoch,
+            start=self.start,
+            token_ids=tuple(self._token_ids),
+            text=self._text,
+            digest=chain_digest(self._digest, self._token_ids),
+            finish_reason=self.finish_reason,
+            reason=self.reason,
+            usage=Usage(
+                prompt_tokens=self._prompt_tokens,
+                completion_tokens=self.start + len(self._token_ids),
+            ),
+        )

@@ -1,0 +1,243 @@
+"""`Worker`: engine, threads and server wired together, and the order in which they stop.
+
+On the first SIGTERM or Ctrl-C:
+
+    1. the loop ends after the step it is in      nothing is generated any more
+    2. intake ends                                nothing is claimed any more
+    3. the publisher writes what is unsent, and releases what has not ended, uncounted
+    4. the registration is taken back, and whatever is left is parked
+
+So another worker goes on within seconds, at the exact token. If the server does not answer, the
+drain is cut short and leases do the rest.
+"""
+
+import os
+import platform
+import secrets
+import signal
+import threading
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from importlib.metadata import version
+
+import redis
+from redis.exceptions import RedisError
+
+from tokenmill.producer.connection import connect, shown_url
+from tokenmill.producer.errors import TokenmillError
+from tokenmill.producer.keys import Keys
+from tokenmill.producer.wire import WorkerInfo
+from tokenmill.worker.config import WorkerConfig
+from tokenmill.worker.health import HealthServer, Pulse
+from tokenmill.worker.inbox import Inbox
+from tokenmill.worker.intake import Intake
+from tokenmill.worker.log import (
+    DRAIN_CUT,
+    DRAINING,
+    LOGGER,
+    READY,
+    STARTING,
+    STOPPED,
+    THREAD_FAILED,
+    emit,
+)
+from tokenmill.worker.loop import EngineLike, Loop
+from tokenmill.worker.outage import Outage
+from tokenmill.worker.publisher import Publisher
+from tokenmill.worker.queue import Queue
+from tokenmill.worker.signals import StopSignals, exit_status
+
+#: Intake sleeps on the server at most this long once its connection was cut.
+_INTAKE_STOP_S = 1.0
+
+
+def load_engine(config: WorkerConfig) -> EngineLike:
+    """The real engine of a configuration.
+
+    Raises:
+        ModelNotFound, UnsupportedModel, OutOfMemory, InvalidRequest: as for `load` and `Engine`.
+    """
+    import torch
+
+    from tokenmill.engine.engine import Engine
+    from tokenmill.engine.loader import load
+
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    model = load(config.model, device=config.device, dtype=config.dtype)
+    return Engine(model, config.engine)
+
+
+def run(
+    config: WorkerConfig, *, make_engine: Callable[[WorkerConfig], EngineLike] = load_engine
+) -> int:
+    """Run a worker in this process until it is told to stop; returns the exit status.
+
+    Raises:
+        ServerUnreachable, WrongServer: the server cannot be used.
+        EngineFailed: steps failed repeatedly; everything was released before.
+        TokenmillError: what `make_engine` raises.
+    """
+    with ExitStack() as stack:
+        signals = stack.enter_context(StopSignals())
+        started = time.monotonic()
+        worker_id = f"{platform.node() or 'worker'}-{os.getpid()}-{secrets.token_hex(4)}"
+        # Before the model is loaded, which takes longer than finding a wrong address.
+        server = connect(config.redis_url)
+        stack.callback(server.close)
+        blocking = connect(config.redis_url, blocking=True)
+        stack.callback(blocking.close)
+        emit(
+            STARTING,
+            worker_id=worker_id,
+            redis=shown_url(config.redis_url),
+            queue=config.queue,
+            model=config.model,
+        )
+        worker = Worker(config, worker_id, server, blocking)
+        if config.health_port is not None:
+            stack.enter_context(
+                HealthServer(config.health_port, worker.pulse, lambda: worker.is_ready)
+            )
+        engine = make_engine(config)
+        signals.on_stop(worker.stop)
+        worker.run(engine, load_s=time.monotonic() - started)
+        return exit_status(signals.received)
+
+
+class Worker:
+    """One worker; `run` blocks the main thread, `stop` ends it from any other."""
+
+    def __init__(
+        self, config: WorkerConfig, worker_id: str, server: redis.Redis, blocking: redis.Redis
+    ) -> None:
+        self.worker_id = worker_id
+        self.inbox = Inbox()
+        self.outage = Outage()
+        self.pulse = Pulse(config.stall_limit_s)
+        self.queue = Queue(
+            server, Keys(config.queue), worker_id, blocking=blocking, lease_ms=config.lease_ms
+        )
+        self._config = config
+        self._blocking = blocking
+        self._is_registered = False
+        self._failure: BaseException | None = None
+
+    @property
+    def is_ready(self) -> bool:
+        """Model loaded, registered, server answering."""
+        return self._is_registered and not self.outage.is_on
+
+    def stop(self, why: signal.Signals | None = None) -> None:
+        """Stop in order, as on SIGTERM."""
+        emit(DRAINING, why=why.name if why else "asked to")
+        self.inbox.stop()
+
+    def run(self, engine: EngineLike, *, load_s: float = 0.0) -> None:
+        """Serve until stopped.
+
+        Raises:
+            EngineFailed: steps failed repeatedly; everything was released before.
+            WorkerFailed: a thread ended unexpectedly; likewise.
+        """
+        started = time.monotonic()
+        publisher = Publisher(
+            self.queue, self.inbox, self.outage, is_alive=lambda: self.pulse.is_alive
+        )
+        intake = Intake(
+            self.queue,
+            self.inbox,
+            publisher,
+            self.outage,
+            tokenizer=engine.tokenizer,
+            model=engine.model_name,
+            exit_when_idle_s=self._config.exit_when_idle_s,
+            is_alive=lambda: self.pulse.is_alive,
+        )
+        self.pulse.beat()
+        self._register(engine, load_s)
+        threads = [
+            self._start("intake", intake.run),
+            self._start("publisher", publisher.run),
+        ]
+        try:
+            Loop(engine, self.inbox, intake, publisher, self.pulse).run()
+        finally:
+            self._drain(intake, publisher, *threads)
+            emit(
+                STOPPED,
+                finished=publisher.num_finished,
+                released=publisher.num_released,
+                fenced=publisher.num_dropped,
+                uptime_s=time.monotonic() - started,
+            )
+        if self._failure is not None:
+            raise WorkerFailed(
+                f"a thread of the worker ended: {type(self._failure).__name__}: {self._failure}"
+            ) from self._failure
+
+    def _register(self, engine: EngineLike, load_s: float) -> None:
+        self.queue.register(
+            WorkerInfo(
+                worker_id=self.worker_id,
+                model=engine.model_name,
+                host=platform.node(),
+                pid=os.getpid(),
+                started_ms=int(time.time() * 1000),
+                version=version("tokenmill"),
+            )
+        )
+        self._is_registered = True
+        capacity = engine.capacity()
+        emit(
+            READY,
+            worker_id=self.worker_id,
+            model=engine.model_name,
+            load_s=load_s,
+            sequences=capacity.sequences,
+            kv_tokens=capacity.blocks * capacity.block_size,
+            max_model_len=engine.max_model_len,
+        )
+
+    def _start(self, name: str, target: Callable[[], None]) -> threading.Thread:
+        def guarded() -> None:
+            try:
+                target()
+            except Exception as error:  # noqa: BLE001 - the others would wait for it for ever
+                LOGGER.debug("traceback", exc_info=True)
+                emit(THREAD_FAILED, thread=name, error=f"{type(error).__name__}: {error}")
+                self._failure = error
+                self.inbox.stop()
+
+        thread = threading.Thread(target=guarded, name=name, daemon=True)
+        thread.start()
+        return thread
+
+    def _drain(
+        self,
+        intake: Intake,
+        publisher: Publisher,
+        intake_thread: threading.Thread,
+        publisher_thread: threading.Thread,
+    ) -> None:
+        self._is_registered = False
+        ends_at = time.monotonic() + self._config.drain_s
+        intake.stop()
+        # Ends the read that an idle intake sleeps in.
+        self._blocking.connection_pool.disconnect()
+        intake_thread.join(min(_INTAKE_STOP_S, self._config.drain_s))
+        publisher.drain()
+        publisher_thread.join(max(ends_at - time.monotonic(), 0.0))
+        publisher.abandon()
+        if publisher_thread.is_alive() or self.outage.is_on:
+            emit(DRAIN_CUT, held=publisher.num_held)
+            return
+        try:
+            self.queue.retire()
+        except RedisError:
+            emit(DRAIN_CUT, held=publisher.num_held)
+
+
+class WorkerFailed(TokenmillError):
+    """A thread of the worker ended by itself: a bug."""

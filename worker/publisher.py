@@ -1,0 +1,288 @@
+"""`Publisher`: a thread that turns tokens into text and writes both to the server.
+
+It owns what this worker holds: a request is opened here before the engine sees it, and leaves with
+the verdict on its end. Whatever the server says about a request (fenced, cancelled) reaches the
+loop as an abort. The loop hands over what a step gave and never waits for the server.
+
+    first token            written at once
+    further tokens         every `flush_s`, up to 64 requests a call
+    no tokens for a while  an empty append: it renews the lease and asks whether to go on
+    the end                at once, with the last tokens in it
+"""
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import ParamSpec, TypeVar
+
+from redis.exceptions import RedisError
+
+from tokenmill.engine.engine import StepOutput
+from tokenmill.engine.sequence import FinishReason
+from tokenmill.worker.inbox import Inbox
+from tokenmill.worker.log import FENCED, FINISHED, GAP, RELEASED, emit
+from tokenmill.worker.outage import Outage
+from tokenmill.worker.output import Output
+from tokenmill.worker.queue import MAX_BATCH, Queue, Verdict
+
+FLUSH_S = 0.04
+#: Step outputs that may wait for the server before the loop stops stepping: some ten megabytes.
+MAX_BACKLOG = 1 << 16
+CANCELLED = "cancelled by the producer"
+
+_Item = TypeVar("_Item")
+_Given = ParamSpec("_Given")
+_Reply = TypeVar("_Reply")
+
+
+class Abandoned(Exception):
+    """The drain has run out of time while the server does not answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class _GiveBack:
+    """The engine failed under these sequences."""
+
+    seq_ids: tuple[str, ...]
+    reason: str
+
+
+class Publisher:
+    """Written to by intake and loop, run by its own thread."""
+
+    def __init__(
+        self,
+        queue: Queue,
+        inbox: Inbox,
+        outage: Outage,
+        *,
+        is_alive: Callable[[], bool] = lambda: True,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`is_alive` says whether the engine makes progress: only then is the lease renewed."""
+        self._queue = queue
+        self._inbox = inbox
+        self._outage = outage
+        self._is_alive = is_alive
+        self._clock = clock
+        self._heartbeat_s = min(1.0, queue.lease_ms / 3000)
+        self._changed = threading.Condition()
+        self._events: list[Output | Sequence[StepOutput] | _GiveBack] = []
+        self._is_draining = False
+        self._abandon = threading.Event()
+        #: Step outputs handed over and not yet taken.
+        self.backlog = 0
+        #: What this worker holds, by sequence id: only this thread touches it.
+        self._outputs: dict[str, Output] = {}
+        self._flush_at = self._heartbeat_at = clock()
+        #: Counts for the log and for who asks whether the worker is idle.
+        self.num_opened = self.num_finished = self.num_released = self.num_dropped = 0
+
+    @property
+    def num_held(self) -> int:
+        """Requests opened here and not yet ended, released or lost."""
+        return self.num_opened - self.num_finished - self.num_released - self.num_dropped
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the loop must not step: the server has been away for too long."""
+        return self.backlog >= MAX_BACKLOG
+
+    # -- called by other threads -------------------------------------------------------------
+
+    def open(self, output: Output) -> None:
+        """Take charge of a claim; comes before any token of it."""
+        with self._changed:
+            self.num_opened += 1
+            self._events.append(output)
+            self._changed.notify()
+
+    def put(self, outputs: Sequence[StepOutput]) -> None:
+        """Take what a step gave."""
+        with self._changed:
+            self._events.append(outputs)
+            self.backlog += len(outputs)
+            self._changed.notify()
+
+    def fail(self, seq_id: str, reason: str) -> None:
+        """End one request as an error, for its own fault."""
+        self.put([StepOutput(seq_id, (), FinishReason.ERROR, reason)])
+
+    def give_back(self, seq_ids: Iterable[str], reason: str) -> None:
+        """Release requests after a failure that need not be theirs; the attempt counts."""
+        with self._changed:
+            self._events.append(_GiveBack(tuple(seq_ids), reason))
+            self._changed.notify()
+
+    def drain(self) -> None:
+        """Write everything, release what has not ended without counting the attempt, and end."""
+        with self._changed:
+            self._is_draining = True
+            self._changed.notify()
+
+    def abandon(self) -> None:
+        """End without the server's answer."""
+        self._abandon.set()
+
+    # -- the thread --------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Publish until drained, or abandoned while the server was lost."""
+        try:
+            while not self._wait():
+                self.turn()
+            self._drain()
+        except Abandoned:
+            return
+
+    def turn(self) -> None:
+        """Take what was handed over, and write what is due."""
+        for event in self._take():
+            if isinstance(event, Output):
+                self._outputs[event.seq_id] = event
+            elif isinstance(event, _GiveBack):
+                self._release_failed(event)
+            else:
+                self._apply(event)
+        self._write(self._clock())
+
+    def _wait(self) -> bool:
+        """Until something is due; True when it is time to drain."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._events or self._is_draining, self._due_in())
+            return self._is_draining
+
+    def _due_in(self) -> float | None:
+        if not self._outputs:
+            return None
+        has_unsent = any(output.has_unsent for output in self._outputs.values())
+        due = min(self._flush_at, self._heartbeat_at) if has_unsent else self._heartbeat_at
+        return max(due - self._clock(), 0.0)
+
+    def _take(self) -> list[Output | Sequence[StepOutput] | _GiveBack]:
+        with self._changed:
+            events, self._events = self._events, []
+            was_full, self.backlog = self.is_full, 0
+        if was_full:
+            self._inbox.wake()
+        return events
+
+    def _apply(self, step: Sequence[StepOutput]) -> None:
+        for given in step:
+            output = self._outputs.get(given.seq_id)
+            if output is None or output.finish_reason:  # fenced, cancelled or stopped meanwhile
+                continue
+            output.feed(given.token_ids)
+            if output.is_stopped:
+                output.end("stop")
+                if given.finish_reason is None:
+                    self._inbox.abort(output.seq_id)
+            elif given.finish_reason is not None:
+                output.end(given.finish_reason.value, given.error)
+
+    def _write(self, now: float) -> None:
+        held = self._outputs.values()
+        urgent = [o for o in held if o.is_urgent and not o.finish_reason]
+        if urgent:
+            self._append(urgent)
+        self._finish([o for o in held if o.finish_reason])
+        if now >= self._flush_at:
+            unsent = [o for o in held if o.has_unsent]
+            if unsent:
+                self._flush_at = now + FLUSH_S
+                self._append(unsent)
+        if now >= self._heartbeat_at:
+            self._heartbeat_at = now + self._heartbeat_s
+            if self._is_alive():
+                self._append([o for o in held if not o.has_unsent])
+
+    def _append(self, outputs: Iterable[Output]) -> None:
+        for batch in _batches(outputs):
+            appends = [output.to_append() for output in batch]
+            verdicts = self._call(self._queue.append, appends)
+            for output, append, verdict in zip(batch, appends, verdicts, strict=True):
+                if verdict is Verdict.OK:
+                    output.written(append)
+                elif verdict is Verdict.CANCEL:
+                    self._inbox.abort(output.seq_id)
+                    output.end("cancelled", CANCELLED)
+                else:
+                    self._lose(output, verdict)
+            self._finish([output for output in batch if output.finish_reason])
+
+    def _finish(self, outputs: Iterable[Output]) -> None:
+        for batch in _batches(outputs):
+            ends = [output.to_finish() for output in batch]
+            verdicts = self._call(self._queue.finish, ends)
+            for output, end, verdict in zip(batch, ends, verdicts, strict=True):
+                if verdict is not Verdict.OK:
+                    self._lose(output, verdict)
+                    continue
+                del self._outputs[output.seq_id]
+                self.num_finished += 1
+                emit(
+                    FINISHED,
+                    request_id=output.request_id,
+                    epoch=output.epoch,
+                    finish_reason=output.finish_reason,
+                    tokens=end.usage.completion_tokens,
+                )
+
+    def _lose(self, output: Output, verdict: Verdict) -> None:
+        """The server's record is not where this worker left it."""
+        self._inbox.abort(output.seq_id)
+        if verdict is Verdict.GAP:
+            # It rolled back: whoever claims the request next goes on from what the server has.
+            emit(GAP, request_id=output.request_id, epoch=output.epoch, start=output.start)
+            self._release(output, undo=True)
+            return
+        emit(FENCED, request_id=output.request_id, epoch=output.epoch)
+        del self._outputs[output.seq_id]
+        self.num_dropped += 1
+
+    def _release_failed(self, failed: _GiveBack) -> None:
+        known = [self._outputs[seq_id] for seq_id in failed.seq_ids if seq_id in self._outputs]
+        self._append([output for output in known if output.has_unsent])
+        for output in known:
+            if output.seq_id in self._outputs:
+                self._release(output, undo=False, reason=failed.reason)
+
+    def _release(self, output: Output, *, undo: bool, reason: str = "") -> None:
+        self._call(self._queue.release, output.request_id, output.epoch, undo=undo, reason=reason)
+        del self._outputs[output.seq_id]
+        self.num_released += 1
+        emit(
+            RELEASED,
+            request_id=output.request_id,
+            epoch=output.epoch,
+            undo=undo,
+            reason=reason,
+        )
+
+    def _drain(self) -> None:
+        self.turn()
+        self._append([output for output in self._outputs.values() if output.has_unsent])
+        for output in list(self._outputs.values()):
+            self._release(output, undo=True)
+
+    def _call(
+        self, call: Callable[_Given, _Reply], *args: _Given.args, **kwargs: _Given.kwargs
+    ) -> _Reply:
+        """Make a call of the queue until the server answers; it is safe to repeat as it is."""
+        while True:
+            try:
+                reply = call(*args, **kwargs)
+            except RedisError as error:
+                if self._abandon.wait(self._outage.lost(error)):
+                    raise Abandoned from error
+            else:
+                self._outage.back()
+                return reply
+
+
+def _batches(items: Iterable[_Item]) -> Iterator[list[_Item]]:
+    waiting = iter(list(items))
+    while batch := list(islice(waiting, MAX_BATCH)):
+        yield batch

@@ -1,0 +1,318 @@
+"""`Queue`: one worker's side of a shard: claim, append, finish, release, reap, leases.
+
+Each call is one Lua script that is safe to run twice, so a call that failed on the way is simply
+made again. What a worker runs is fenced by its epoch: whoever was declared dead learns it from the
+verdict of its next write and drops the request.
+"""
+
+import enum
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import redis
+
+from tokenmill.producer.connection import MAX_BLOCK_S
+from tokenmill.producer.errors import InvalidRequest
+from tokenmill.producer.keys import Keys
+from tokenmill.producer.scripts import Script
+from tokenmill.producer.wire import (
+    FINISH_REASONS,
+    Request,
+    Usage,
+    WorkerInfo,
+    pack_token_ids,
+    unpack_token_ids,
+)
+
+#: Most requests in one append or finish call: keeps the server blocked for well under 1 ms.
+MAX_BATCH = 64
+#: A claim passes over at most this many ended references before it returns to the server.
+MAX_SCAN = 256
+#: Most requests that one reap call moves.
+MAX_REAP = 500
+#: Longest error text kept with a request, in characters.
+MAX_REASON = 1000
+
+_Item = TypeVar("_Item")
+
+_CLAIM = Script("tokenmill.worker", "claim")
+_APPEND = Script("tokenmill.worker", "append")
+_FINISH = Script("tokenmill.worker", "finish")
+_RELEASE = Script("tokenmill.worker", "release")
+_REAP = Script("tokenmill.worker", "reap")
+
+
+class Verdict(enum.Enum):
+    """What became of a write."""
+
+    #: Written, now or by an earlier try.
+    OK = "OK"
+    #: The request is no longer this worker's: drop it, write nothing more.
+    FENCED = "FENCED"
+    #: Not written; the producer wants no more: `finish` it as cancelled.
+    CANCEL = "CANCEL"
+    #: Not written; the server's offset is another (it rolled back, or an earlier try was split
+    #: otherwise): `release` it with `undo`, and the next claim goes on from the server's offset.
+    GAP = "GAP"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Claim:
+    """A request that this worker now runs."""
+
+    request_id: str
+    #: Goes with every write.
+    epoch: int
+    #: Tokens already committed: the first token to generate has the offset `len(token_ids)`.
+    token_ids: tuple[int, ...]
+    #: Counts this one: 1 for the first try.
+    attempts: int
+    request: Request
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Append:
+    """Tokens to commit. With no tokens it only asks for the verdict."""
+
+    request_id: str
+    epoch: int
+    #: Token offset of the first of `token_ids`.
+    start: int
+    token_ids: tuple[int, ...]
+    text: str
+    #: `chain_digest` of all tokens up to the end of these.
+    digest: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finish:
+    """The end of a request, with the tokens not yet committed."""
+
+    request_id: str
+    epoch: int
+    start: int
+    token_ids: tuple[int, ...] = ()
+    #: The rest of the text; may be there without tokens.
+    text: str = ""
+    digest: str = ""
+    finish_reason: str
+    reason: str = ""
+    usage: Usage
+
+
+class Queue:
+    """One worker's side of one shard. Threads may share it, except that one thread alone waits.
+
+    `server` runs the scripts; `blocking` is its own connection for `wait`
+    (`connect(url, blocking=True)`). A worker id is never used again after the process is gone.
+    """
+
+    def __init__(
+        self,
+        server: redis.Redis,
+        keys: Keys,
+        worker_id: str,
+        *,
+        blocking: redis.Redis | None = None,
+        lease_ms: int = 15_000,
+        max_attempts: int = 5,
+    ) -> None:
+        self.keys = keys
+        self.worker_id = worker_id
+        self.lease_ms = lease_ms
+        self._max_attempts = max_attempts
+        self._server = server
+        self._blocking = blocking if blocking is not None else server
+        self._info: WorkerInfo | None = None
+        #: Number of the next claim; a claim whose answer was lost is repeated under its number.
+        self._claim_seq = 1
+        #: Last entry seen of the control stream; "" before the first wait.
+        self._control_id = ""
+
+    def configure(self, *, max_live: int | None = None, result_ttl_s: float | None = None) -> None:
+        """Set, for the whole shard, how many requests may be live and how long results are kept.
+
+        Unset, the scripts use 1,000,000 requests and 24 hours.
+
+        Raises:
+            InvalidRequest: a value below 1 (requests) or 0.001 (seconds).
+        """
+        settings: dict[str, int] = {}
+        if max_live is not None:
+            if max_live < 1:
+                raise InvalidRequest("max_live", "at least 1", max_live)
+            settings["max_live"] = max_live
+        if result_ttl_s is not None:
+            if not 0.001 <= result_ttl_s <= 10 * 365 * 86_400:
+                raise InvalidRequest("result_ttl_s", "from 0.001 s to ten years", result_ttl_s)
+            settings["result_ttl_ms"] = int(result_ttl_s * 1000)
+        for name, value in settings.items():
+            self._server.hset(self.keys.settings, name, str(value))
+
+    def register(self, info: WorkerInfo) -> None:
+        """Say who this worker is and take a lease; `renew` repeats it."""
+        self._info = info
+        self.renew()
+
+    def renew(self) -> None:
+        """Extend the lease without claiming or writing: for an engine with nothing to do."""
+        if self._info is not None:
+            fields: dict[Any, Any] = {
+                "model": self._info.model,
+                "host": self._info.host,
+                "pid": str(self._info.pid),
+                "started_ms": str(self._info.started_ms),
+                "version": self._info.version,
+            }
+            self._server.hset(self.keys.worker(self.worker_id), mapping=fields)
+        self._run(_APPEND, self.worker_id, self.lease_ms)
+
+    def claim(
+        self, *, sequences: int, tokens: int, kv_tokens: int, limit: int = MAX_BATCH
+    ) -> list[Claim]:
+        """Take what fits: at most `sequences` and `limit` requests, while prompt tokens are left.
+
+        The last one may overshoot `tokens`, since prompts are split over steps, but none may
+        overshoot `kv_tokens` (prompt, committed and the next 256 tokens), unless this worker runs
+        nothing at all. Renews the lease. If it raises, call it again: nothing is lost.
+        """
+        while True:
+            more, rows = self._run(
+                _CLAIM,
+                self.worker_id,
+                self.lease_ms,
+                self._claim_seq,
+                sequences,
+                tokens,
+                kv_tokens,
+                limit,
+                MAX_SCAN,
+                self._max_attempts,
+            )
+            claims = [claim for row in rows if (claim := self._checked(row))]
+            self._claim_seq += 1  # only now: whatever failed above is claimed again as it was
+            if claims or not more:
+                return claims
+
+    def append(self, appends: Sequence[Append]) -> list[Verdict]:
+        """Commit tokens of up to `MAX_BATCH` requests, one verdict each. Renews the lease.
+
+        After an error repeat the call with the same appends: what was committed is not again.
+        """
+        arguments: list[str | bytes | int] = []
+        for item in _batch(appends):
+            arguments += (item.request_id, item.epoch, *_tokens(item))
+        return self._verdicts(_APPEND, arguments)
+
+    def finish(self, ends: Sequence[Finish]) -> list[Verdict]:
+        """End up to `MAX_BATCH` requests, each with its last tokens and its one terminal entry.
+
+        Verdicts: OK, FENCED or GAP, as for `append`; a repeat is OK.
+        """
+        arguments: list[str | bytes | int] = []
+        for item in _batch(ends):
+            if item.finish_reason not in FINISH_REASONS:
+                expected = ", ".join(sorted(FINISH_REASONS))
+                raise InvalidRequest("finish_reason", expected, item.finish_reason)
+            arguments += (item.request_id, item.epoch, *_tokens(item))
+            arguments += (item.finish_reason, item.reason[:MAX_REASON], item.usage.prompt_tokens)
+        return self._verdicts(_FINISH, arguments)
+
+    def release(
+        self, request_id: str, epoch: int, *, undo: bool, delay_ms: int = 0, reason: str = ""
+    ) -> Verdict:
+        """Give a request back, to be claimed again by any worker.
+
+        `undo` does not count the attempt (a drain); otherwise, without `delay_ms`, the delay grows
+        from 1 s to 60 s with the attempts. `reason` is kept as its last error.
+        """
+        cut = reason[:MAX_REASON]
+        reply = self._run(_RELEASE, request_id, epoch, int(undo), max(delay_ms, 0), cut)
+        return Verdict(reply.decode())
+
+    def reap(self) -> int:
+        """Park what dead workers ran and end what is overdue; returns how many were moved."""
+        return int(self._run(_REAP, MAX_REAP))
+
+    def wait(self, timeout_s: float) -> bool:
+        """Block until something may be claimed, at most `timeout_s`; True: claim now.
+
+        The first call returns at once: what came before it was not seen.
+        """
+        if not self._control_id:
+            newest: Any = self._server.xrevrange(self.keys.control, count=1)
+            self._control_id = newest[0][0].decode() if newest else "0-0"
+            return True
+        due_ms = self._next_due_ms()
+        block_ms = int(min(timeout_s, MAX_BLOCK_S) * 1000)
+        if due_ms is not None:
+            block_ms = min(block_ms, due_ms)
+        if block_ms <= 0:  # to the server, 0 would mean to block for ever
+            return True
+        streams: dict[Any, Any] = {self.keys.control: self._control_id}
+        reply: Any = self._blocking.xread(streams, count=1000, block=block_ms)
+        if reply:
+            self._control_id = reply[0][1][-1][0].decode()
+            return True
+        return due_ms is not None and due_ms <= block_ms
+
+    def retire(self) -> None:
+        """Take back the registration; what was not released is parked for others."""
+        self._info = None
+        self._server.zadd(self.keys.workers, {self.worker_id: 0})
+        self.reap()
+
+    def _checked(self, row: list[Any]) -> Claim | None:
+        """The claim of a row; a payload that cannot be read ends as an error, alone."""
+        request_id, epoch, attempts, payload, packed = row
+        token_ids = unpack_token_ids(packed)
+        try:
+            request = Request.unpack(payload or b"")
+        except InvalidRequest as error:
+            end = Finish(
+                request_id=request_id.decode(),
+                epoch=epoch,
+                start=len(token_ids),
+                finish_reason="error",
+                reason=str(error),
+                usage=Usage(prompt_tokens=0, completion_tokens=len(token_ids)),
+            )
+            self.finish([end])
+            return None
+        return Claim(
+            request_id=request_id.decode(),
+            epoch=epoch,
+            token_ids=token_ids,
+            attempts=attempts,
+            request=request,
+        )
+
+    def _next_due_ms(self) -> int | None:
+        with self._server.pipeline(transaction=False) as pipeline:
+            pipeline.time()
+            pipeline.zrange(self.keys.park, 0, 0, withscores=True)
+            replies: list[Any] = pipeline.execute()
+        (seconds, micros), first = replies
+        if not first:
+            return None
+        now_ms = seconds * 1000 + micros // 1000
+        return max(int(first[0][1] - now_ms), 0)
+
+    def _verdicts(self, script: Script, arguments: list[str | bytes | int]) -> list[Verdict]:
+        reply = self._run(script, self.worker_id, self.lease_ms, *arguments)
+        return [Verdict(item.decode()) for item in reply]
+
+    def _run(self, script: Script, *arguments: str | bytes | int) -> Any:
+        return script(self._server, self.keys.tag, arguments)
+
+
+def _batch(items: Sequence[_Item]) -> Sequence[_Item]:
+    if len(items) > MAX_BATCH:
+        raise InvalidRequest("batch", f"at most {MAX_BATCH} requests a call", len(items))
+    return items
+
+
+def _tokens(item: Append | Finish) -> tuple[int, int, bytes, str, str]:
+    packed = pack_token_ids(item.token_ids)
+    return item.start, len(item.token_ids), packed, item.text, item.digest
