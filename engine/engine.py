@@ -89,6 +89,10 @@ class Engine:
     def has_work(self) -> bool:
         return bool(self._sequences)
 
+    @property
+    def vocab_size(self) -> int:
+        return self._decoder.spec.vocab_size
+
     def add(
         self,
         seq_id: str,
@@ -116,7 +120,7 @@ class Engine:
                 len(prompt_ids),
                 "shorten it",
             )
-        vocabulary = self._decoder.spec.vocab_size
+        vocabulary = self.vocab_size
         if not 0 <= min(prompt_ids) <= max(prompt_ids) < vocabulary:
             raise InvalidRequest("prompt", f"token ids below {vocabulary}", max(prompt_ids))
         seq = Sequence(

@@ -48,7 +48,9 @@ class Decoder:
     ) -> torch.Tensor:
         spec = self.spec
         heads = linear(hidden, layer.qkv, layer.qkv_bias).view(hidden.shape[0], -1, spec.head_dim)
-        q, k, v = heads.split_with_sizes([spec.num_heads, spec.num_kv_heads, spec.num_kv_heads], dim=1)
+        q, k, v = heads.split_with_sizes(
+            [spec.num_heads, spec.num_kv_heads, spec.num_kv_heads], dim=1
+        )
         if layer.q_norm is not None and layer.k_norm is not None:
             q, k = self._head_norm(q, layer.q_norm), self._head_norm(k, layer.k_norm)
         ops.rope_store_kv(q, k, v, batch.positions, self._cos_sin, batch.slot_mapping, keys, values)
