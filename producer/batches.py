@@ -24,8 +24,9 @@ from rq.serializers import JSONSerializer
 
 from tokenmill.producer.dataset import InputError
 from tokenmill.producer.errors import InvalidRequest, NotFound
-from tokenmill.producer.generate import Plan, generate
+from tokenmill.producer.generate import generate
 from tokenmill.producer.journal import Answer, OutputError
+from tokenmill.producer.plan import Plan
 from tokenmill.producer.progress import Outcome, Report
 
 QUEUE = "tokenmill-batches"

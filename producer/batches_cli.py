@@ -15,7 +15,6 @@ from tokenmill.producer.client import REDIS_URL
 from tokenmill.producer.commands import FAILED, check_model
 from tokenmill.producer.connection import connect
 from tokenmill.producer.embedded import ensure_server
-from tokenmill.producer.generate import Plan
 from tokenmill.producer.options import (
     given_sampling,
     json_option,
@@ -24,6 +23,7 @@ from tokenmill.producer.options import (
     sampling_options,
     server_options,
 )
+from tokenmill.producer.plan import Plan
 
 if TYPE_CHECKING:
     from tokenmill.producer.batches import BatchStatus

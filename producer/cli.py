@@ -1,6 +1,7 @@
 """The command line: `tokenmill`, and `python -m tokenmill.producer.cli`."""
 
 import json
+import logging
 import os
 import shlex
 import shutil
@@ -25,7 +26,7 @@ from tokenmill.producer.commands import (
 )
 from tokenmill.producer.doctor import Status, examine
 from tokenmill.producer.errors import InvalidRequest, RequestFailed
-from tokenmill.producer.generate import Plan, generate
+from tokenmill.producer.generate import generate
 from tokenmill.producer.local_worker import end_with_parent
 from tokenmill.producer.options import (
     given_sampling,
@@ -35,6 +36,7 @@ from tokenmill.producer.options import (
     sampling_options,
     server_options,
 )
+from tokenmill.producer.plan import Plan
 from tokenmill.producer.progress import HumanReport, JsonReport
 from tokenmill.producer.wire import Delta, Result
 
@@ -75,7 +77,11 @@ def generate_command(
     """
     overwrite = sampling.pop("overwrite")
     made = Plan(**plan, sampling=given_sampling(**sampling), overwrite=overwrite)
-    signal.signal(signal.SIGTERM, _interrupt)
+    # Shells start background commands with SIGINT ignored; whoever sends it to us means it.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
+    # The report tells of a lost server; the log line beside it would say it twice.
+    logging.getLogger("tokenmill.producer.follower").setLevel(logging.ERROR)
     try:
         if as_json:
             outcome = generate(made, JsonReport(live=live), url=url, check_model=check_model)

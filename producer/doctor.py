@@ -29,9 +29,9 @@ _EXTRAS = {
 }
 #: Run in its own process: the producer never imports torch.
 _ASK_TORCH = """
-import json, torch
+import torch
 names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-print(json.dumps(torch.__version__), "|", ", ".join(names))
+print(torch.__version__, "|", ", ".join(names))
 """
 _TORCH_TIMEOUT_S = 120.0
 
@@ -195,8 +195,8 @@ def _accelerator() -> Check:
             detail=f"torch does not load: {said[-1] if said else error}",
             remedy="run: pip install --force-reinstall torch",
         )
-    version, _, devices = done.stdout.strip().partition(" | ")
-    torch = f"torch {version.strip(chr(34))}"
+    version, _, devices = done.stdout.partition(" | ")
+    torch, devices = f"torch {version.strip()}", devices.strip()
     if devices:
         return Check(name=name, status=Status.OK, detail=f"{devices}, {torch}")
     return Check(name=name, status=Status.WARN, detail=f"no GPU, only the CPU, {torch}")

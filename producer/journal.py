@@ -244,12 +244,14 @@ def _open(path: Path, output: Path) -> BinaryIO:
 
 
 def _lock(file: BinaryIO, output: Path) -> None:
+    text = f"another process is writing {output} right now; wait for it, or give another --output"
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise OutputError(
-            f"another process is writing {output} right now; wait for it, or give another --output"
-        ) from error
+        held, named = os.fstat(file.fileno()), journal_path(output).stat()
+    except (BlockingIOError, FileNotFoundError) as error:
+        raise OutputError(text) from error
+    if not os.path.samestat(held, named):  # it was removed between our open and our lock
+        raise OutputError(text)
 
 
 def _parse(line: bytes) -> dict[str, Any]:

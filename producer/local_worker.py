@@ -2,18 +2,23 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from tokenmill.producer.embedded import state_dir
 from tokenmill.producer.errors import TokenmillError
+from tokenmill.producer.wire import WorkerInfo
 
 #: In the child's environment: end when this process ends, however it does.
 PARENT = "TOKENMILL_PARENT_PID"
 STOP_TIMEOUT_S = 30.0
+#: Logs of workers that failed, or whose command was killed, are kept so long.
+KEEP_LOGS_S = 7 * 86_400
 _SHOWN_LINES = 5
 
 
@@ -27,6 +32,9 @@ class LocalWorker:
     def __init__(self, model: str, *, url: str, queue: str) -> None:
         self.model = model
         self.log = state_dir() / f"worker-{os.getpid()}.log"
+        for old in self.log.parent.glob("worker-*.log"):
+            if time.time() - old.stat().st_mtime > KEEP_LOGS_S:
+                old.unlink(missing_ok=True)
         with self.log.open("wb") as output:
             # Its own process group: Ctrl-C reaches this process alone, which then ends it in order.
             self._process = subprocess.Popen(
@@ -88,6 +96,19 @@ def end_with_parent() -> None:
     ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
     if os.getppid() != int(parent):  # it went before we asked
         sys.exit(0)
+
+
+def is_alive(worker: WorkerInfo) -> bool:
+    """False for a worker of this machine that is gone, though its lease has not run out yet."""
+    if worker.host != socket.gethostname():
+        return True
+    try:
+        os.kill(worker.pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def _command(model: str, url: str, queue: str) -> list[str]:

@@ -216,6 +216,8 @@ class HumanReport(Report):
         if self._bar:  # interrupted: leave the terminal as it was
             self._bar.render_finish()
             self._bar = None
+        if self._live and error is not None:
+            click.echo("")
 
 
 class JsonReport(Report):

@@ -1,6 +1,8 @@
 """A worker without a model: it answers through the real queue, a word a token."""
 
 import os
+import select
+import signal
 import socket
 import threading
 import time
@@ -102,7 +104,7 @@ class FakeWorker(threading.Thread):
 
 @pytest.fixture
 def fake_worker(server_url: str) -> Iterator[Callable[..., FakeWorker]]:
-    """`fake_worker(model=, limit=, url=)`: a running FakeWorker, by default on the shared server."""
+    """`fake_worker(model=, limit=, url=)`: a running FakeWorker, on the shared server at first."""
     workers: list[FakeWorker] = []
 
     def start(*, model: str = "fake", limit: int = 10**9, url: str = server_url) -> FakeWorker:
@@ -115,6 +117,18 @@ def fake_worker(server_url: str) -> Iterator[Callable[..., FakeWorker]]:
     yield start
     for worker in workers:
         worker.stop()
+
+
+@pytest.fixture
+def kill() -> Callable[[int], None]:
+    """`kill(pid)`: SIGKILL a process of any parent, and return when it is gone."""
+
+    def killed(pid: int) -> None:
+        with os.fdopen(os.pidfd_open(pid)) as ended:
+            os.kill(pid, signal.SIGKILL)
+            assert select.select([ended], [], [], 30)[0]
+
+    return killed
 
 
 @pytest.fixture

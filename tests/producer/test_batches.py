@@ -17,7 +17,7 @@ from tokenmill.producer.batches import BatchJob, status, submit, work
 from tokenmill.producer.cli import tokenmill
 from tokenmill.producer.connection import connect
 from tokenmill.producer.errors import NotFound
-from tokenmill.producer.generate import Plan
+from tokenmill.producer.plan import Plan
 
 # RQ's workers fork, and set signal handlers: each test runs its worker in a process of its own.
 WORK = """

@@ -21,8 +21,8 @@ Run = Callable[..., Result]
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
-    """`run("submit", "hi", ...)`; the signal handler that `generate` sets is taken back."""
-    before = signal.getsignal(signal.SIGTERM)
+    """`run("submit", "hi", ...)`; the signal handlers that `generate` sets are taken back."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def invoke(*arguments: str, stdin: str | None = None) -> Result:
         result = CliRunner().invoke(tokenmill, list(arguments), input=stdin)
@@ -31,7 +31,8 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
         return result
 
     yield invoke
-    signal.signal(signal.SIGTERM, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture

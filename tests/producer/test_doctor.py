@@ -75,9 +75,10 @@ def test_exit_codes_and_json(server_url: str) -> None:
 
 def test_the_accelerator_is_asked_in_another_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    code = "print('\"9.9\" | Some GPU')"
-    monkeypatch.setattr(doctor, "_ASK_TORCH", code)
+    monkeypatch.setattr(doctor, "_ASK_TORCH", "print('9.9', '|', 'Some GPU')")
     assert doctor._accelerator().detail == "Some GPU, torch 9.9"
+    monkeypatch.setattr(doctor, "_ASK_TORCH", "print('9.9', '|', '')")
+    assert doctor._accelerator().detail == "no GPU, only the CPU, torch 9.9"
     monkeypatch.setattr(doctor, "_ASK_TORCH", "raise SystemExit('no driver')")
     found = doctor._accelerator()
     assert found.status is Status.FAIL

@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -131,12 +131,12 @@ def test_it_stays_while_it_is_used(state: Path, monkeypatch: pytest.MonkeyPatch)
     assert stop_if_idle()
 
 
-def test_a_killed_server_is_replaced(state: Path) -> None:
+def test_a_killed_server_is_replaced(state: Path, kill: Callable[[int], None]) -> None:
     url = ensure_server()
     with redis.Redis.from_url(url) as client:
         client.set("kept", "1")
     first = info(url)
-    os.kill(first["process_id"], signal.SIGKILL)
+    kill(first["process_id"])
     url = ensure_server()
     assert info(url)["run_id"] != first["run_id"]
     with redis.Redis.from_url(url) as client:
@@ -145,10 +145,9 @@ def test_a_killed_server_is_replaced(state: Path) -> None:
     assert processes(state) == []
 
 
-def test_a_killed_supervisor_is_replaced(state: Path) -> None:
+def test_a_killed_supervisor_is_replaced(state: Path, kill: Callable[[int], None]) -> None:
     first = info(ensure_server())
-    supervisor = parent_of(first["process_id"])
-    os.kill(supervisor, signal.SIGKILL)
+    kill(parent_of(first["process_id"]))
     second = info(ensure_server())
     assert second["run_id"] == first["run_id"]
     assert len(processes(state)) == 2

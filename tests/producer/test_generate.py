@@ -1,4 +1,5 @@
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -8,13 +9,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import redis
 
 from tokenmill.producer.client import Client
 from tokenmill.producer.dataset import InputError
+from tokenmill.producer.embedded import ensure_server, stop_if_idle
 from tokenmill.producer.errors import InvalidRequest, ServerUnreachable
-from tokenmill.producer.generate import Plan, generate, request_id
+from tokenmill.producer.generate import generate
 from tokenmill.producer.journal import Answer, Journal, OutputError, journal_path
+from tokenmill.producer.plan import Plan
 from tokenmill.producer.progress import Report
+from tokenmill.producer.run import request_id
+
+GENERATE = """
+import json, sys
+from tokenmill.producer.generate import generate
+from tokenmill.producer.plan import Plan
+from tokenmill.producer.progress import Report
+generate(Plan.from_mapping(json.loads(sys.argv[1])), Report(), url=sys.argv[2])
+"""
 
 
 class Told(Report):
@@ -126,12 +139,7 @@ def test_a_killed_run_goes_on(plan: Any, server_url: str, fake_worker: Any, tmp_
     """SIGKILL in the middle: the second run sends nothing twice and loses nothing."""
     worker = fake_worker(limit=30)
     made = plan(numbered(80), window=20)
-    code = (
-        "import sys, json; from tokenmill.producer.generate import Plan, generate;"
-        "from tokenmill.producer.progress import Report;"
-        "generate(Plan.from_mapping(json.loads(sys.argv[1])), Report(), url=sys.argv[2])"
-    )
-    command = [sys.executable, "-c", code, json.dumps(made.to_mapping()), server_url]
+    command = [sys.executable, "-c", GENERATE, json.dumps(made.to_mapping()), server_url]
     process = subprocess.Popen(command)
     assert worker.exhausted.wait(30)
     process.send_signal(signal.SIGKILL)
@@ -229,6 +237,57 @@ def _interrupt_after(told: Told, count: int) -> None:
         raise KeyboardInterrupt
 
 
+def test_another_model_does_not_fit_the_journal(
+    plan: Any, server_url: str, fake_worker: Any
+) -> None:
+    fake_worker()
+    generate(plan(numbered(5)), Told(), url=server_url, stop_at=0.0)
+    fake_worker(model="other")
+    with pytest.raises(OutputError, match="begun with model 'fake', not 'other'"):
+        generate(plan(model="other"), Told(), url=server_url)
+    assert generate(plan(model="fake"), Told(), url=server_url).answered == 5
+
+
+def test_the_embedded_server_and_its_own_worker(
+    plan: Any,
+    state: Path,
+    fake_worker: Any,
+    kill: Callable[[int], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Both are brought along, replaced when they are killed, and taken away at the end."""
+    workers: list[Any] = []
+
+    class StubWorker:
+        def __init__(self, model: str, *, url: str, queue: str) -> None:
+            self.fake = fake_worker(model=model, url=url, limit=4 if not workers else 10**9)
+            workers.append(self.fake)
+
+        def check(self) -> None:
+            pass
+
+        def stop(self) -> None:
+            self.fake.stop()
+
+    monkeypatch.setattr("tokenmill.producer.run.LocalWorker", StubWorker)
+    told = Told()
+
+    def replace(_answer: Answer) -> None:
+        if len(told.answers) == 4:
+            workers[0].stop()
+            with redis.Redis.from_url(workers[0].url) as client:
+                kill(client.info("server")["process_id"])
+            workers[0] = fake_worker(model="smollm2", url=ensure_server())
+
+    told.on_end = replace
+    outcome = generate(plan(numbered(30), window=8), told)
+    assert outcome.answered == 30
+    assert told.notes[0] == "starting a worker for smollm2"
+    for worker in workers:
+        worker.stop()
+    assert stop_if_idle()
+
+
 def test_two_runs_cannot_write_one_output(plan: Any, server_url: str, fake_worker: Any) -> None:
     fake_worker()
     made = plan(numbered(2))
@@ -285,10 +344,11 @@ def test_waits_for_a_worker_on_a_named_server(plan: Any, server_url: str, fake_w
     assert "tokenmill worker --model smollm2" in told.notes[0]
 
 
+@pytest.mark.parametrize("is_empty", [False, True])
 def test_a_server_that_dies_is_waited_for(
-    plan: Any, own_server: Any, fake_worker: Any, tmp_path: Path
+    plan: Any, own_server: Any, fake_worker: Any, tmp_path: Path, is_empty: bool
 ) -> None:
-    """Killed while rows are in flight: said once, gone on when it is back."""
+    """Killed while rows are in flight: gone on when it is back, be it without its data."""
     told = Told()
     worker = fake_worker(url=own_server.url, limit=4)
 
@@ -296,6 +356,8 @@ def test_a_server_that_dies_is_waited_for(
         if len(told.answers) == 4:
             worker.stop()
             own_server.kill()
+            if is_empty:
+                shutil.rmtree(own_server.directory / "appendonlydir")
 
     def note(text: str) -> None:
         told.notes.append(text)

@@ -8,8 +8,9 @@ import pytest
 
 from tokenmill.producer import local_worker
 from tokenmill.producer.embedded import stop_if_idle
-from tokenmill.producer.generate import Plan, generate
+from tokenmill.producer.generate import generate
 from tokenmill.producer.local_worker import LocalWorker, WorkerEnded
+from tokenmill.producer.plan import Plan
 from tokenmill.producer.progress import Report
 
 # Says so when it is there, and waits to be ended.

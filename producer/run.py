@@ -1,0 +1,341 @@
+"""`Run`: one attempt at a dataset run: rows go out in a window, answers into the journal."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+from tokenmill.producer.client import Client
+from tokenmill.producer.dataset import BadRow, Dataset, Row
+from tokenmill.producer.embedded import ensure_server
+from tokenmill.producer.errors import (
+    Busy,
+    InvalidRequest,
+    NotFound,
+    ServerUnreachable,
+    TokenmillError,
+)
+from tokenmill.producer.journal import Answer, Journal, OutputError
+from tokenmill.producer.local_worker import LocalWorker, is_alive
+from tokenmill.producer.output import json_line, write_lines
+from tokenmill.producer.plan import Plan
+from tokenmill.producer.progress import Outcome, Report
+from tokenmill.producer.wire import Delta, Request, WorkerInfo
+
+DEFAULT_MODEL = "smollm2"
+#: Long enough for a run that is taken up again days later.
+DEADLINE_S = 7 * 86_400
+#: Prompts in flight take at most about so much memory, whatever the window.
+MAX_OPEN_TOKENS = 16 * 2**20
+_POLL_S = 0.5
+_WATCH_S = 1.0
+
+
+def request_id(run: str, row: int) -> str:
+    """The id of a row's request: the same for every attempt at the same run."""
+    return f"0.{run}-{row:012d}"
+
+
+@dataclass(slots=True, kw_only=True)
+class _Open:
+    """A row that was sent, or is about to be, and what came of it."""
+
+    row: Row
+    request: Request
+    parts: list[str] = field(default_factory=list)
+    tokens: int = 0
+    #: Characters shown already, before the output was read anew.
+    shown: int = 0
+
+
+class Run:
+    """One attempt at a run."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        dataset: Dataset,
+        journal: Journal,
+        client: Client,
+        report: Report,
+        *,
+        embedded: bool,
+    ) -> None:
+        self._plan = plan
+        self._dataset = dataset
+        self._journal = journal
+        self._client = client
+        self._report = report
+        self._embedded = embedded
+        self._worker: LocalWorker | None = None
+        self._model = ""
+        self._follower = client.follower()
+        self._open: dict[str, _Open] = {}
+        self._unsent: list[_Open] = []
+        self._open_tokens = 0
+        self._tokens = 0
+        self._send_at = self._watch_at = 0.0
+        #: What the user was told to be waiting for, "" for nothing.
+        self._waiting_for = ""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        if self._worker:
+            self._worker.stop()
+
+    def prepare(self, check_model: Callable[[str], None]) -> None:
+        """Settle the model and begin the journal; nothing was sent before.
+
+        Raises:
+            TokenmillError: no worker can serve the model.
+        """
+        serving = sorted({worker.model for worker in self._workers()})
+        named = "" if self._plan.ignore_row_model else self._dataset.survey.model
+        begun = self._journal.header.model
+        if self._plan.model and begun not in ("", self._plan.model):
+            raise OutputError(
+                f"{self._plan.output} was begun with model {begun!r}, not {self._plan.model!r}; "
+                "go on with that, or start anew with --overwrite"
+            )
+        wanted = self._plan.model or begun or named
+        if serving and wanted and wanted not in serving:
+            expected = f"one that queue {self._plan.queue} serves ({', '.join(serving)})"
+            remedy = "or use another --queue, or stop the worker that serves it"
+            raise InvalidRequest("model", expected, wanted, remedy)
+        self._model = wanted or (serving[0] if serving else DEFAULT_MODEL)
+        if self._embedded and not serving:
+            check_model(self._model)
+        for row in self._journal.superseded(self._plan.window):
+            self._cancel(request_id(self._journal.superseded_run, row))
+        self._journal.start(self._model)
+
+    def go(self, stop_at: float | None) -> Outcome:
+        """Send, read and keep until every row has ended, then write the output."""
+        started = time.monotonic()
+        rows = self._dataset.survey.rows
+        done = self._journal.answered + self._journal.failed
+        self._report.begin(rows, done, self._journal.failed)
+        left = (row for row in self._dataset if not self._journal.has(row.index))
+        is_complete = True
+        self._watch()  # loading a model takes longer than all before it: begin with that
+        while self._fill(left):
+            if stop_at is not None and time.monotonic() >= stop_at:
+                is_complete = False
+                break
+            self._watch()
+            self._read()
+            self._report.tick()
+        if is_complete:
+            write_lines(Path(self._plan.output), self._output_lines())
+            self._journal.remove()
+        outcome = Outcome(
+            rows=rows,
+            answered=self._journal.answered,
+            failed=self._journal.failed,
+            tokens=self._tokens,
+            seconds=time.monotonic() - started,
+            output=self._plan.output,
+            complete=is_complete,
+        )
+        self._report.finish(outcome)
+        return outcome
+
+    def _fill(self, left: Iterator[Row | BadRow]) -> bool:
+        """Send rows until the window is full; False when every row has ended."""
+        while (
+            len(self._open) + len(self._unsent) < self._plan.window
+            and self._open_tokens < MAX_OPEN_TOKENS
+        ):
+            row = next(left, None)
+            if row is None:
+                break
+            item = self._prepared(row)
+            if isinstance(item, BadRow):
+                self._refuse(item)
+            else:
+                self._unsent.append(item)
+                self._open_tokens += item.request.prompt_cost
+        self._send()
+        return bool(self._open or self._unsent)
+
+    def _prepared(self, row: Row | BadRow) -> _Open | BadRow:
+        if isinstance(row, BadRow):
+            return row
+        try:
+            if row.model not in ("", self._model) and not self._plan.ignore_row_model:
+                remedy = "or answer all rows with it: --ignore-row-model"
+                raise InvalidRequest("model", f"{self._model!r}", row.model, remedy)
+            request = Request.from_mapping(
+                {
+                    "request_id": request_id(self._journal.header.run, row.index),
+                    "prompt": row.prompt,
+                    "params": row.params,
+                    "model": self._model,
+                    "priority": self._plan.priority,
+                    "deadline_ms": int((time.time() + DEADLINE_S) * 1000),
+                }
+            )
+            request.pack()  # its size is checked here, where it fails this row alone
+        except InvalidRequest as error:
+            return row.refused(error)
+        return _Open(row=row, request=request)
+
+    def _refuse(self, row: BadRow) -> None:
+        answer = Answer(
+            row=row.index,
+            line=row.line,
+            finish_reason="error",
+            reason=row.message,
+            field=row.field,
+            ended_s=int(time.time()),
+        )
+        self._journal.add(answer)
+        self._report.ended(answer)
+
+    def _send(self) -> None:
+        if not self._unsent or time.monotonic() < self._send_at:
+            return
+        try:
+            self._client.submit_many(item.request for item in self._unsent)
+        except Busy as error:
+            self._wait_for(f"room in the queue: {error}")
+            self._send_at = time.monotonic() + error.retry_after_s
+            return
+        except ServerUnreachable as error:
+            self._lost(error)
+            self._send_at = time.monotonic() + _WATCH_S
+            return
+        for item in self._unsent:
+            self._open[item.request.request_id] = item
+            self._follower.add(item.request.request_id)
+            self._report.opened(item.row.index, _title(item.row.prompt))
+        self._unsent.clear()
+
+    def _read(self) -> None:
+        if not self._open:
+            time.sleep(0.1)  # nothing could be sent yet
+            return
+        try:
+            deltas = self._follower.poll(_POLL_S)
+        except (NotFound, InvalidRequest):
+            # The server has lost what it had: send and read everything again.
+            self._resend()
+            return
+        for delta in deltas:
+            self._take(delta)
+
+    def _take(self, delta: Delta) -> None:
+        item = self._open[delta.request_id]
+        if delta.start != item.tokens:
+            self._reread(item)
+            return
+        item.tokens = delta.end
+        item.parts.append(delta.text)
+        self._tokens += len(delta.token_ids)
+        hidden = min(item.shown, len(delta.text))
+        item.shown -= hidden
+        self._report.text(item.row.index, delta.text[hidden:], len(delta.token_ids))
+        if delta.finish_reason:
+            self._end(item, delta)
+
+    def _end(self, item: _Open, delta: Delta) -> None:
+        answer = Answer(
+            row=item.row.index,
+            line=item.row.line,
+            text="".join(item.parts),
+            finish_reason=delta.finish_reason,
+            reason=delta.reason,
+            prompt_tokens=delta.usage.prompt_tokens if delta.usage else 0,
+            completion_tokens=delta.usage.completion_tokens if delta.usage else item.tokens,
+            ended_s=int(time.time()),
+        )
+        self._journal.add(answer)
+        del self._open[delta.request_id]
+        self._open_tokens -= item.request.prompt_cost
+        self._report.ended(answer)
+
+    def _reread(self, item: _Open) -> None:
+        item.shown += sum(len(part) for part in item.parts)
+        item.parts.clear()
+        item.tokens = 0
+        self._follower.remove(item.request.request_id)
+        self._follower.add(item.request.request_id)
+
+    def _resend(self) -> None:
+        """After a server was away: send again what it may have lost, a no-op for what it has."""
+        try:
+            self._client.submit_many(item.request for item in self._open.values())
+        except (Busy, ServerUnreachable) as error:
+            self._lost(error)
+
+    def _watch(self) -> None:
+        """Now and then: does the server answer, does a worker live?"""
+        if time.monotonic() < self._watch_at:
+            return
+        self._watch_at = time.monotonic() + _WATCH_S
+        if self._worker:
+            self._worker.check()
+        was_lost = self._waiting_for == "server"
+        try:
+            serving = [worker for worker in self._workers() if worker.model == self._model]
+        except ServerUnreachable as error:
+            self._lost(error)
+            return
+        if was_lost:
+            self._report.note("the server is back; going on")
+            self._waiting_for = ""
+            self._resend()
+        if not serving and not self._worker:
+            self._need_worker()
+        elif serving and self._waiting_for == "worker":
+            self._waiting_for = ""
+            self._report.note("a worker is live; going on")
+
+    def _need_worker(self) -> None:
+        if self._embedded:
+            self._worker = LocalWorker(self._model, url=self._client.url, queue=self._plan.queue)
+            self._report.note(f"starting a worker for {self._model}")
+        else:
+            text = f"a worker for {self._model} on queue {self._plan.queue}"
+            self._wait_for(f"{text}; start one: tokenmill worker --model {self._model}", "worker")
+
+    def _lost(self, error: TokenmillError) -> None:
+        self._wait_for(f"the server: {error}; retrying", "server")
+        if self._embedded:
+            try:
+                ensure_server()
+            except ServerUnreachable as again:
+                self._report.note(str(again))
+
+    def _wait_for(self, text: str, what: str = "room") -> None:
+        if self._waiting_for != what:
+            self._waiting_for = what
+            self._report.note(f"waiting for {text}")
+
+    def _workers(self) -> list[WorkerInfo]:
+        workers = self._client.workers()
+        return [worker for worker in workers if not self._embedded or is_alive(worker)]
+
+    def _cancel(self, stale: str) -> None:
+        try:
+            self._client.cancel(stale)
+        except NotFound:
+            return
+
+    def _output_lines(self) -> Iterator[bytes]:
+        header = self._journal.header
+        for row in self._dataset:
+            answer = self._journal.answer(row.index)
+            if answer is None or answer.line != row.line:
+                raise OutputError(f"{self._plan.input} has changed during the run; start anew")
+            values = self._dataset.output_row(row, answer, run=header.run, model=header.model)
+            yield json_line(values)
+
+
+def _title(prompt: Any) -> str:
+    last = prompt[-1] if isinstance(prompt, list) else prompt
+    content = last.get("content") if isinstance(last, Mapping) else last
+    return content if isinstance(content, str) else f"{len(prompt)} token ids"
