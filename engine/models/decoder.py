@@ -4,14 +4,44 @@ A step goes in as a `RaggedBatch`; keys and values are written to the cache; the
 wanted tokens come out. The language-model head is applied to those tokens alone.
 """
 
+from dataclasses import dataclass
+
 import torch
-from torch.nn.functional import embedding, linear
+from torch.nn.functional import embedding
 
 from tokenmill.engine.batch import RaggedBatch
 from tokenmill.engine.kv_cache import KVCache
+from tokenmill.engine.models.linear import Linear
 from tokenmill.engine.models.spec import ModelSpec, inverse_frequencies
 from tokenmill.engine.models.weights import LayerWeights, ModelWeights
 from tokenmill.kernels import ops
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """A layer's weights as they are computed with."""
+
+    attention_norm: torch.Tensor
+    qkv: Linear
+    q_norm: torch.Tensor | None
+    k_norm: torch.Tensor | None
+    attention_out: Linear
+    mlp_norm: torch.Tensor
+    gate_up: Linear
+    down: Linear
+
+    @classmethod
+    def of(cls, weights: LayerWeights) -> "_Layer":
+        return cls(
+            attention_norm=weights.attention_norm,
+            qkv=Linear(weights.qkv, weights.qkv_bias),
+            q_norm=weights.q_norm,
+            k_norm=weights.k_norm,
+            attention_out=Linear(weights.attention_out),
+            mlp_norm=weights.mlp_norm,
+            gate_up=Linear(weights.gate_up),
+            down=Linear(weights.down),
+        )
 
 
 class Decoder:
@@ -19,35 +49,38 @@ class Decoder:
 
     def __init__(self, spec: ModelSpec, weights: ModelWeights, max_model_len: int) -> None:
         self.spec = spec
-        self.weights = weights
+        self._embedding = weights.embedding
+        self._layers = [_Layer.of(layer) for layer in weights.layers]
+        self._final_norm = weights.final_norm
+        self._lm_head = Linear(weights.lm_head)
         self._scale = spec.head_dim**-0.5
         self._cos_sin = rotary_table(spec, max_model_len).to(weights.embedding.device)
 
     def forward(self, batch: RaggedBatch, cache: KVCache) -> torch.Tensor:
         """Compute one step; returns logits [L, V] in float32."""
-        weights, eps = self.weights, self.spec.norm_eps
-        residual = embedding(batch.input_ids, weights.embedding)  # [T, H]
-        hidden = ops.rms_norm(residual, weights.layers[0].attention_norm, eps)
-        for number, layer in enumerate(weights.layers):
+        eps = self.spec.norm_eps
+        residual = embedding(batch.input_ids, self._embedding)  # [T, H]
+        hidden = ops.rms_norm(residual, self._layers[0].attention_norm, eps)
+        for number, layer in enumerate(self._layers):
             if number:
                 hidden, residual = ops.add_rms_norm(hidden, residual, layer.attention_norm, eps)
             hidden = self._attention(hidden, layer, batch, cache.keys[number], cache.values[number])
             hidden, residual = ops.add_rms_norm(hidden, residual, layer.mlp_norm, eps)
-            hidden = linear(ops.silu_mul(linear(hidden, layer.gate_up)), layer.down)
+            hidden = layer.down(ops.silu_mul(layer.gate_up(hidden)))
         wanted = batch.logits_indices
-        hidden, _ = ops.add_rms_norm(hidden[wanted], residual[wanted], weights.final_norm, eps)
-        return linear(hidden, weights.lm_head).float()
+        hidden, _ = ops.add_rms_norm(hidden[wanted], residual[wanted], self._final_norm, eps)
+        return self._lm_head(hidden).float()
 
     def _attention(
         self,
         hidden: torch.Tensor,  # [T, H]
-        layer: LayerWeights,
+        layer: _Layer,
         batch: RaggedBatch,
         keys: torch.Tensor,
         values: torch.Tensor,
     ) -> torch.Tensor:
         spec = self.spec
-        heads = linear(hidden, layer.qkv, layer.qkv_bias).view(hidden.shape[0], -1, spec.head_dim)
+        heads = layer.qkv(hidden).view(hidden.shape[0], -1, spec.head_dim)
         q, k, v = heads.split_with_sizes(
             [spec.num_heads, spec.num_kv_heads, spec.num_kv_heads], dim=1
         )
@@ -64,7 +97,7 @@ class Decoder:
             max_query_len=batch.max_query_len,
             scale=self._scale,
         )
-        return linear(attended.view(hidden.shape[0], -1), layer.attention_out)
+        return layer.attention_out(attended.view(hidden.shape[0], -1))
 
     def _head_norm(self, heads: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         flat = heads.reshape(-1, self.spec.head_dim)

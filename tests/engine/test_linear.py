@@ -1,0 +1,35 @@
+"""Linear: packed or not, the product is that of the plain weight."""
+
+import pytest
+import torch
+
+from tokenmill.engine.models.linear import Linear
+
+
+@pytest.mark.parametrize("rows", [0, 1, 2, 7, 48, 300])
+@pytest.mark.parametrize("shape", [(1, 1), (5, 3), (96, 64), (331, 48)], ids=str)
+@pytest.mark.parametrize("with_bias", [False, True], ids=["plain", "bias"])
+def test_product_equals_the_plain_one(rows: int, shape: tuple[int, int], with_bias: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(shape, generator=generator)
+    bias = torch.randn(shape[0], generator=generator) if with_bias else None
+    x = torch.randn(rows, shape[1], generator=generator)
+    expected = x.double() @ weight.double().T + (0 if bias is None else bias.double())
+    with torch.inference_mode():
+        got = Linear(weight, bias)(x)
+    assert got.shape == (rows, shape[0])
+    assert torch.allclose(got.double(), expected, atol=1e-4)
+
+
+def test_other_types_keep_their_weight() -> None:
+    weight, x = torch.randn(6, 4, dtype=torch.bfloat16), torch.randn(3, 4, dtype=torch.bfloat16)
+    assert torch.equal(Linear(weight)(x), torch.nn.functional.linear(x, weight))
+
+
+def test_a_change_of_the_plain_weight_does_not_reach_a_packed_one() -> None:
+    """So the plain weight can be dropped after packing."""
+    weight = torch.ones(8, 8)
+    layer = Linear(weight)
+    weight.zero_()
+    packed = torch.backends.mkldnn.is_available()
+    assert layer(torch.ones(1, 8)).sum().item() == (64.0 if packed else 0.0)
