@@ -159,9 +159,14 @@ def worker(
         ),
         **settings,
     )
-    from tokenmill.worker.process import run
+    from tokenmill.worker.loop import EngineFailed
+    from tokenmill.worker.process import WorkerFailed, run
 
-    context.exit(run(config))
+    try:
+        status = run(config)
+    except (EngineFailed, WorkerFailed) as error:
+        raise click.ClickException(str(error)) from error  # status 1: not the user's mistake
+    context.exit(status)
 
 
 def _embedded() -> str:

@@ -1,6 +1,7 @@
 """`Pulse`, the sign of life of the loop, and `HealthServer`, which shows it to Kubernetes.
 
-    /livez    200 while the last step, or idle turn, of the loop is younger than the limit
+    /livez    200 while the last step, or idle turn, of the loop is younger than the limit; also
+              while the model is being loaded, which is for a startup probe to bound
     /readyz   200 when the model is loaded, the worker registered, and the server answers
 
 Liveness never asks for Redis: restarting workers does not bring a server back.
@@ -16,6 +17,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
 from typing import Self
 
+from tokenmill.producer.errors import InvalidRequest
+
 
 class Pulse:
     """When the loop last went round."""
@@ -23,14 +26,15 @@ class Pulse:
     def __init__(self, limit_s: float, clock: Callable[[], float] = time.monotonic) -> None:
         self.limit_s = limit_s
         self._clock = clock
-        self._beat_at = clock()
+        #: None until the loop begins.
+        self._beat_at: float | None = None
 
     def beat(self) -> None:
         self._beat_at = self._clock()
 
     @property
     def age_s(self) -> float:
-        return self._clock() - self._beat_at
+        return 0.0 if self._beat_at is None else self._clock() - self._beat_at
 
     @property
     def is_alive(self) -> bool:
@@ -44,7 +48,7 @@ class HealthServer:
         """Listen on every address; port 0 takes a free one.
 
         Raises:
-            OSError: the port is taken.
+            InvalidRequest: the port is taken, or may not be used.
         """
 
         class Handler(BaseHTTPRequestHandler):
@@ -71,7 +75,11 @@ class HealthServer:
             def log_message(self, format: str, *args: object) -> None:  # noqa: A002
                 """A probe every few seconds is no news."""
 
-        self._server = _DualStackServer(("", port), Handler)
+        try:
+            self._server = _DualStackServer(("", port), Handler)
+        except OSError as error:
+            expected = "a port that can be listened on"
+            raise InvalidRequest("health_port", expected, port, str(error)) from error
         self.port: int = self._server.server_address[1]
         self._thread = threading.Thread(
             target=self._server.serve_forever, name="health", daemon=True

@@ -98,7 +98,8 @@ class Intake:
         self._held: dict[str, Room] = {}
         self._upkeep_s = queue.lease_ms / 3000
         self._upkeep_at = clock()
-        self._idle_since = clock()
+        #: Since when nothing was held and nothing could be claimed; None: not idle.
+        self._idle_since: float | None = None
 
     # -- called by other threads -------------------------------------------------------------
 
@@ -137,6 +138,7 @@ class Intake:
         self._keep_up()
         room = self._await_room()
         if not room:
+            self._idle_since = None
             return
         was_idle = not self._publisher.num_held
         claims = self._queue.claim(
@@ -146,6 +148,8 @@ class Intake:
         for claim in claims:
             self._prepare(claim)
         if claims or not was_idle:
+            self._idle_since = None
+        elif self._idle_since is None:
             self._idle_since = self._clock()
         if not claims:
             self._await_work(is_idle=was_idle)
@@ -181,7 +185,7 @@ class Intake:
 
     def _await_work(self, *, is_idle: bool) -> None:
         timeout_s = min(MAX_BLOCK_S, self._upkeep_s) if is_idle else BUSY_WAIT_S
-        if is_idle and self._exit_when_idle_s is not None:
+        if self._idle_since is not None and self._exit_when_idle_s is not None:
             left = self._idle_since + self._exit_when_idle_s - self._clock()
             if left <= 0:
                 emit(IDLE, idle_s=self._exit_when_idle_s)

@@ -77,7 +77,7 @@ class JsonFormatter(logging.Formatter):
             "time": round(record.created, 3),
             "level": record.levelname.lower(),
             "event": record.getMessage(),
-            **_fields(record),
+            **{k: round(v, 3) if isinstance(v, float) else v for k, v in _fields(record).items()},
         }
         if record.exc_info:
             values["traceback"] = self.formatException(record.exc_info)

@@ -15,17 +15,20 @@ import os
 import platform
 import secrets
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from importlib.metadata import version
 
 import redis
-from redis.exceptions import RedisError
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from tokenmill.producer.connection import connect, shown_url
-from tokenmill.producer.errors import TokenmillError
+from tokenmill.producer.errors import TokenmillError, WrongServer
 from tokenmill.producer.keys import Keys
 from tokenmill.producer.wire import WorkerInfo
 from tokenmill.worker.config import WorkerConfig
@@ -48,7 +51,10 @@ from tokenmill.worker.publisher import Publisher
 from tokenmill.worker.queue import Queue
 from tokenmill.worker.signals import StopSignals, exit_status
 
-#: Intake sleeps on the server at most this long once its connection was cut.
+#: The loop gives up the interpreter lock in every tensor operation, and beside a busy thread waits
+#: up to this long to get it back: with Python's 5 ms, 300 small operations took 7 times as long.
+SWITCH_INTERVAL_S = 0.0005
+#: Longest that intake may take to end; a claim that is answered later is parked by step 4.
 _INTAKE_STOP_S = 1.0
 
 
@@ -76,9 +82,10 @@ def run(
 
     Raises:
         ServerUnreachable, WrongServer: the server cannot be used.
-        EngineFailed: steps failed repeatedly; everything was released before.
+        EngineFailed, WorkerFailed: as for `Worker.run`.
         TokenmillError: what `make_engine` raises.
     """
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
     with ExitStack() as stack:
         signals = stack.enter_context(StopSignals())
         started = time.monotonic()
@@ -120,7 +127,7 @@ class Worker:
             server, Keys(config.queue), worker_id, blocking=blocking, lease_ms=config.lease_ms
         )
         self._config = config
-        self._blocking = blocking
+        self._server = server
         self._is_registered = False
         self._failure: BaseException | None = None
 
@@ -138,6 +145,7 @@ class Worker:
         """Serve until stopped.
 
         Raises:
+            WrongServer: the server refuses to register a worker.
             EngineFailed: steps failed repeatedly; everything was released before.
             WorkerFailed: a thread ended unexpectedly; likewise.
         """
@@ -178,17 +186,18 @@ class Worker:
             ) from self._failure
 
     def _register(self, engine: EngineLike, load_s: float) -> None:
-        self.queue.register(
-            WorkerInfo(
-                worker_id=self.worker_id,
-                model=engine.model_name,
-                host=platform.node(),
-                pid=os.getpid(),
-                started_ms=int(time.time() * 1000),
-                version=version("tokenmill"),
-            )
+        info = WorkerInfo(
+            worker_id=self.worker_id,
+            model=engine.model_name,
+            host=platform.node(),
+            pid=os.getpid(),
+            started_ms=int(time.time() * 1000),
+            version=version("tokenmill"),
         )
-        self._is_registered = True
+        while not self._try_register(info):
+            pass
+        if not self._is_registered:
+            return
         capacity = engine.capacity()
         emit(
             READY,
@@ -199,6 +208,19 @@ class Worker:
             kv_tokens=capacity.blocks * capacity.block_size,
             max_model_len=engine.max_model_len,
         )
+
+    def _try_register(self, info: WorkerInfo) -> bool:
+        """False: the server was lost while the model was loaded; try again."""
+        try:
+            self.queue.register(info)
+        except (RedisConnectionError, RedisTimeoutError) as error:
+            return self.inbox.take(self.outage.lost(error)).is_stopping
+        except ResponseError as error:
+            remedy = "give this user the rights of a worker"
+            raise WrongServer(f"the server refuses a worker: {error}; {remedy}") from error
+        self.outage.back()
+        self._is_registered = True
+        return True
 
     def _start(self, name: str, target: Callable[[], None]) -> threading.Thread:
         def guarded() -> None:
@@ -224,8 +246,7 @@ class Worker:
         self._is_registered = False
         ends_at = time.monotonic() + self._config.drain_s
         intake.stop()
-        # Ends the read that an idle intake sleeps in.
-        self._blocking.connection_pool.disconnect()
+        self._wake_intake()
         intake_thread.join(min(_INTAKE_STOP_S, self._config.drain_s))
         publisher.drain()
         publisher_thread.join(max(ends_at - time.monotonic(), 0.0))
@@ -237,6 +258,13 @@ class Worker:
             self.queue.retire()
         except RedisError:
             emit(DRAIN_CUT, held=publisher.num_held)
+
+    def _wake_intake(self) -> None:
+        """End the read that an idle intake sleeps in; other workers look for work once more."""
+        if self.outage.is_on:  # it does not sleep there, and this would only wait
+            return
+        with suppress(RedisError):
+            self._server.xadd(self.queue.keys.control, {"t": "wake"}, maxlen=1000)
 
 
 class WorkerFailed(TokenmillError):

@@ -141,7 +141,7 @@ class Publisher:
         """Take what was handed over, and write what is due."""
         for event in self._take():
             if isinstance(event, Output):
-                self._outputs[event.seq_id] = event
+                self._replace(event)
             elif isinstance(event, _GiveBack):
                 self._release_failed(event)
             else:
@@ -168,6 +168,13 @@ class Publisher:
         if was_full:
             self._inbox.wake()
         return events
+
+    def _replace(self, output: Output) -> None:
+        """Take charge of a claim, in the place of an earlier one whose loss was not noticed yet."""
+        for earlier in list(self._outputs.values()):
+            if earlier.request_id == output.request_id:
+                self._lose(earlier, Verdict.FENCED)
+        self._outputs[output.seq_id] = output
 
     def _apply(self, step: Sequence[StepOutput]) -> None:
         for given in step:

@@ -1,0 +1,103 @@
+"""Worker processes with a scripted engine, and what their streams must look like."""
+
+import runpy
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+
+from tokenmill.producer.keys import Keys
+from tokenmill.producer.wire import chain_digest, unpack_token_ids
+
+HERE = Path(__file__).parent
+SCRIPT = HERE / "scripted_worker.py"
+KEYS = Keys()
+
+
+@dataclass
+class WorkerProcess:
+    """A worker of its own process, and its id."""
+
+    process: subprocess.Popen[bytes]
+
+    def send(self, number: signal.Signals) -> None:
+        self.process.send_signal(number)
+
+    def wait_ready(self) -> None:
+        """Read its log until it is registered."""
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            if b'"worker_ready"' in line:
+                return
+        pytest.fail("the worker ended before it was ready")
+
+    def wait(self, timeout_s: float = 20.0) -> int:
+        return self.process.wait(timeout_s)
+
+    def is_owner(self, worker_id: str) -> bool:
+        """Whether this process registered under that id: `<host>-<pid>-<random>`."""
+        return worker_id.split("-")[-2:-1] == [str(self.process.pid)]
+
+
+@pytest.fixture
+def start_worker(server_url: str) -> Iterator[Callable[..., WorkerProcess]]:
+    """`start_worker(lease_ms=, step_ms=)`: returns at once; claims begin some seconds later."""
+    started: list[WorkerProcess] = []
+
+    def start(*, lease_ms: int = 15_000, step_ms: int = 5) -> WorkerProcess:
+        command = [sys.executable, str(SCRIPT), server_url, str(lease_ms), str(step_ms)]
+        started.append(WorkerProcess(subprocess.Popen(command, stderr=subprocess.PIPE)))
+        return started[-1]
+
+    yield start
+    for worker in started:
+        worker.process.kill()
+        sys.stderr.write(worker.process.communicate()[1].decode())
+
+
+@dataclass
+class Stream:
+    """What a request's output stream holds in the end."""
+
+    #: Of each token, the epoch that wrote it.
+    epochs: list[int]
+    tokens: list[int]
+    finish_reasons: list[str]
+
+
+@pytest.fixture
+def checked_stream(server: redis.Redis) -> Callable[[str, str], Stream]:
+    """Read the stream of a request and compare every token, letter and digest with the script."""
+    script: Any = runpy.run_path(str(SCRIPT))
+    decode = script["ScriptedTokenizer"]().decode
+
+    def check(request_id: str, prompt: str) -> Stream:
+        stream = Stream([], [], [])
+        digest = ""
+        entries: Any = server.xrange(KEYS.output(request_id))
+        for entry_id, fields in entries:
+            tokens = unpack_token_ids(fields[b"t"])
+            epoch, start = int(fields[b"e"]), len(stream.tokens)
+            wanted = [
+                script["scripted_token"](list(prompt.encode()), start + n, epoch)
+                for n in range(len(tokens))
+            ]
+            assert list(tokens) == wanted, f"{request_id} from token {start}, epoch {epoch}"
+            assert fields[b"x"].decode() == decode(tokens)
+            digest = chain_digest(digest, tokens)
+            assert fields[b"h"].decode() == digest
+            stream.tokens += tokens
+            stream.epochs += [epoch] * len(tokens)
+            assert entry_id.decode().partition("-")[0] == str(len(stream.tokens))
+            if b"f" in fields:
+                stream.finish_reasons.append(fields[b"f"].decode())
+        assert stream.epochs == sorted(stream.epochs)
+        return stream
+
+    return check

@@ -1,0 +1,114 @@
+"""A worker with a scripted engine, as a process: `python scripted_worker.py URL LEASE_MS STEP_MS`.
+
+Its tokens depend on the prompt, the position and the epoch, so that a token of a worker that had
+lost its claim is seen wherever it appears. Its text is one letter a token.
+"""
+
+import logging
+import sys
+import time
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from tokenmill.engine.engine import Capacity, StepOutput
+from tokenmill.engine.sequence import FinishReason
+from tokenmill.producer.errors import InvalidRequest
+from tokenmill.producer.params import SamplingParams
+from tokenmill.worker.config import WorkerConfig
+from tokenmill.worker.log import configure
+from tokenmill.worker.process import run
+
+
+def scripted_token(prompt_ids: Sequence[int], position: int, epoch: int) -> int:
+    """The token at an offset of the output; the epoch is its last four bits."""
+    text = f"{list(prompt_ids)} {position}"
+    return zlib.crc32(text.encode()) % 2**24 << 4 | epoch % 16
+
+
+class ScriptedTokenizer:
+    """A byte of the prompt is a token, a token of the output is a letter."""
+
+    def encode(self, text: str) -> list[int]:
+        if text == "cannot be tokenized":
+            raise ValueError(text)
+        return list(text.encode())
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return "".join(chr(97 + (token_id >> 4) % 26) for token_id in token_ids)
+
+    def apply_chat_template(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        return self.encode("".join(f"<{m['role']}>{m['content']}" for m in messages))
+
+
+@dataclass
+class ScriptedEngine:
+    """Every sequence gets one token a step."""
+
+    max_num_seqs: int = 16
+    step_s: float = 0.0
+    max_model_len: int = 100_000
+    model_name: str = "scripted"
+    tokenizer: ScriptedTokenizer = field(default_factory=ScriptedTokenizer)
+    #: Sequence id -> prompt, output so far, most tokens.
+    sequences: dict[str, tuple[tuple[int, ...], list[int], int]] = field(default_factory=dict)
+    #: Raised by the next steps.
+    errors: list[Exception] = field(default_factory=list)
+    seeds: dict[str, int] = field(default_factory=dict)
+    aborted: list[str] = field(default_factory=list)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.sequences)
+
+    def add(
+        self,
+        seq_id: str,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        output_ids: Sequence[int],
+        seed: int,
+        priority: int,
+    ) -> None:
+        if len(prompt_ids) >= self.max_model_len:
+            raise InvalidRequest("prompt", f"below {self.max_model_len} tokens", len(prompt_ids))
+        if seq_id in self.sequences:
+            raise InvalidRequest("seq_id", "new", seq_id)
+        self.sequences[seq_id] = (tuple(prompt_ids), list(output_ids), params.max_tokens)
+        self.seeds[seq_id] = seed
+
+    def abort(self, seq_id: str) -> None:
+        if self.sequences.pop(seq_id, None):
+            self.aborted.append(seq_id)
+
+    def step(self) -> list[StepOutput]:
+        if self.errors:
+            raise self.errors.pop(0)
+        time.sleep(self.step_s)  # the forward pass
+        return [self._advance(seq_id) for seq_id in list(self.sequences)[: self.max_num_seqs]]
+
+    def _advance(self, seq_id: str) -> StepOutput:
+        prompt_ids, output, most = self.sequences[seq_id]
+        given: tuple[int, ...] = ()
+        if len(output) < most:
+            given = (scripted_token(prompt_ids, len(output), int(seq_id.rpartition("#")[2])),)
+            output.extend(given)
+        if len(output) < most:
+            return StepOutput(seq_id, given)
+        del self.sequences[seq_id]
+        return StepOutput(seq_id, given, FinishReason.LENGTH)
+
+    def capacity(self) -> Capacity:
+        free = self.max_num_seqs + 2 - len(self.sequences)
+        return Capacity(tokens=4096, blocks=10_000, sequences=max(free, 0), block_size=32)
+
+
+def main(url: str, lease_ms: str, step_ms: str) -> int:
+    configure(as_json=True, level=logging.INFO)
+    config = WorkerConfig(model="scripted", redis_url=url, lease_ms=int(lease_ms))
+    return run(config, make_engine=lambda _: ScriptedEngine(step_s=int(step_ms) / 1000))
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

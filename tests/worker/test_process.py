@@ -1,0 +1,239 @@
+"""A worker with all its threads: what stops it, and in which order; on a real server."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import redis
+
+from tokenmill.producer.client import Client
+from tokenmill.producer.connection import connect
+from tokenmill.producer.errors import ServerUnreachable, WrongServer
+from tokenmill.producer.keys import Keys
+from tokenmill.producer.wire import Delta
+from tokenmill.worker.config import WorkerConfig
+from tokenmill.worker.loop import EngineFailed
+from tokenmill.worker.process import Worker, WorkerFailed, run
+
+KEYS = Keys()
+
+
+@dataclass
+class Running:
+    """A worker whose main thread is one of this test's."""
+
+    worker: Worker
+    thread: threading.Thread
+    errors: list[Exception]
+
+    def join(self, timeout_s: float = 10.0) -> None:
+        self.thread.join(timeout_s)
+        assert not self.thread.is_alive()
+
+
+@contextmanager
+def running(url: str, engine: Any, **settings: Any) -> Iterator[Running]:
+    config = WorkerConfig(model="scripted", redis_url=url, **settings)
+    errors: list[Exception] = []
+    with connect(url) as server, connect(url, blocking=True) as blocking:
+        worker = Worker(config, f"test-{id(errors)}", server, blocking)
+
+        def target() -> None:
+            try:
+                worker.run(engine)
+            except (EngineFailed, WorkerFailed) as error:
+                errors.append(error)
+
+        started = Running(worker, threading.Thread(target=target), errors)
+        started.thread.start()
+        try:
+            yield started
+        finally:
+            worker.stop()
+            started.join()
+
+
+def events(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [r.getMessage() for r in caplog.records if r.name == "tokenmill.worker"]
+
+
+def epochs(result: Any) -> set[int]:
+    return {token % 16 for token in result.token_ids}
+
+
+def first_tokens(client: Client, request_id: str, count: int) -> list[Delta]:
+    deltas: list[Delta] = []
+    for delta in client.follow(request_id):
+        deltas.append(delta)
+        if delta.end >= count:
+            break
+    return deltas
+
+
+@pytest.fixture
+def record(server: redis.Redis) -> Callable[[str], dict[str, str]]:
+    def read(request_id: str) -> dict[str, str]:
+        fields: Any = server.hgetall(KEYS.record(request_id))
+        return {k.decode(): v.decode("latin1") for k, v in fields.items()}
+
+    return read
+
+
+def test_it_serves_registers_and_retires(
+    server_url: str, client: Client, server: redis.Redis, script: Any
+) -> None:
+    with running(server_url, script.ScriptedEngine()) as started:
+        results = list(client.map([f"n{n}" for n in range(40)], max_tokens=5))
+        assert [len(result.token_ids) for result in results] == [5] * 40
+        (info,) = client.workers()
+        assert (info.worker_id, info.model) == (started.worker.worker_id, "scripted")
+        was_ready = started.worker.is_ready
+    assert client.workers() == []
+    assert (was_ready, started.worker.is_ready) == (True, False)
+    assert not server.exists(KEYS.own(info.worker_id))
+
+
+def test_stop_releases_what_runs_and_what_waits(
+    server_url: str, client: Client, script: Any, record: Callable[[str], dict[str, str]]
+) -> None:
+    engine = script.ScriptedEngine(max_num_seqs=2, step_s=0.005)
+    ids = [client.submit(f"n{n}", max_tokens=10_000) for n in range(4)]
+    with running(server_url, engine) as started:
+        first_tokens(client, ids[0], 5)
+        asked_at = time.monotonic()
+        started.worker.stop()
+        started.join()
+        assert time.monotonic() - asked_at < 3.0
+    for request_id in ids:
+        fields = record(request_id)
+        assert (fields["state"], fields["attempts"]) == ("park", "0")
+    assert int(record(ids[0])["offset"]) >= 5
+
+
+def test_an_idle_worker_stops_at_once(server_url: str, server: redis.Redis, script: Any) -> None:
+    with running(server_url, script.ScriptedEngine()) as started:
+        while not server.info("clients")["blocked_clients"]:
+            assert started.thread.is_alive()
+        asked_at = time.monotonic()
+        started.worker.stop()
+        started.join()
+        assert time.monotonic() - asked_at < 0.9  # though it sleeps for 5 s at a time
+
+
+def test_a_server_that_is_away_for_a_while_costs_nothing(
+    own_server: Any, script: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "tokenmill.worker")
+    engine = script.ScriptedEngine(step_s=0.002)
+    with (
+        Client(own_server.url) as client,
+        running(own_server.url, engine) as started,
+    ):
+        request_id = client.submit("abc", max_tokens=400)
+        first_tokens(client, request_id, 20)
+        own_server.kill()
+        while engine.has_work:  # it goes on generating
+            assert started.thread.is_alive()
+        own_server.start()
+        result = client.result(request_id, timeout_s=20)
+        assert (result.finish_reason, len(result.token_ids)) == ("length", 400)
+        assert epochs(result) == {1}
+        wanted = tuple(script.scripted_token(list(b"abc"), n, 1) for n in range(400))
+        assert result.token_ids == wanted
+    assert events(caplog).count("server_lost") == 1
+    assert events(caplog).count("server_back") == 1
+
+
+def test_a_drain_without_a_server_is_cut_short(
+    own_server: Any, script: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "tokenmill.worker")
+    with (
+        Client(own_server.url) as client,
+        running(own_server.url, script.ScriptedEngine(step_s=0.002), drain_s=1.0) as started,
+    ):
+        first_tokens(client, client.submit("abc", max_tokens=100_000), 5)
+        own_server.kill()
+        asked_at = time.monotonic()
+        started.worker.stop()
+        started.join()
+        assert time.monotonic() - asked_at < 4.0
+    assert "drain_cut_short" in events(caplog)
+
+
+def test_an_engine_that_is_given_up_ends_the_worker_in_order(
+    server_url: str, client: Client, script: Any, record: Callable[[str], dict[str, str]]
+) -> None:
+    engine = script.ScriptedEngine(max_num_seqs=1, errors=[RuntimeError("broken")] * 100)
+    ids = [client.submit(f"n{n}", max_tokens=5) for n in range(6)]
+    with running(server_url, engine) as started:
+        started.join()
+        assert "3 steps in a row failed" in str(started.errors[0])
+    assert client.workers() == []
+    assert {record(request_id)["state"] for request_id in ids} <= {"park", "wait"}
+
+
+def test_a_thread_that_ends_unexpectedly_ends_the_worker(
+    server_url: str, client: Client, script: Any, record: Callable[[str], dict[str, str]]
+) -> None:
+    engine = script.ScriptedEngine()
+
+    def decode(token_ids: object) -> str:
+        raise LookupError("a bug")
+
+    engine.tokenizer.decode = decode
+    request_id = client.submit("abc", max_tokens=1000)
+    with running(server_url, engine) as started:
+        started.join()
+        assert "LookupError: a bug" in str(started.errors[0])
+    assert (record(request_id)["state"], record(request_id)["attempts"]) == ("park", "1")
+
+
+def test_exit_when_idle(server_url: str, client: Client, script: Any) -> None:
+    with running(server_url, script.ScriptedEngine(), exit_when_idle_s=0.3) as started:
+        assert client.result(client.submit("abc", max_tokens=3), timeout_s=5).ok
+        started.join()
+    assert client.workers() == []
+
+
+def test_a_wrong_address_is_found_before_the_model_is_loaded() -> None:
+    def make_engine(_: WorkerConfig) -> Any:
+        pytest.fail("the model was loaded")
+
+    config = WorkerConfig(model="m", redis_url="unix:///nowhere/at/all")
+    with pytest.raises(ServerUnreachable, match="nowhere"):
+        run(config, make_engine=make_engine)
+
+
+def test_a_server_lost_while_the_model_was_loaded_is_waited_for(
+    own_server: Any, script: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "tokenmill.worker")
+    config = WorkerConfig(model="scripted", redis_url=own_server.url)
+    with connect(own_server.url) as server, connect(own_server.url, blocking=True) as blocking:
+        worker = Worker(config, "w", server, blocking)
+        own_server.kill()
+        thread = threading.Thread(target=worker.run, args=(script.ScriptedEngine(),))
+        thread.start()
+        while "server_lost" not in events(caplog):
+            assert thread.is_alive()
+        own_server.start()
+        with Client(own_server.url) as client:
+            assert client.result(client.submit("abc", max_tokens=3), timeout_s=10).ok
+        worker.stop()
+        thread.join(10)
+        assert not thread.is_alive()
+
+
+def test_a_server_that_refuses_workers_is_an_error_with_its_words(
+    server_url: str, server: redis.Redis, script: Any
+) -> None:
+    config = WorkerConfig(model="scripted", redis_url=server_url)
+    server.set(KEYS.worker("w"), "of another type")
+    worker = Worker(config, "w", server, server)
+    with pytest.raises(WrongServer, match=r"refuses a worker: .*wrong kind of value"):
+        worker.run(script.ScriptedEngine())

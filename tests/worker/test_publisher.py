@@ -1,0 +1,312 @@
+"""What reaches the stream, when, and what the server's verdicts do; on a real server, by hand."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import redis
+from redis.exceptions import ConnectionError as RedisConnectionError
+
+from tokenmill.engine.engine import StepOutput
+from tokenmill.producer.client import Client
+from tokenmill.producer.keys import Keys
+from tokenmill.producer.wire import chain_digest, unpack_token_ids
+from tokenmill.worker import outage as outage_module
+from tokenmill.worker import publisher as publisher_module
+from tokenmill.worker.output import Output
+from tokenmill.worker.queue import Queue
+
+KEYS = Keys()
+MakeParts = Callable[..., Any]
+OutputOf = Callable[[str], Any]
+
+
+def entries(server: redis.Redis, request_id: str) -> list[tuple[str, tuple[int, ...], str]]:
+    """(entry id, tokens, text) of each."""
+    raw: Any = server.xrange(KEYS.output(request_id))
+    return [(key.decode(), unpack_token_ids(f[b"t"]), f[b"x"].decode()) for key, f in raw]
+
+
+def state(server: redis.Redis, request_id: str) -> str:
+    raw: Any = server.hget(KEYS.record(request_id), "state")
+    return str(raw.decode())
+
+
+def test_first_token_at_once_then_gathered(
+    client: Client, server: redis.Redis, make_parts: MakeParts
+) -> None:
+    parts = make_parts()
+    early = client.submit("abc", max_tokens=100)
+    parts.claim()
+    parts.step()
+    parts.loop.turn()
+    parts.publisher.turn()  # opens a flush interval
+    late = client.submit("def", max_tokens=100)
+    parts.claim()
+    for _ in range(3):  # within that interval
+        parts.loop.turn()
+        parts.publisher.turn()
+    assert [key for key, _, _ in entries(server, early)] == ["1-0", "2-0"]
+    assert [key for key, _, _ in entries(server, late)] == ["1-0"]
+    parts.clock.sleep(publisher_module.FLUSH_S)
+    parts.publisher.turn()
+    assert [key for key, _, _ in entries(server, early)] == ["1-0", "2-0", "5-0"]
+    assert [key for key, _, _ in entries(server, late)] == ["1-0", "3-0"]
+
+
+def test_a_drain_writes_what_is_unsent_before_it_releases(
+    client: Client, server: redis.Redis, make_parts: MakeParts
+) -> None:
+    parts = make_parts()
+    request_id = client.submit("abc", max_tokens=100)
+    parts.claim()
+    for _ in range(5):
+        parts.loop.turn()
+        parts.publisher.turn()
+    assert len(entries(server, request_id)) < 5
+    parts.publisher.drain()
+    parts.publisher.run()
+    assert entries(server, request_id)[-1][0] == "5-0"
+    assert state(server, request_id) == "park"
+
+
+def test_an_append_call_carries_at_most_64_requests(
+    client: Client, make_parts: MakeParts, spied_queue: Any
+) -> None:
+    parts = make_parts(queue=spied_queue, max_num_seqs=100)
+    for number in range(80):
+        client.submit(f"n{number}", max_tokens=50)
+    while len(parts.engine.sequences) < 80:
+        parts.claim()
+        parts.step()
+    spied_queue.calls.clear()
+    parts.step()
+    assert [len(batch) for name, batch in spied_queue.calls if name == "append"] == [64, 16]
+
+
+def test_the_end_carries_the_last_tokens_and_usage(
+    client: Client, make_parts: MakeParts, output_of: OutputOf, script: Any
+) -> None:
+    parts = make_parts()
+    request_id = client.submit("abc", max_tokens=3)
+    parts.claim()
+    parts.step(3)
+    result = output_of(request_id)
+    prompt = list(b"abc")
+    assert result.token_ids == tuple(script.scripted_token(prompt, n, 1) for n in range(3))
+    assert result.text == parts.engine.tokenizer.decode(result.token_ids)
+    assert (result.usage.prompt_tokens, result.usage.completion_tokens) == (3, 3)
+    assert parts.publisher.num_held == 0
+
+
+def stop_after(script: Any, prompt: str, count: int) -> str:
+    """A stop string that the text completes with token `count`, not earlier."""
+    tokens = [script.scripted_token(list(prompt.encode()), n, 1) for n in range(count)]
+    text: str = script.ScriptedTokenizer().decode(tokens)
+    stop = text[-3:]
+    assert text.find(stop) == len(text) - 3
+    return stop
+
+
+def test_a_stop_string_cuts_the_text_and_aborts_the_sequence(
+    client: Client, make_parts: MakeParts, output_of: OutputOf, script: Any
+) -> None:
+    parts = make_parts()
+    request_id = client.submit("abc", max_tokens=100, stop=[stop_after(script, "abc", 9)])
+    parts.claim()
+    parts.step(12)
+    result = output_of(request_id)
+    assert result.finish_reason == "stop"
+    assert len(result.token_ids) == 9
+    assert result.text == parts.engine.tokenizer.decode(result.token_ids)[:6]
+    assert parts.engine.aborted == [f"{request_id}#1"]
+    assert not parts.engine.has_work
+
+
+def test_a_worker_that_died_before_the_end_of_a_stopped_text_leaves_only_the_end(
+    client: Client,
+    make_parts: MakeParts,
+    make_queue: Callable[..., Queue],
+    output_of: OutputOf,
+    server: redis.Redis,
+    script: Any,
+) -> None:
+    client.submit("abc", max_tokens=100, stop=[stop_after(script, "abc", 6)])
+    queue = make_queue("w1")
+    (claim,) = queue.claim(sequences=1, tokens=1, kv_tokens=9999)
+    output = Output(claim, script.ScriptedTokenizer(), prompt_tokens=3)
+    output.feed([script.scripted_token(list(b"abc"), n, 1) for n in range(9)])
+    assert output.is_stopped
+    queue.append([output.to_append()])  # all is committed, and then it is killed
+    server.zadd(KEYS.workers, {"w1": 1})
+    parts = make_parts("w2")
+    parts.queue.reap()
+    parts.claim()
+    parts.publisher.turn()
+    result = output_of(claim.request_id)
+    assert (result.finish_reason, len(result.token_ids)) == ("stop", 6)
+    assert result.text == parts.engine.tokenizer.decode(result.token_ids)[:3]
+    assert parts.inbox.take().admissions == ()
+
+
+def test_cancel_finishes_with_what_there_is(
+    client: Client, make_parts: MakeParts, output_of: OutputOf
+) -> None:
+    parts = make_parts()
+    request_id, other = client.submit("abc", max_tokens=100), client.submit("x", max_tokens=100)
+    parts.claim()
+    parts.step(4)
+    assert client.cancel(request_id)
+    parts.step(2)
+    result = output_of(request_id)
+    assert result.finish_reason == "cancelled"
+    assert len(result.token_ids) == 5
+    assert len(result.text) == 5
+    assert list(parts.engine.sequences) == [f"{other}#1"]
+
+
+def test_cancel_reaches_a_request_that_gets_no_tokens(
+    client: Client, make_parts: MakeParts, output_of: OutputOf
+) -> None:
+    parts = make_parts()
+    request_id = client.submit("abc", max_tokens=100)
+    parts.claim()
+    parts.publisher.turn()
+    client.cancel(request_id)
+    parts.clock.sleep(1.1)
+    parts.publisher.turn()
+    assert output_of(request_id).finish_reason == "cancelled"
+    assert parts.inbox.take().aborts == (f"{request_id}#1",)
+
+
+def test_a_fenced_request_is_dropped_without_a_word(
+    client: Client, make_parts: MakeParts, server: redis.Redis, output_of: OutputOf
+) -> None:
+    first, second = make_parts("w1"), make_parts("w2")
+    request_id = client.submit("abc", max_tokens=8)
+    first.claim()
+    first.step(3)
+    server.zadd(KEYS.workers, {"w1": 1})
+    second.queue.reap()
+    second.claim()
+    second.step(1)
+    first.step(2)
+    assert not first.engine.has_work
+    assert first.publisher.num_dropped == 1
+    second.step(5)
+    result = output_of(request_id)
+    assert [token % 16 for token in result.token_ids] == [1] * 3 + [3] * 5  # who wrote which
+
+
+def test_a_gap_is_released_for_whoever_goes_on_from_the_servers_offset(
+    client: Client, make_parts: MakeParts, server: redis.Redis
+) -> None:
+    parts = make_parts()
+    request_id = client.submit("abc", max_tokens=20)
+    parts.claim()
+    parts.step(5)
+    # A failover rolled the server back to two tokens.
+    for key, _, _ in entries(server, request_id)[2:]:
+        server.xdel(KEYS.output(request_id), key)
+    server.hset(KEYS.record(request_id), "offset", 2)
+    parts.step(2)
+    assert not parts.engine.has_work
+    assert state(server, request_id) == "park"
+    assert server.hget(KEYS.record(request_id), "attempts") == b"0"
+    assert [claim.token_ids for claim in parts.queue.claim(sequences=1, tokens=9, kv_tokens=9999)]
+
+
+def test_a_lost_answer_is_asked_for_again_with_the_same_pieces(
+    client: Client,
+    make_parts: MakeParts,
+    spied_queue: Any,
+    output_of: OutputOf,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(outage_module, "BACKOFF_S", (0.0, 0.0))
+    parts = make_parts(queue=spied_queue)
+    request_id = client.submit("abc", max_tokens=6)
+    parts.claim()
+    lost = RedisConnectionError("gone")
+    for is_after in (True, False, True):
+        spied_queue.faults = [(lost, is_after), (lost, not is_after)]
+        spied_queue.calls.clear()
+        parts.step()
+        pieces = [p for name, p in spied_queue.calls if name == "append" and p[0].token_ids]
+        assert len(pieces) == 3
+        assert pieces[0] == pieces[1] == pieces[2]
+        assert not parts.outage.is_on
+    spied_queue.faults = []
+    parts.step(2)
+    spied_queue.faults = [(lost, True), (lost, False)]
+    parts.step()
+    result = output_of(request_id)
+    assert len(result.token_ids) == 6
+    assert result.finish_reason == "length"
+
+
+def test_the_digest_goes_on_over_epochs(
+    client: Client, make_parts: MakeParts, server: redis.Redis
+) -> None:
+    request_id = client.submit("abc", max_tokens=9)
+    first = make_parts("w1")
+    first.claim()
+    first.step(4)
+    first.publisher._drain()
+    second = make_parts("w2")
+    second.claim()
+    second.step(6)
+    tokens = [token for _, piece, _ in entries(server, request_id) for token in piece]
+    assert len(tokens) == 9
+    digest: Any = server.hget(KEYS.record(request_id), "digest")
+    assert digest.decode() == chain_digest("", tokens)
+
+
+def test_tokens_wait_for_the_server_up_to_a_bound(
+    make_parts: MakeParts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(publisher_module, "MAX_BACKLOG", 3)
+    parts = make_parts()
+    parts.engine.add("s#1", (1,), _params(), output_ids=(), seed=1, priority=1)
+    for _ in range(5):
+        parts.loop.turn()
+    assert parts.publisher.is_full
+    assert len(parts.engine.sequences["s#1"][1]) == 3  # the loop stood still
+    parts.publisher.turn()
+    started = time.monotonic()
+    parts.inbox.take(20.0)  # what the loop sleeps in: it was woken
+    assert time.monotonic() - started < 10.0
+    parts.loop.turn()
+    assert len(parts.engine.sequences["s#1"][1]) == 4
+
+
+def test_without_life_in_the_engine_the_lease_is_not_renewed(
+    client: Client, make_parts: MakeParts, spied_queue: Any
+) -> None:
+    parts = make_parts(queue=spied_queue)
+    client.submit("abc", max_tokens=100)
+    parts.claim()
+    parts.publisher.turn()
+    spied_queue.calls.clear()
+    parts.alive = False
+    parts.clock.sleep(5.0)
+    parts.publisher.turn()
+    assert spied_queue.calls == []
+    parts.alive = True
+    parts.clock.sleep(5.0)
+    parts.publisher.turn()
+    assert [name for name, _ in spied_queue.calls] == ["append"]
+
+
+def test_tokens_of_an_unknown_sequence_are_ignored(make_parts: MakeParts) -> None:
+    parts = make_parts()
+    parts.publisher.put([StepOutput("0.unknown#1", (1, 2))])
+    parts.publisher.turn()
+    assert parts.publisher.num_held == 0
+
+
+def _params() -> Any:
+    from tokenmill.producer.params import SamplingParams
+
+    return SamplingParams(max_tokens=1000)
