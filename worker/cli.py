@@ -1,6 +1,7 @@
 """`tokenmill worker`: serve a model. Imports no torch before it starts."""
 
 import logging
+import os
 from functools import partial
 from typing import Any
 
@@ -10,6 +11,10 @@ from tokenmill.engine.config import EngineConfig
 from tokenmill.engine.scheduler import Policy
 from tokenmill.worker.config import WorkerConfig, parse_bytes
 from tokenmill.worker.log import configure
+
+#: Turns that a thread of torch spins while it waits for its peers. libgomp's own choice spins for
+#: milliseconds, on the core that the server or a producer needs (docs/decisions/0005).
+SPIN_COUNT = "3000"
 
 #: An option whose help names its environment variable.
 _option = partial(click.option, show_envvar=True)
@@ -146,6 +151,8 @@ def worker(
     SIGTERM or Ctrl-C stops it in order: what runs is given back, and another worker goes on at the
     exact token. A second one quits at once.
     """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)  # read when torch is loaded, below
     configure(as_json=as_json, level=logging.DEBUG if verbose else logging.INFO)
     config = WorkerConfig(
         redis_url=url or _embedded(),
