@@ -1,4 +1,4 @@
-"""Claim to be tested on a GPU: tokens/s of the reference workload, and where a step spends its time.
+"""Claim to be tested on a GPU: tokens/s of the reference workload, and where a step takes its time.
 
 256 requests, prompt and output lengths uniform in 100-1024 (seed 0), temperature 0.6, ends ignored,
 random weights of Qwen3-0.6B's shapes (no weights need to be fetched). Then one decode step and one

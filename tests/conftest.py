@@ -1,6 +1,7 @@
 """Real servers for every test: Valkey from its wheel, and redis-server where it is installed."""
 
 import functools
+import logging
 import shutil
 import socket
 import subprocess
@@ -77,6 +78,16 @@ def _running(kind: str, *options: str) -> Iterator[Server]:
     finally:
         server.kill()
         shutil.rmtree(server.directory)
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_it_was() -> Iterator[None]:
+    """A command that sets up logging must not change what later tests see."""
+    loggers = [logging.getLogger(name) for name in ("tokenmill", "tokenmill.worker")]
+    before = [(log.level, log.propagate, log.handlers[:]) for log in loggers]
+    yield
+    for log, (level, propagate, handlers) in zip(loggers, before, strict=True):
+        log.level, log.propagate, log.handlers = level, propagate, handlers
 
 
 @pytest.fixture(scope="session")

@@ -20,7 +20,6 @@ class Linear:
         self._is_packed = (
             weight.device.type == "cpu"
             and weight.dtype == torch.float32
-            and torch.backends.mkldnn.is_available()
             and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
         )
         self._weight = (

@@ -11,10 +11,19 @@ from pathlib import Path
 
 import pytest
 
+from tokenmill.producer import embedded
 from tokenmill.producer.connection import connect
 from tokenmill.producer.keys import Keys
 from tokenmill.producer.wire import Request, Usage, WorkerInfo, chain_digest
 from tokenmill.worker.queue import Append, Claim, Finish, Queue
+
+
+@pytest.fixture(autouse=True)
+def _no_share_left() -> Iterator[None]:
+    """A test's share of an embedded server ends with it, as with a process."""
+    yield
+    while embedded._shares:
+        embedded._shares.popitem()[1].close()
 
 
 class FakeWorker(threading.Thread):
