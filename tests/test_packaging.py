@@ -93,7 +93,7 @@ def test_the_producer_installs_alone(wheel: Path, tmp_path: Path) -> None:
     assert not torch_loaded
     tokenmill = tmp_path / "env" / "bin" / "tokenmill"
     assert "generate" in run(tokenmill, "--help")
-    command = [tokenmill, "worker", "--model", "smollm2", "--redis", "unix:///nowhere"]
+    command = [str(tokenmill), "worker", "--model", "smollm2", "--redis", "unix:///nowhere"]
     refused = subprocess.run(command, capture_output=True, text=True, check=False)
     assert refused.returncode == 2
     assert "pip install 'tokenmill[worker]'" in refused.stderr
