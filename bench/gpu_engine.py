@@ -21,6 +21,7 @@ from workloads import provenance
 from tokenmill.engine.config import EngineConfig
 from tokenmill.engine.engine import Engine
 from tokenmill.engine.loader import LoadedModel, choose_device, choose_dtype
+from tokenmill.engine.models.packed import pack
 from tokenmill.engine.models.spec import ModelSpec, spec_from_config
 from tokenmill.engine.models.weights import empty_weights, random_weights
 from tokenmill.engine.tokenizer import Tokenizer
@@ -59,7 +60,9 @@ def random_model(config: dict[str, object]) -> LoadedModel:
     weights = empty_weights(spec, dtype, device)
     random_weights(weights, seed=0)
     backend = Backend(models.WordLevel({"w0": 0}, unk_token="w0"))
-    return LoadedModel("random", spec, weights, Tokenizer(backend, eos_token_ids=[]), device, dtype)
+    return LoadedModel(
+        "random", spec, pack(weights), Tokenizer(backend, eos_token_ids=[]), device, dtype
+    )
 
 
 def run_workload(engine: Engine, requests: int, low: int, high: int) -> dict[str, float]:
@@ -126,6 +129,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--tiny", action="store_true")
     options = parser.parse_args()
+    origin = provenance()
     model = random_model(TINY if options.tiny else QWEN3_06B)
     config = EngineConfig(max_model_len=2304)
     requests, low, high = (8, 10, 40) if options.tiny else (256, 100, 1024)
@@ -134,7 +138,7 @@ def main() -> None:
     figures: dict[str, object] = {"nano": run_workload(engine, requests, low, high)}
     figures["profile"] = profile_steps(engine, high, 4 if options.tiny else 64)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    result = {"bench": "gpu_engine", "device": device, **figures, "provenance": provenance()}
+    result = {"bench": "gpu_engine", "device": device, **figures, "provenance": origin}
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "gpu_engine.json").write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result["nano"], indent=2))

@@ -7,7 +7,7 @@ import platform
 import random
 import subprocess
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -72,9 +72,16 @@ def provenance() -> dict[str, object]:
         "date": dt.datetime.now(dt.UTC).date().isoformat(),
         "cpu": f"{cpu}, {os.cpu_count()} cores",
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in ("torch", "redis", "tokenmill")},
+        "versions": {name: _version(name) for name in ("torch", "triton", "redis", "tokenmill")},
         "commit": commit.stdout.strip(),
     }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
 
 
 def write_result(name: str, workload: Workload, figures: dict[str, object]) -> Path:

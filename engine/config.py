@@ -35,8 +35,11 @@ class EngineConfig:
             ("kv_cache_memory", 1),
         ):
             value = getattr(self, name)
-            if value is not None and value < low:
-                raise InvalidRequest(name, f"at least {low}", value)
+            if value is not None and (not isinstance(value, int) or value < low):
+                raise InvalidRequest(name, f"an integer of at least {low}", value)
+        if self.policy not in tuple(Policy):
+            names = ", ".join(policy.value for policy in Policy)
+            raise InvalidRequest("policy", f"a Policy: {names}", self.policy)
         budget, seqs = self.token_budget, self.max_num_seqs
         if budget is not None and seqs is not None and seqs > budget:
             raise InvalidRequest(

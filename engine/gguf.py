@@ -125,15 +125,23 @@ class GGUFFile:
         from gguf.quants import dequantize
 
         info = self.tensors[name]
-        kind = GGMLQuantizationType(info.ggml_type)
+        try:
+            kind = GGMLQuantizationType(info.ggml_type)
+        except ValueError as error:
+            raise UnsupportedModel(f"{name} is of an unknown GGUF type: {error}") from error
         block, block_bytes = GGML_QUANT_SIZES[kind]
         size = math.prod(info.shape) // block * block_bytes
         if info.offset + size > len(self._map):
             raise UnsupportedModel(f"{self.path} is not a whole GGUF file: {name} is cut short")
         raw = np.frombuffer(self._map, np.uint8, count=size, offset=info.offset)
         rows = raw.reshape(*info.shape[:-1], -1)
-        with np.errstate(all="ignore"):
-            values = dequantize(rows, kind)
+        try:
+            with np.errstate(all="ignore"):
+                values = dequantize(rows, kind)
+        except NotImplementedError as error:
+            raise UnsupportedModel(
+                f"{name} is of a GGUF type that cannot be read: {kind.name}"
+            ) from error
         return torch.from_numpy(np.array(values, dtype=np.float32)).reshape(info.shape)
 
 
@@ -143,8 +151,16 @@ def config_from_gguf(
     """The Hugging Face config that GGUF metadata of the Llama architecture stands for.
 
     Raises:
-        UnsupportedModel: another architecture, or a scaling that GGUF names and we do not know.
+        UnsupportedModel: another architecture, a scaling that GGUF names and we do not know, or
+            metadata that is not whole.
     """
+    try:
+        return _config(metadata, tensors)
+    except KeyError as error:
+        raise UnsupportedModel(f"the GGUF file lacks {error}; fetch it again") from error
+
+
+def _config(metadata: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> dict[str, Any]:
     architecture = metadata.get("general.architecture")
     if architecture != "llama":
         raise UnsupportedModel(
@@ -195,7 +211,10 @@ def tensors_of(file: GGUFFile, spec: ModelSpec) -> NamedTensors:
         if name in _NAMES:
             yield _NAMES[name], tensor
             continue
-        _, number, part, kind = name.split(".")
+        fields = name.split(".")
+        if len(fields) != 4:
+            raise UnsupportedModel(f"the GGUF file has a tensor of no known place: {name}")
+        _, number, part, kind = fields
         if part in ("attn_q", "attn_k"):
             heads = spec.num_heads if part == "attn_q" else spec.num_kv_heads
             tensor = _half_split(tensor, heads)

@@ -39,10 +39,20 @@ def allocate_kv_cache(
     dtype: torch.dtype,
     device: torch.device,
 ) -> KVCache:
-    """Reserve the cache; its pages are touched, and so paid for, only as blocks are used."""
+    """Reserve the cache; on a CPU its pages are paid for only as blocks are used.
+
+    Raises:
+        OutOfMemory: the device has no room for it.
+    """
     shape = (num_blocks, block_size, spec.num_kv_heads, spec.head_dim)
 
     def layers() -> list[torch.Tensor]:
         return [torch.empty(shape, dtype=dtype, device=device) for _ in range(spec.num_layers)]
 
-    return KVCache(layers(), layers())
+    try:
+        return KVCache(layers(), layers())
+    except RuntimeError as error:  # torch.OutOfMemoryError on a GPU, the plain class on a CPU
+        raise OutOfMemory(
+            f"a KV cache of {num_blocks} blocks does not fit {device}: {error}; "
+            "lower --kv-cache-memory"
+        ) from error

@@ -1,17 +1,16 @@
 """`load`: a model's weights and tokenizer, ready to run, from any of its sources."""
 
-import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
-from tokenmill.engine.errors import ModelNotFound, OutOfMemory
+from tokenmill.engine.errors import OutOfMemory
 from tokenmill.engine.gguf import GGUFFile, config_from_gguf, tensors_of
+from tokenmill.engine.json_file import read_json
+from tokenmill.engine.models.packed import PackedWeights, pack
 from tokenmill.engine.models.spec import ModelSpec, spec_from_config
 from tokenmill.engine.models.weights import (
-    ModelWeights,
     empty_weights,
     fill_weights,
     safetensors_of,
@@ -29,7 +28,7 @@ class LoadedModel:
 
     name: str
     spec: ModelSpec
-    weights: ModelWeights
+    weights: PackedWeights
     tokenizer: Tokenizer
     device: torch.device
     dtype: torch.dtype
@@ -57,12 +56,12 @@ def load(model: str, *, device: str = "auto", dtype: str = "auto") -> LoadedMode
                 fill_weights(weights, spec, tensors_of(file, spec))
             else:
                 tokenizer = beside.submit(tokenizer_from_directory, path)
-                spec = spec_from_config(_config(path))
+                spec = spec_from_config(read_json(path / "config.json"))
                 weights = empty_weights(spec, kind, place)
                 fill_weights(weights, spec, safetensors_of(path))
         except torch.OutOfMemoryError as error:
             raise OutOfMemory(f"{model} in {kind} does not fit {place}: {error}") from error
-        return LoadedModel(model, spec, weights, tokenizer.result(), place, kind)
+        return LoadedModel(model, spec, pack(weights), tokenizer.result(), place, kind)
 
 
 def choose_device(device: str) -> torch.device:
@@ -91,11 +90,3 @@ def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
     if dtype not in DTYPES:
         raise InvalidRequest("dtype", f"auto, {', '.join(DTYPES)}", dtype)
     return DTYPES[dtype]
-
-
-def _config(directory: Path) -> dict[str, object]:
-    try:
-        config: dict[str, object] = json.loads((directory / "config.json").read_text("utf-8"))
-    except ValueError as error:
-        raise ModelNotFound(f"{directory}/config.json is not JSON: {error}") from error
-    return config

@@ -42,7 +42,7 @@ class Piece:
 
 
 class Pipeline:
-    """A model in this process; the same tokens as through the queue for the same seed.
+    """A model in this process, computed as through the queue; one call or stream at a time.
 
     Raises:
         ModelNotFound, UnsupportedModel, OutOfMemory, InvalidRequest: as `load` and `Engine` do.
@@ -54,12 +54,12 @@ class Pipeline:
         self.engine = Engine(load(model, device=device, dtype=dtype), EngineConfig(**config))
 
     def __call__(self, prompts: Prompt | Seq[Prompt], **sampling: Any) -> list[Generation]:
-        """Answer every prompt, in order; a single text is a list of one.
+        """Answer every prompt, in order; a single prompt is a list of one.
 
         Raises:
             InvalidRequest: a prompt or a sampling parameter is out of bounds.
         """
-        several: Seq[Any] = [prompts] if isinstance(prompts, str) else prompts
+        several: Seq[Any] = [prompts] if _is_one(prompts) else prompts
         texts: list[list[str]] = [[] for _ in several]
         tokens: list[list[int]] = [[] for _ in several]
         reasons = ["" for _ in several]
@@ -115,3 +115,8 @@ class Pipeline:
             text += detokenizer.finish()
         word = "" if reason is None else reason.value
         return Piece(int(output.seq_id), output.token_ids, text, word)
+
+
+def _is_one(prompts: Prompt | Seq[Prompt]) -> bool:
+    """A text, the token ids or the messages of one prompt, rather than several prompts."""
+    return isinstance(prompts, str) or bool(prompts and isinstance(prompts[0], int | Mapping))

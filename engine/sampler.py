@@ -42,7 +42,8 @@ def _forbid_early_end(
 def _noisy(logits: torch.Tensor, seqs: Seq[Sequence]) -> torch.Tensor:
     """Scaled and filtered logits [R, V] plus Gumbel noise: their argmax is the draw."""
     temperature = torch.tensor([s.params.temperature for s in seqs], device=logits.device)
-    logits = logits / temperature[:, None]
+    # The largest becomes 0, so that no temperature, however small, makes it overflow.
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature.clamp(min=1e-6)[:, None]
     filtered = [
         row
         for row, seq in enumerate(seqs)

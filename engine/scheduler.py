@@ -4,24 +4,27 @@ A forward pass costs by its tokens, hardly by its sequences, so every step carri
 running sequences first, one token each; then unfinished prompts; then new ones. Long prompts are
 split over steps, short ones fused into one.
 
-Contract (one property test each in tests/engine/test_scheduler.py)
+Contract (tests/engine/test_scheduler.py: 1, 5 and 7 as properties of random traffic, the others
+by example)
 
 1. A step never exceeds the token budget, `max_num_seqs`, or the free blocks.
-2. Any sequence that `fits` can finish alone, so the caller refuses the others at once.
+2. A sequence whose `max_num_tokens` the whole cache holds can finish alone; the engine caps the
+   context by the cache, so there are no others.
 3. A new sequence is admitted when its tokens plus its expected output fit beside what the running
    ones still expect to need; the first of an idle scheduler is always admitted.
-4. A waiting sequence that does not fit does not block those behind it, but only `MAX_PASSES`
-   times: then nobody passes it.
+4. A waiting sequence that does not fit does not block those behind it, until `MAX_PASSES` of them
+   have been admitted before it: then nobody passes it.
 5. Out of blocks, the running sequence that loses the least work is preempted and recomputed
    later; the first in order is never a victim, so it ends, and then the next.
 6. Within a priority, sequences are tried in order of arrival.
-7. Every sequence ends, and its blocks return to the pool.
+7. Every sequence ends, and its blocks return to the pool; a lower priority may wait for as long as
+   higher ones keep coming (the queue ages what waits, not the scheduler).
 """
 
 import bisect
 import enum
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from tokenmill.engine.block_pool import BlockPool
@@ -106,12 +109,8 @@ class Scheduler:
 
     # -- what the engine asks for ------------------------------------------------------------
 
-    def fits(self, num_tokens: int) -> bool:
-        """Whether a sequence of `num_tokens` in the end can ever be held."""
-        return self.pool.blocks_for(num_tokens) <= self.pool.num_blocks
-
     def add(self, seq: Sequence) -> None:
-        """Queue a sequence that `fits`."""
+        """Queue a sequence."""
         self._arrivals += 1
         seq.arrival = self._arrivals
         bisect.insort(self.waiting, seq, key=lambda s: s.order)
@@ -161,6 +160,7 @@ class Scheduler:
 
     def fill_waiting(self, step: Step, *, whole: bool = False) -> None:
         """Admit waiting sequences in order while budget, rows and blocks allow."""
+        passed: list[Sequence] = []
         for seq in list(self.waiting):
             if step.left <= 0 or len(self.running) >= self.max_num_seqs:
                 return
@@ -170,12 +170,19 @@ class Scheduler:
                     return
                 length = seq.num_uncomputed_tokens  # longer than the budget: a step of its own
             if self._can_admit(seq):
-                self._admit(seq)
+                self._admit(seq, passed)
                 self._take(step, seq, length)
+            elif seq.times_passed >= MAX_PASSES:
+                return
             else:
-                seq.times_passed += 1
-                if seq.times_passed > MAX_PASSES:
-                    return
+                passed.append(seq)
+
+    def admit_all(self) -> None:
+        """Admit waiting sequences in order while rows and blocks allow, whatever the budget."""
+        for seq in list(self.waiting):
+            if len(self.running) >= self.max_num_seqs or not self._can_admit(seq):
+                return
+            self._admit(seq, ())
 
     def _can_admit(self, seq: Sequence) -> bool:
         free = self.pool.num_free - self.num_reserved_blocks()
@@ -187,7 +194,9 @@ class Scheduler:
         expected = min(expected, seq.max_num_tokens)
         return max(self.pool.blocks_for(expected), len(seq.block_table))
 
-    def _admit(self, seq: Sequence) -> None:
+    def _admit(self, seq: Sequence, passed: Iterable[Sequence]) -> None:
+        for other in passed:
+            other.times_passed += 1
         self.waiting.remove(seq)
         seq.status = SequenceStatus.RUNNING
         seq.times_passed = 0
@@ -247,12 +256,11 @@ def _prefill_first(scheduler: Scheduler, step: Step) -> None:
 
 
 def _static(scheduler: Scheduler, step: Step) -> None:
-    if scheduler.running:
-        scheduler.fill_running(step, prefilling=True)
-        if not step.lengths:
-            scheduler.fill_running(step, prefilling=False)
-    else:
-        scheduler.fill_waiting(step)
+    if not scheduler.running:
+        scheduler.admit_all()
+    scheduler.fill_running(step, prefilling=True)
+    if not step.lengths:
+        scheduler.fill_running(step, prefilling=False)
 
 
 _POLICIES: dict[Policy, Callable[[Scheduler, Step], None]] = {

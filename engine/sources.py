@@ -17,7 +17,9 @@ from pathlib import Path
 from tokenmill.engine.errors import ModelNotFound
 
 #: What a hub snapshot needs: weights as safetensors, never code.
-HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
+HUB_FILES = ["*.json", "*.safetensors", "*.jinja"]
+#: Some repositories hold the same weights again under other names.
+HUB_DOUBLES = ["consolidated*", "original/*"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +183,11 @@ def _hub_snapshot(model: str) -> Path | None:
 
     try:
         found = snapshot_download(
-            model, cache_dir=models_home() / "hub", local_files_only=True, allow_patterns=HUB_FILES
+            model,
+            cache_dir=models_home() / "hub",
+            local_files_only=True,
+            allow_patterns=HUB_FILES,
+            ignore_patterns=HUB_DOUBLES,
         )
     except (LocalEntryNotFoundError, ValueError):
         return None
@@ -194,7 +200,12 @@ def _pull_hub(model: str, progress: Callable[[str], None]) -> Path:
 
     progress(f"fetching {model} from the hub")
     try:
-        found = snapshot_download(model, cache_dir=models_home() / "hub", allow_patterns=HUB_FILES)
+        found = snapshot_download(
+            model,
+            cache_dir=models_home() / "hub",
+            allow_patterns=HUB_FILES,
+            ignore_patterns=HUB_DOUBLES,
+        )
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise ModelNotFound(f"the hub did not give {model!r}: {first}") from error

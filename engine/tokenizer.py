@@ -3,7 +3,6 @@
 Built on the `tokenizers` library alone: importing transformers would cost a second of every start.
 """
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,17 +10,14 @@ from typing import Any
 import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import AddedToken as Added
-from tokenizers import Regex, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, pre_tokenizers
 
 from tokenmill.engine.errors import UnsupportedModel
+from tokenmill.engine.json_file import read_json
 from tokenmill.producer.errors import InvalidRequest
 
-# Words, numbers and runs of the rest, as GGUF's `tokenizer.ggml.pre` names them.
-_LLAMA3_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+# `tokenizer.ggml.token_type` of tokens that text is never split into, and never joined to.
 _CONTROL_TOKEN, _USER_TOKEN = 3, 4
 
 
@@ -40,16 +36,8 @@ class Tokenizer:
         backend.no_padding()
         self._backend = backend
         self._special = dict(special or {})
-        self._template = _compile(chat_template) if chat_template else None
+        self._template, self._template_error = _compile(chat_template)
         self.eos_token_ids = frozenset(eos_token_ids)
-
-    @property
-    def has_chat_template(self) -> bool:
-        return self._template is not None
-
-    @property
-    def vocab_size(self) -> int:
-        return self._backend.get_vocab_size(with_added_tokens=True)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, with the special tokens that the model wants around it."""
@@ -66,21 +54,23 @@ class Tokenizer:
             InvalidRequest: the model has no template, or the template refuses the messages.
         """
         if self._template is None:
-            raise InvalidRequest(
-                "prompt", "a text or token ids, as this model has no chat template", "messages"
-            )
+            why = self._template_error or "this model has no chat template"
+            raise InvalidRequest("prompt", f"a text or token ids, as {why}", "messages")
         try:
             text = self._template.render(
                 messages=list(messages), add_generation_prompt=True, **self._special
             )
-        except jinja2.TemplateError as error:
+        except (jinja2.TemplateError, TypeError, ValueError, LookupError) as error:
             raise InvalidRequest(
                 "prompt", "messages that the model's chat template takes", str(error)
             ) from error
         return self._backend.encode(text, add_special_tokens=False).ids
 
 
-def _compile(template: str) -> jinja2.Template:
+def _compile(source: str | None) -> tuple[jinja2.Template | None, str]:
+    """The template, or None and why it cannot be used: plain texts still can."""
+    if not source:
+        return None, ""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )
@@ -89,7 +79,10 @@ def _compile(template: str) -> jinja2.Template:
         raise jinja2.TemplateError(message)
 
     environment.globals["raise_exception"] = refuse
-    return environment.from_string(template)
+    try:
+        return environment.from_string(source), ""
+    except jinja2.TemplateError as error:
+        return None, f"this model's chat template cannot be read ({error})"
 
 
 def tokenizer_from_directory(directory: Path) -> Tokenizer:
@@ -103,8 +96,11 @@ def tokenizer_from_directory(directory: Path) -> Tokenizer:
         raise UnsupportedModel(
             f"{directory} must hold a tokenizer.json; save the model's fast tokenizer there first"
         )
-    backend = Backend.from_file(str(file))
-    config = _json(directory / "tokenizer_config.json")
+    try:
+        backend = Backend.from_file(str(file))
+    except Exception as error:  # the library raises no narrower class
+        raise UnsupportedModel(f"{file} is not a tokenizer: {error}; pull it again") from error
+    config = read_json(directory / "tokenizer_config.json")
     template = config.get("chat_template")
     if (directory / "chat_template.jinja").is_file():
         template = (directory / "chat_template.jinja").read_text("utf-8")
@@ -126,18 +122,11 @@ def tokenizer_from_directory(directory: Path) -> Tokenizer:
 def _eos_of(directory: Path, backend: Backend, special: Mapping[str, str]) -> set[int]:
     """End tokens: generation_config.json knows best, then config.json, then the tokenizer."""
     for name in ("generation_config.json", "config.json"):
-        eos = _json(directory / name).get("eos_token_id")
+        eos = read_json(directory / name).get("eos_token_id")
         if eos is not None:
             return set(eos) if isinstance(eos, list) else {eos}
     eos = backend.token_to_id(special["eos_token"]) if "eos_token" in special else None
     return set() if eos is None else {eos}
-
-
-def _json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    content: dict[str, Any] = json.loads(path.read_text("utf-8"))
-    return content
 
 
 def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
@@ -155,8 +144,9 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
     tokens: list[str] = metadata["tokenizer.ggml.tokens"]
     merges = [tuple(pair.split(" ", 1)) for pair in metadata["tokenizer.ggml.merges"]]
     vocabulary = {token: number for number, token in enumerate(tokens)}
+    pre = str(metadata.get("tokenizer.ggml.pre", "default"))
     backend = Backend(models.BPE(vocab=vocabulary, merges=merges))
-    backend.pre_tokenizer = _pre_tokenizer(str(metadata.get("tokenizer.ggml.pre", "default")))
+    backend.pre_tokenizer = _pre_tokenizer(pre)
     backend.decoder = decoders.ByteLevel()
     kinds: list[int] = metadata.get("tokenizer.ggml.token_type", [])
     added = [
@@ -182,16 +172,12 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
 
 def _pre_tokenizer(name: str) -> pre_tokenizers.PreTokenizer:
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    plain = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     if name == "smollm":
         return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
     if name in ("gpt-2", "gpt2"):
         return byte_level
-    if name in ("llama-bpe", "llama3"):
-        split = pre_tokenizers.Split(Regex(_LLAMA3_SPLIT), behavior="isolated")
-        return pre_tokenizers.Sequence([split, plain])
     raise UnsupportedModel(
-        f"tokenizer.ggml.pre must be smollm, gpt-2 or llama-bpe, got {name!r}; "
+        f"tokenizer.ggml.pre must be smollm or gpt-2, got {name!r}; "
         "use the safetensors form of this model"
     )
 

@@ -42,7 +42,8 @@ from tokenmill.kernels.checks import (
 _LOG2_E = 1.4426950408889634
 
 
-@triton.jit
+# The counts change from step to step: specialised, each new kind would compile while serving.
+@triton.jit(do_not_specialize=["num_seqs", "table_row"])
 def _paged_attention_kernel(
     q_ptr,
     k_cache_ptr,

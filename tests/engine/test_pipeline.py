@@ -31,6 +31,13 @@ def test_a_text_goes_in_as_it_is(pipeline: Pipeline) -> None:
     assert (answer.finish_reason, len(answer.token_ids)) == ("length", 3)
 
 
+def test_a_single_prompt_may_be_messages_or_token_ids(pipeline: Pipeline) -> None:
+    (chat,) = pipeline(FRANCE, max_tokens=20)
+    assert chat.text == "The capital of France is Paris."
+    (ids,) = pipeline(pipeline.encode(FRANCE), max_tokens=20)
+    assert ids == chat
+
+
 def test_streamed_pieces_join_to_the_answer(pipeline: Pipeline) -> None:
     pieces = list(pipeline.stream([FRANCE], max_tokens=20))
     assert len(pieces) > 4

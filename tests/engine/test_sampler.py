@@ -117,6 +117,11 @@ def test_filtered_draws_follow_the_renormalised_distribution() -> None:
     assert chi_square(tokens, softmax(LOGITS[:3])) < 13.9
 
 
+@pytest.mark.parametrize("temperature", [1e-3, 1e-6, 1e-40])
+def test_a_tiny_temperature_is_greedy(temperature: float) -> None:
+    assert draw(50, temperature=temperature) == [0] * 50
+
+
 def test_ends_are_not_sampled_before_min_tokens() -> None:
     seq = make_sequence(tokens=6, min_tokens=2, stop_token_ids=[1])
     assert sample(torch.tensor([LOGITS]), [seq], eos_token_ids={0}) == [2]

@@ -240,6 +240,28 @@ def test_preemption_takes_who_loses_least_and_recomputes_it() -> None:
     assert scheduler.num_preemptions == len(preempted)
 
 
+def test_a_blocked_prompt_alone_is_passed_later_too() -> None:
+    """Only those that overtake it count, not the steps that it has waited."""
+    scheduler = make_scheduler(blocks=100, block_size=16, budget=64, rows=8)
+    scheduler.add(make_sequence("running", 16, 700))
+    compute(scheduler, scheduler.schedule())
+    scheduler.add(make_sequence("large", 1500, 4))
+    for _ in range(3 * MAX_PASSES):
+        compute(scheduler, scheduler.schedule())
+    scheduler.add(make_sequence("small", 16, 4))
+    plan = scheduler.schedule()
+    assert [c.seq.seq_id for c in plan.chunks] == ["running", "small"]
+
+
+def test_static_policy_fills_its_batch_whatever_the_budget() -> None:
+    """The baseline is a whole batch, prefilled over as many steps as it takes."""
+    scheduler = make_scheduler(blocks=1000, budget=16, rows=6, policy="static")
+    for number in range(8):
+        scheduler.add(make_sequence(str(number), 40, 5))
+    scheduler.schedule()
+    assert len(scheduler.running) == 6
+
+
 def test_static_policy_admits_nobody_until_the_batch_has_ended() -> None:
     scheduler = make_scheduler(blocks=1000, budget=16, rows=2, policy="static")
     for number, output in enumerate([2, 9, 3]):

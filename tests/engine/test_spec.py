@@ -24,6 +24,10 @@ LLAMA = {
         ({"hidden_act": "relu"}, "hidden_act must be 'silu', got 'relu'"),
         ({"attention_bias": True}, "biases"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_type must be .*'yarn'"),
+        ({"hidden_size": None}, "the model's config has a wrong value"),
+        ({"num_attention_heads": 0}, "the model's config has a wrong value"),
+        ({"rope_scaling": "yes"}, "the model's config has a wrong value"),
+        ({"rope_scaling": {"rope_type": "llama3"}}, "the model's config lacks 'factor'"),
         ({"model_type": "mistral", "sliding_window": 128}, "sliding_window must be off.*got 128"),
     ],
     ids=str,
@@ -31,6 +35,13 @@ LLAMA = {
 def test_what_is_not_supported_is_refused(change: dict[str, object], message: str) -> None:
     with pytest.raises(UnsupportedModel, match=message):
         spec_from_config(LLAMA | change)
+
+
+@pytest.mark.parametrize("field", [name for name in LLAMA if name != "max_position_embeddings"])
+def test_a_missing_field_is_named(field: str) -> None:
+    config = {name: value for name, value in LLAMA.items() if name != field}
+    with pytest.raises(UnsupportedModel, match=field):
+        spec_from_config(config)
 
 
 def test_missing_fields_take_the_family_defaults() -> None:
@@ -43,13 +54,3 @@ def test_old_and_new_names_of_rope_parameters_mean_the_same() -> None:
     old = {"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 4.0}}
     new = {"rope_parameters": {"rope_type": "linear", "rope_theta": 5e5, "factor": 4.0}}
     assert spec_from_config(LLAMA | old) == spec_from_config(LLAMA | new)
-
-
-def test_parameters_of_a_known_shape_are_counted() -> None:
-    smollm2 = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30} | {
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "vocab_size": 49152,
-        "tie_word_embeddings": True,
-    }
-    assert spec_from_config(LLAMA | smollm2).num_parameters == 134_479_872
