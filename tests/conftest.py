@@ -83,11 +83,20 @@ def _running(kind: str, *options: str) -> Iterator[Server]:
 @pytest.fixture(autouse=True)
 def _logging_as_it_was() -> Iterator[None]:
     """A command that sets up logging must not change what later tests see."""
-    loggers = [logging.getLogger(name) for name in ("tokenmill", "tokenmill.worker")]
-    before = [(log.level, log.propagate, log.handlers[:]) for log in loggers]
+    before = {name: (log.level, log.propagate, log.handlers[:]) for name, log in _loggers()}
     yield
-    for log, (level, propagate, handlers) in zip(loggers, before, strict=True):
-        log.level, log.propagate, log.handlers = level, propagate, handlers
+    for name, log in _loggers():
+        log.level, log.propagate, log.handlers = before.get(name, (logging.NOTSET, True, []))
+        log.manager._clear_cache()  # type: ignore[attr-defined]
+
+
+def _loggers() -> list[tuple[str, logging.Logger]]:
+    known = logging.root.manager.loggerDict.items()
+    return [
+        (n, log)
+        for n, log in known
+        if n.startswith("tokenmill") and isinstance(log, logging.Logger)
+    ]
 
 
 @pytest.fixture(scope="session")
