@@ -40,8 +40,12 @@ MAX_DEADLINE_S = 30 * 86_400
 _BATCH = 64
 _BATCH_BYTES = 4 * 2**20
 
+#: Ids of one call that forgets.
+_FORGET_BATCH = 256
+
 _ENQUEUE = Script("tokenmill.producer", "enqueue")
 _CANCEL = Script("tokenmill.producer", "cancel")
+_FORGET = Script("tokenmill.producer", "forget")
 
 #: A prompt as users write it.
 AnyPrompt = str | Sequence[int] | Sequence[Mapping[str, str]] | Sequence[Message]
@@ -112,6 +116,7 @@ class Client:
                 "metadata": metadata or {},
             }
         )
+        _check_shard(request.request_id)
         request.pack()  # its size is checked here rather than among others in submit_many
         return request
 
@@ -131,7 +136,8 @@ class Client:
         """Enqueue requests in batches and return their ids; repeating the call is a no-op.
 
         Raises:
-            Busy, Conflict: for one of them; those before it are enqueued, others may be.
+            Busy, Conflict, InvalidRequest: for one of them; those before it are enqueued, others
+                may be.
         """
         ids: list[str] = []
         for batch in _batches(requests):
@@ -146,6 +152,7 @@ class Client:
 
         Raises:
             NotFound: no such request. InvalidRequest: it ended before `start`.
+            OutputChanged: the server has lost part of what was read, and it came out otherwise.
         """
         follower = self.follower()
         follower.add(request_id, start)
@@ -181,9 +188,11 @@ class Client:
         deltas: list[Delta] = []
         while len(follower):
             left = ends_at - time.monotonic()
-            deltas += follower.poll(max(left, 0.0))
-            if left <= 0 and len(follower):
+            polled = follower.poll(max(left, 0.0))
+            # One read takes a part of a long output: only an empty one shows that there is no more.
+            if left <= 0 and not polled:
                 raise TimeoutError(f"request {request_id} has not ended within {timeout_s:g} s")
+            deltas += polled
         return Result.of(deltas)
 
     def map(
@@ -215,6 +224,21 @@ class Client:
         if reply == b"NONE":
             raise NotFound(f"no request {request_id} in queue {self.queue}, or its result expired")
         return bool(reply == b"OK")
+
+    def live(self) -> int:
+        """How many requests of the queue, of all producers, have not ended."""
+        with self._reaching():
+            return int(self._server.zcard(self._keys.live))
+
+    def forget(self, request_ids: Sequence[str], *, within_s: float = 600) -> None:
+        """Let the server drop outputs that were kept elsewhere, sooner than it would.
+
+        Only what has ended other than as error is dropped: dead letters may be tried again.
+        """
+        for first in range(0, len(request_ids), _FORGET_BATCH):
+            some = request_ids[first : first + _FORGET_BATCH]
+            with self._reaching():
+                _FORGET(self._server, self._keys.tag, [int(within_s * 1000), *some])
 
     def workers(self) -> list[WorkerInfo]:
         """The workers whose lease has not run out."""
@@ -259,10 +283,18 @@ def _busy(queue: str, accepted: int, retry_after_s: float) -> Busy:
     return Busy(f"{text}; {remedy}", retry_after_s)
 
 
+def _check_shard(request_id: str) -> None:
+    if Keys.of("default", request_id).shard:
+        expected = "an id of shard 0, beginning with `0.`"
+        remedy = "a queue has one shard so far; make the id with request_id_for(your key)"
+        raise InvalidRequest("request_id", expected, request_id, remedy)
+
+
 def _batches(requests: Iterable[Request]) -> Iterator[list[tuple[Request, bytes]]]:
     batch: list[tuple[Request, bytes]] = []
     size = 0
     for request in requests:
+        _check_shard(request.request_id)
         payload = request.pack()
         if batch and (len(batch) == _BATCH or size + len(payload) > _BATCH_BYTES):
             yield batch

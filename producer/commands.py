@@ -13,6 +13,7 @@ from redis.exceptions import RedisError
 
 from tokenmill.producer.errors import (
     Busy,
+    OutputChanged,
     RequestFailed,
     ServerUnreachable,
     TokenmillError,
@@ -43,6 +44,7 @@ _EXIT_CODES: tuple[tuple[type[TokenmillError], int], ...] = (
     (WrongServer, UNREACHABLE),
     (RequestFailed, ROWS_FAILED),
     (Busy, FAILED),
+    (OutputChanged, FAILED),
     (WorkerEnded, FAILED),
     (TokenmillError, USAGE),
 )

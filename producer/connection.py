@@ -27,6 +27,8 @@ from tokenmill.producer.errors import InvalidRequest, ServerUnreachable, WrongSe
 MAX_BLOCK_S = 5.0
 _SCHEMES = ("redis", "rediss", "unix")
 _TIMEOUT_S = 10.0
+#: For the first answer: whoever accepts and stays silent is no Redis.
+_HELLO_TIMEOUT_S = 5.0
 _MIN_MAJOR = 7
 
 
@@ -54,7 +56,8 @@ def connect(url: str, *, blocking: bool = False) -> redis.Redis:
         raise InvalidRequest("redis url", "redis://host:port/db", shown, str(error)) from error
     if not blocking:
         try:
-            _check(server, shown)
+            with _once(url) as first:
+                _check(first, shown)
         except BaseException:
             server.close()
             raise
@@ -68,6 +71,17 @@ def shown_url(url: str) -> str:
         return url
     host = parts.netloc.rpartition("@")[2]
     return parts._replace(netloc=f"{parts.username or ''}:***@{host}").geturl()
+
+
+def _once(url: str) -> redis.Redis:
+    once: redis.Redis = redis.Redis.from_url(
+        url,
+        protocol=2,
+        retry=Retry(NoBackoff(), 0),
+        socket_timeout=_HELLO_TIMEOUT_S,
+        socket_connect_timeout=_HELLO_TIMEOUT_S,
+    )
+    return once
 
 
 def _checked(url: str) -> str:

@@ -116,6 +116,11 @@ class Dataset:
             for index, (line, data) in enumerate(_lines(file)):
                 yield self._row(index, line, data)
 
+    @property
+    def error_column(self) -> str:
+        """Where an output row tells why it has no answer; null or absent where it has one."""
+        return "error" if self.layout is Layout.OPENAI else self._answer_columns()[3]
+
     def output_row(
         self, row: Row | BadRow, answer: Answer, *, run: str, model: str
     ) -> dict[str, Any]:

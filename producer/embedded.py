@@ -5,6 +5,7 @@ Below the state directory, in `server/`:
     start.lock        held while the server is started or stopped
     users.lock        held shared by every process that uses the server
     supervisor.lock   held by the supervisor for its life
+    server.lock       held by the server itself for its life: one server for one directory
     valkey.sock       the socket (in the temporary directory when its path would be too long)
     appendonlydir/    what was enqueued: it survives a stop and a crash
     server.log        of the last start
@@ -12,6 +13,8 @@ Below the state directory, in `server/`:
 `python -m tokenmill.producer.embedded DIR` is the supervisor: it starts the server, or adopts one
 whose supervisor was killed, and stops it after it has had no user for a while. The kernel frees a
 lock when its holder dies, so that nothing has to be tidied after a kill -9.
+
+Longer than other files, so that who holds which lock when can be read in one place.
 """
 
 import fcntl
@@ -23,7 +26,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 from urllib.parse import quote
@@ -43,6 +46,7 @@ START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 30.0
 #: A connection that was closed just now may still be counted by the server for a moment.
 CLOSING_S = 1.0
+_POLL_S = 0.02
 
 #: This process's share of users.lock, by server directory; held until `stop_if_idle` or the end.
 _shares: dict[Path, IO[bytes]] = {}
@@ -92,7 +96,11 @@ class EmbeddedServer:
         """
         _idle_seconds()
         with _locked(self.home / "start.lock"):
-            if not self.answers() or _is_free(self.home / "supervisor.lock"):
+            supervisor = self.home / "supervisor.lock"
+            # One whose launcher was killed may still be loading its data: wait for it.
+            while not self.answers() and not _is_free(supervisor):
+                time.sleep(_POLL_S)
+            if _is_free(supervisor):
                 self._start_supervisor()
             if self.home not in _shares:
                 _shares[self.home] = share = (self.home / "users.lock").open("ab")
@@ -104,7 +112,7 @@ class EmbeddedServer:
             if share := _shares.pop(self.home, None):
                 share.close()
             if not self.answers():
-                return True
+                return not self.is_up()
             if not _until(self.is_unused, CLOSING_S):
                 return False
             self.shut_down()
@@ -115,14 +123,27 @@ class EmbeddedServer:
         try:
             with self._connect() as client:
                 return bool(client.ping())
-        except BusyLoadingError:
-            return False
         except RedisTimeoutError as error:
             raise ServerUnreachable(
                 f"the embedded server at {self.socket} does not answer; see {self.home}/server.log"
             ) from error
-        except RedisConnectionError:
+        except RedisConnectionError:  # nobody there, or it loads its data
             return False
+
+    def is_loading(self) -> bool:
+        """Whether a server is there that still reads its data, however long that takes."""
+        try:
+            with self._connect() as client:
+                client.ping()
+        except BusyLoadingError:
+            return True
+        except RedisError:
+            return False
+        return False
+
+    def is_up(self) -> bool:
+        """Whether a server process has the directory, be it loading, serving or on its way down."""
+        return not _is_free(self.home / "server.lock")
 
     def is_unused(self) -> bool:
         """Whether no process holds a share and nobody is connected; asked with start.lock held."""
@@ -136,13 +157,18 @@ class EmbeddedServer:
         with self._connect() as client:
             client.shutdown()
 
-    def launch(self) -> subprocess.Popen[bytes]:
-        """Start the server as a child of this process."""
+    def launch(self) -> subprocess.Popen[bytes] | None:
+        """Start the server as a child of this process; None while another has the directory."""
         command = [str(_binary()), "--port", "0", "--daemonize", "no", "--dir", str(self.home)]
         command += ["--unixsocket", str(self.socket), "--unixsocketperm", "700"]
         command += ["--appendonly", "yes", "--appendfsync", "everysec", "--save", ""]
         command += ["--maxmemory-policy", "noeviction"]
-        return subprocess.Popen(command, stdin=subprocess.DEVNULL)
+        # The lock belongs to the open file, which the server inherits: it is free when the server
+        # is gone, whatever became of us. Two servers would ruin the append-only file.
+        with _locked(self.home / "server.lock", wait=False) as lock:
+            if lock is None:
+                return None
+            return subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=[lock.fileno()])
 
     def _connect(self) -> Redis:
         once = Retry(NoBackoff(), 0)
@@ -172,20 +198,16 @@ class EmbeddedServer:
 
 def supervise(server: EmbeddedServer, *, idle_s: float, ready: Callable[[], None]) -> None:
     """Run the server until it has had no user for `idle_s` seconds, or has ended."""
-    process = None if server.answers() else server.launch()
-    if not _until(lambda: server.answers() or _has_ended(process), START_TIMEOUT_S):
-        raise ServerUnreachable(f"no answer from valkey-server within {START_TIMEOUT_S:g} s")
-    if _has_ended(process):
-        raise ServerUnreachable("valkey-server ended at once")
-    ready()
-    idle_since = time.monotonic()
-    while _lives_on(server, process, min(1.0, idle_s / 4)):
-        with _locked(server.home / "start.lock", wait=False) as alone:
-            # Somebody who starts or stops the server right now is a user of it.
-            if not alone or not server.answers() or not server.is_unused():
-                idle_since = time.monotonic()
-            elif time.monotonic() - idle_since >= idle_s:
-                server.shut_down()
+    with _running(server) as process:
+        ready()
+        idle_since = time.monotonic()
+        while _lives_on(server, process, min(1.0, idle_s / 4)):
+            with _locked(server.home / "start.lock", wait=False) as alone:
+                # Somebody who starts or stops the server right now is a user of it.
+                if alone is None or not _is_idle(server):
+                    idle_since = time.monotonic()
+                elif time.monotonic() - idle_since >= idle_s:
+                    server.shut_down()
 
 
 def main(state: str) -> None:
@@ -198,7 +220,8 @@ def main(state: str) -> None:
     os.close(reader)
 
     def ready() -> None:
-        os.write(writer, b"1")
+        with suppress(BrokenPipeError):  # the launcher was killed: the next one finds the server
+            os.write(writer, b"1")
         os.close(writer)
 
     server = EmbeddedServer(Path(state))
@@ -225,16 +248,51 @@ def _idle_seconds() -> float:
     return seconds
 
 
-def _has_ended(process: subprocess.Popen[bytes] | None) -> bool:
-    return process is not None and process.poll() is not None
+@contextmanager
+def _running(server: EmbeddedServer) -> Iterator[subprocess.Popen[bytes] | None]:
+    """A server that answers: our child, which no error leaves behind, or None if adopted."""
+    process = server.launch()
+    try:
+        while not _has_started(server, process):
+            # It was not ours and is gone now: perhaps it was on its way down.
+            process = server.launch()
+        yield process
+    except BaseException:
+        if process:
+            process.kill()
+            process.wait()
+        raise
+
+
+def _has_started(server: EmbeddedServer, process: subprocess.Popen[bytes] | None) -> bool:
+    """Wait until the server answers; False when one that is not our child ended instead."""
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while not server.answers():
+        if process and process.poll() is not None:
+            raise ServerUnreachable("valkey-server ended at once")
+        if not process and not server.is_up():
+            return False
+        if server.is_loading():
+            deadline = time.monotonic() + START_TIMEOUT_S
+        elif time.monotonic() >= deadline:
+            raise ServerUnreachable(f"no answer from valkey-server within {START_TIMEOUT_S:g} s")
+        time.sleep(_POLL_S)
+    return True
+
+
+def _is_idle(server: EmbeddedServer) -> bool:
+    try:
+        return server.answers() and server.is_unused()
+    except (ServerUnreachable, RedisError):  # too busy to answer is not idle
+        return False
 
 
 def _lives_on(
     server: EmbeddedServer, process: subprocess.Popen[bytes] | None, seconds: float
 ) -> bool:
     """Let `seconds` pass, less when the server ends meanwhile; False once it has ended."""
-    if process is None:  # adopted: not our child, so that it can only be asked
-        return not _until(lambda: not server.answers(), seconds, every=min(0.1, seconds))
+    if process is None:  # adopted: not our child, so that only its lock tells
+        return not _until(lambda: not server.is_up(), seconds, every=min(0.1, seconds))
     try:
         process.wait(seconds)
     except subprocess.TimeoutExpired:
@@ -280,23 +338,23 @@ def _socket_path(home: Path) -> Path:
 
 
 @contextmanager
-def _locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
-    """Hold the lock file exclusively; yields False, without `wait`, when another holds it."""
+def _locked(path: Path, *, wait: bool = True) -> Iterator[IO[bytes] | None]:
+    """Hold the lock file exclusively; yields None, without `wait`, when another holds it."""
     with path.open("ab") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
-            yield False
+            yield None
         else:
-            yield True
+            yield file
 
 
 def _is_free(path: Path) -> bool:
     with _locked(path, wait=False) as free:
-        return free
+        return free is not None
 
 
-def _until(condition: Callable[[], bool], seconds: float, *, every: float = 0.02) -> bool:
+def _until(condition: Callable[[], bool], seconds: float, *, every: float = _POLL_S) -> bool:
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() >= deadline:

@@ -5,6 +5,7 @@ TokenmillError
 |   `-- Conflict          the id exists with another payload
 |-- Busy                  the queue is full; `retry_after_s` says when to try again
 |-- NotFound              no such request, or its result has expired
+|-- OutputChanged         what was read of a request is not what the server has now
 |-- RequestFailed         a request ended in error, cancelled or expired
 |-- ServerUnreachable     the Redis server does not answer
 `-- WrongServer           something answers, but not a Redis >= 7 that we may use
@@ -40,6 +41,16 @@ class Busy(TokenmillError):
 
 class NotFound(TokenmillError):
     """No request of that id is known: a wrong id, another queue, or its result has expired."""
+
+
+class OutputChanged(TokenmillError):
+    """The server lost part of an output, and it was generated again otherwise: read it anew."""
+
+    def __init__(self, request_id: str, position: int) -> None:
+        text = f"the output of request {request_id} is not what was read up to token {position}"
+        remedy = "the server has lost part of it; read it again from token 0"
+        super().__init__(f"{text}; {remedy}")
+        self.request_id = request_id
 
 
 class RequestFailed(TokenmillError):

@@ -9,9 +9,9 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from tokenmill.producer.connection import MAX_BLOCK_S
-from tokenmill.producer.errors import InvalidRequest, NotFound
+from tokenmill.producer.errors import InvalidRequest, NotFound, OutputChanged
 from tokenmill.producer.keys import Keys
-from tokenmill.producer.wire import Delta, Usage, unpack_token_ids
+from tokenmill.producer.wire import Delta, Usage, chain_digest, unpack_token_ids
 
 SERVER_LOST = "server_lost"
 SERVER_BACK = "server_back"
@@ -36,11 +36,15 @@ class Follower:
         #: Stream key -> id of the last entry read, "<tokens>-0".
         self._cursors: dict[Any, Any] = {}
         self._ids: dict[str, str] = {}
+        #: Stream key -> digest of all tokens read; None where reading began in the middle.
+        self._digests: dict[str, str | None] = {}
+        #: Where an output no longer goes on from what was read: told by the next poll.
+        self._changed: list[OutputChanged] = []
         self._failures = 0
         self._heard = time.monotonic()
 
     def __len__(self) -> int:
-        return len(self._ids)
+        return len(self._ids) + len(self._changed)
 
     def add(self, request_id: str, start: int = 0) -> None:
         """Follow a request from the token offset `start`, 0 or the `end` of a delta."""
@@ -49,10 +53,12 @@ class Follower:
         key = Keys.of(self._queue, request_id).output(request_id)
         self._ids[key] = request_id
         self._cursors[key] = f"{start}-0"
+        self._digests[key] = None if start else ""
 
     def remove(self, request_id: str) -> None:
         """Follow it no longer; an id that is not followed is no error."""
         self._forget(Keys.of(self._queue, request_id).output(request_id))
+        self._changed = [item for item in self._changed if item.request_id != request_id]
 
     def poll(self, timeout_s: float) -> list[Delta]:
         """What has come, waiting up to `timeout_s` for the first; may be empty.
@@ -62,7 +68,11 @@ class Follower:
 
         Raises:
             NotFound: a followed request is not known, or its result has expired.
+            OutputChanged: the output of one does not go on from what was read: the server has
+                lost part of it. That one is followed no longer; the others are.
         """
+        if self._changed:
+            raise self._changed.pop(0)
         if not self._cursors:
             return []
         try:
@@ -75,6 +85,8 @@ class Follower:
         if self._failures:
             self._failures = 0
             log.warning(SERVER_BACK)
+        if self._changed and not deltas:
+            raise self._changed.pop(0)
         return deltas
 
     def _read(self, timeout_s: float) -> list[Delta]:
@@ -86,6 +98,9 @@ class Follower:
             key = name.decode()
             for entry_id, fields in entries:
                 delta = _delta(self._ids[key], entry_id.decode(), fields)
+                if not self._goes_on(key, delta):
+                    self._give_up(key)
+                    break
                 deltas.append(delta)
                 if delta.finish_reason:
                     self._forget(key)
@@ -94,6 +109,23 @@ class Follower:
         if deltas:
             self._heard = time.monotonic()
         return deltas
+
+    def _goes_on(self, key: str, delta: Delta) -> bool:
+        """Whether a delta continues what was read; notes its digest."""
+        before = self._digests[key]
+        self._digests[key] = delta.digest or None
+        if before is None:  # begun in the middle: there is nothing to compare with
+            return True
+        if delta.start != self._position(key):
+            return False
+        return delta.digest in ("", chain_digest(before, delta.token_ids))
+
+    def _position(self, key: str) -> int:
+        return int(self._cursors[key].partition("-")[0])
+
+    def _give_up(self, key: str) -> None:
+        self._changed.append(OutputChanged(self._ids[key], self._position(key)))
+        self._forget(key)
 
     def _check_silence(self) -> None:
         """After a silence: whether what is followed is still there, and can still say something."""
@@ -105,12 +137,15 @@ class Follower:
                 pipeline.hmget(record, "state", "offset")
             rows: list[Any] = pipeline.execute()
         for (key, request_id), (state, offset) in zip(followed, rows, strict=True):
-            start = int(self._cursors[key].partition("-")[0])
-            check_position(request_id, start, state, offset)
+            try:
+                check_position(request_id, self._position(key), state, offset)
+            except InvalidRequest:  # it ended before what was read of it
+                self._give_up(key)
 
     def _forget(self, key: str) -> None:
         self._ids.pop(key, None)
         self._cursors.pop(key, None)
+        self._digests.pop(key, None)
 
     def _lost(self, error: Exception, timeout_s: float) -> None:
         if not self._failures:

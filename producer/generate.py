@@ -14,7 +14,7 @@ from tokenmill.producer.client import REDIS_URL, Client
 from tokenmill.producer.dataset import Dataset, Layout
 from tokenmill.producer.embedded import ensure_server, stop_if_idle
 from tokenmill.producer.journal import Journal, OutputError, journal_path
-from tokenmill.producer.output import belongs
+from tokenmill.producer.output import failed_rows
 from tokenmill.producer.plan import Plan
 from tokenmill.producer.progress import Outcome, Report
 from tokenmill.producer.run import Run
@@ -65,14 +65,21 @@ def generate(
 
 
 def _already_there(dataset: Dataset, output: Path, report: Report) -> Outcome:
-    if not belongs(dataset, output):
+    failed = failed_rows(dataset, output)
+    if failed is None:
         raise OutputError(
             f"{output} exists and is not the output of {dataset.path}; "
             "give another --output, or replace it with --overwrite"
         )
     rows = dataset.survey.rows
     outcome = Outcome(
-        rows=rows, answered=rows, failed=0, tokens=0, seconds=0.0, output=str(output), already=True
+        rows=rows,
+        answered=rows - failed,
+        failed=failed,
+        tokens=0,
+        seconds=0.0,
+        output=str(output),
+        already=True,
     )
     report.finish(outcome)
     return outcome

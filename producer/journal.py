@@ -10,8 +10,8 @@ import json
 import os
 import secrets
 from array import array
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Self
@@ -111,13 +111,18 @@ class Journal:
                 model=model,
             )
             self._write({"tokenmill_journal": FORMAT} | asdict(self.header))
-            os.fsync(self._file.fileno())
+            self.sync()
             self.is_new = False
 
     def add(self, answer: Answer) -> None:
         """Keep an answer: it survives a kill of this process from here on."""
         self._note(answer, self._end)
         self._write(asdict(answer))
+
+    def sync(self) -> None:
+        """Return when all answers so far survive a power cut too."""
+        with self._writing():
+            os.fsync(self._file.fileno())
 
     def has(self, row: int) -> bool:
         """Whether the row has ended."""
@@ -147,7 +152,8 @@ class Journal:
     def __exit__(self, *_error: object) -> None:
         if self.is_new:  # nothing was begun: leave no trace
             self.remove()
-        self._file.close()
+        with self._writing():  # what could not be written is tried once more
+            self._file.close()
 
     def remove(self) -> None:
         """Delete the file: the output is complete, or nothing was begun."""
@@ -211,15 +217,20 @@ class Journal:
 
     def _write(self, values: Mapping[str, Any]) -> None:
         line = json.dumps(values).encode() + b"\n"
-        try:
+        with self._writing():
             self._file.seek(self._end)
             self._file.write(line)
             self._file.flush()
+        self._end += len(line)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             raise OutputError(
                 f"{self.path} cannot be written: {error.strerror}; run the same command to go on"
             ) from error
-        self._end += len(line)
 
 
 def journal_path(output: Path) -> Path:

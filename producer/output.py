@@ -10,20 +10,25 @@ from tokenmill.producer.dataset import Dataset, Layout
 from tokenmill.producer.journal import OutputError
 
 
-def belongs(dataset: Dataset, output: Path) -> bool:
-    """Whether the file is an output of the dataset: a row for each row, with its columns."""
+def failed_rows(dataset: Dataset, output: Path) -> int | None:
+    """How many rows of an output of the dataset have failed.
+
+    None if the file is none: that has a row for each row, with its columns.
+    """
+    failed = 0
     with output.open("rb") as file:
         for row in dataset:
             try:
                 written = json.loads(file.readline())
             except ValueError:
-                return False
+                return None
             names = ("custom_id",) if dataset.layout is Layout.OPENAI else tuple(row.columns)
             if not isinstance(written, dict) or any(
                 written.get(name) != row.columns.get(name) for name in names
             ):
-                return False
-        return not file.read(1)
+                return None
+            failed += written.get(dataset.error_column) is not None
+        return None if file.read(1) else failed
 
 
 def write_lines(output: Path, lines: Iterator[bytes]) -> None:

@@ -171,14 +171,14 @@ class HumanReport(Report):
         if self._bar:
             self._bar.render_finish()
             self._bar = None
+        failed = f", {outcome.failed} failed" if outcome.failed else ""
         if outcome.already:
             self._say(
-                f"{outcome.output} is complete already ({outcome.rows} rows); "
+                f"{outcome.output} is complete already ({outcome.rows} rows{failed}); "
                 "--overwrite generates it anew"
             )
             return
         rate = outcome.tokens / outcome.seconds if outcome.seconds else 0.0
-        failed = f", {outcome.failed} failed" if outcome.failed else ""
         state = "" if outcome.complete else f" of {outcome.rows}, stopped"
         self._say(
             f"{outcome.answered} rows answered{state}{failed}; {outcome.tokens:,} tokens in "

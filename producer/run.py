@@ -1,4 +1,7 @@
-"""`Run`: one attempt at a dataset run: rows go out in a window, answers into the journal."""
+"""`Run`: one attempt at a dataset run: rows go out in a window, answers into the journal.
+
+Longer than other files: what a lost server, worker or answer means for a row is decided here alone.
+"""
 
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -13,6 +16,7 @@ from tokenmill.producer.errors import (
     Busy,
     InvalidRequest,
     NotFound,
+    OutputChanged,
     ServerUnreachable,
     TokenmillError,
 )
@@ -30,6 +34,10 @@ DEADLINE_S = 7 * 86_400
 MAX_OPEN_TOKENS = 16 * 2**20
 _POLL_S = 0.5
 _WATCH_S = 1.0
+#: After so long without a token the user is told of whoever is served meanwhile.
+_QUIET_S = 3.0
+#: Kept by the server after the row is in the journal: for whoever follows it right then.
+_KEEP_S = 600.0
 
 
 def request_id(run: str, row: int) -> str:
@@ -76,6 +84,9 @@ class Run:
         self._open_tokens = 0
         self._tokens = 0
         self._send_at = self._watch_at = 0.0
+        self._moved_at = time.monotonic()
+        #: Requests whose answers are in the journal, for the server to forget.
+        self._kept: list[str] = []
         #: What the user was told to be waiting for, "" for nothing.
         self._waiting_for = ""
 
@@ -128,6 +139,7 @@ class Run:
             self._watch()
             self._read()
             self._report.tick()
+        self._forget()
         if is_complete:
             write_lines(Path(self._plan.output), self._output_lines())
             self._journal.remove()
@@ -174,6 +186,8 @@ class Run:
                     "prompt": row.prompt,
                     "params": row.params,
                     "model": self._model,
+                    # A lane of its own: runs share the workers, rather than wait for each other.
+                    "tenant": self._journal.header.run,
                     "priority": self._plan.priority,
                     "deadline_ms": int((time.time() + DEADLINE_S) * 1000),
                 }
@@ -220,18 +234,22 @@ class Run:
             return
         try:
             deltas = self._follower.poll(_POLL_S)
-        except (NotFound, InvalidRequest):
+        except NotFound:
             # The server has lost what it had: send and read everything again.
             self._resend()
             return
+        except OutputChanged as error:
+            self._reread(self._open[error.request_id])
+            return
+        if deltas:
+            self._moved_at = time.monotonic()
+            if self._waiting_for == "turn":
+                self._waiting_for = ""
         for delta in deltas:
             self._take(delta)
 
     def _take(self, delta: Delta) -> None:
         item = self._open[delta.request_id]
-        if delta.start != item.tokens:
-            self._reread(item)
-            return
         item.tokens = delta.end
         item.parts.append(delta.text)
         self._tokens += len(delta.token_ids)
@@ -254,14 +272,17 @@ class Run:
         )
         self._journal.add(answer)
         del self._open[delta.request_id]
+        self._kept.append(delta.request_id)
         self._open_tokens -= item.request.prompt_cost
         self._report.ended(answer)
 
     def _reread(self, item: _Open) -> None:
+        self._report.note(
+            f"line {item.row.line}: the server has lost part of the answer; reading it anew"
+        )
         item.shown += sum(len(part) for part in item.parts)
         item.parts.clear()
         item.tokens = 0
-        self._follower.remove(item.request.request_id)
         self._follower.add(item.request.request_id)
 
     def _resend(self) -> None:
@@ -288,11 +309,38 @@ class Run:
             self._report.note("the server is back; going on")
             self._waiting_for = ""
             self._resend()
+        self._forget()
         if not serving and not self._worker:
             self._need_worker()
         elif serving and self._waiting_for == "worker":
             self._waiting_for = ""
             self._report.note("a worker is live; going on")
+        elif serving:
+            self._tell_of_others()
+
+    def _tell_of_others(self) -> None:
+        """When nothing moves for a while: for how many others the workers may be busy."""
+        is_told = self._waiting_for not in ("", "room")
+        if is_told or time.monotonic() - self._moved_at < _QUIET_S:
+            return
+        try:
+            others = self._client.live() - len(self._open)
+        except ServerUnreachable:
+            return  # the next look at the workers tells
+        if others > 0:
+            what = "request is" if others == 1 else "requests are"
+            self._wait_for(f"its turn: {others} other {what} live on {self._plan.queue}", "turn")
+
+    def _forget(self) -> None:
+        """Let the server drop what the journal has for good: a large run must not fill it."""
+        if not self._kept:
+            return
+        self._journal.sync()
+        try:
+            self._client.forget(self._kept, within_s=_KEEP_S)
+        except (Busy, ServerUnreachable):
+            return  # tried again at the next look; in the end its own time to live drops it
+        self._kept.clear()
 
     def _need_worker(self) -> None:
         if self._embedded:

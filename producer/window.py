@@ -1,14 +1,21 @@
 """`Window`: a bounded number of requests in flight, and their results as they end or in order."""
 
-import contextlib
 import time
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
 from tokenmill.producer.connection import MAX_BLOCK_S
-from tokenmill.producer.errors import Busy, TokenmillError
+from tokenmill.producer.errors import (
+    Busy,
+    OutputChanged,
+    ServerUnreachable,
+    TokenmillError,
+)
 from tokenmill.producer.follower import Follower
 from tokenmill.producer.wire import Delta, Request, Result
+
+#: Before a request that met no server is sent again.
+_RETRY_S = 1.0
 
 
 class Submitter(Protocol):
@@ -41,7 +48,7 @@ class Window:
         self._parts: dict[str, list[Delta]] = {}
         #: In the order of submission: the result once it has ended, until it is taken.
         self._results: dict[str, Result | None] = {}
-        #: Taken from `requests` and refused by a full queue, to be sent first.
+        #: Taken from `requests` and refused by a full queue or no server, to be sent first.
         self._refused: Request | None = None
         self._retry_at = 0.0
         self._more = True
@@ -54,10 +61,16 @@ class Window:
                 self._collect()
                 yield from self._take()
         finally:
-            for request_id in self._parts:
-                # Nothing to do about it here: its deadline ends it.
-                with contextlib.suppress(TokenmillError):
-                    self._client.cancel(request_id)
+            self._cancel()
+
+    def _cancel(self) -> None:
+        for request_id in self._parts:
+            try:
+                self._client.cancel(request_id)
+            except ServerUnreachable:  # the others would only wait as long; deadlines end them
+                return
+            except TokenmillError:
+                continue
 
     def _fill(self) -> None:
         while self._more and len(self._results) < self._size and self._clock() >= self._retry_at:
@@ -67,9 +80,11 @@ class Window:
                 return
             try:
                 self._client.submit_many([request])
-            except Busy as error:
+            except (Busy, ServerUnreachable) as error:
+                # Sending again is safe: the id is the same.
+                wait_s = error.retry_after_s if isinstance(error, Busy) else _RETRY_S
                 self._refused = request
-                self._retry_at = self._clock() + error.retry_after_s
+                self._retry_at = self._clock() + wait_s
                 return
             self._refused = None
             self._parts[request.request_id] = []
@@ -84,7 +99,13 @@ class Window:
             if self._refused:
                 time.sleep(patience_s)
             return
-        for delta in self._follower.poll(patience_s):
+        try:
+            deltas = self._follower.poll(patience_s)
+        except OutputChanged as error:
+            self._parts[error.request_id] = []
+            self._follower.add(error.request_id)
+            return
+        for delta in deltas:
             self._parts[delta.request_id].append(delta)
             if delta.finish_reason:
                 result = Result.of(self._parts.pop(delta.request_id))

@@ -97,9 +97,10 @@ class Request:
 
     @property
     def fingerprint(self) -> str:
-        """Hex digest of everything but the id and the deadline: what makes a repeat a repeat."""
+        """Hex digest of all but id, deadline and priority: what makes a repeat a repeat."""
         content = self.to_mapping()
-        del content["request_id"], content["deadline_ms"]
+        for name in ("request_id", "deadline_ms", "priority"):
+            content.pop(name, None)
         return hashlib.blake2b(msgpack.packb(_sorted(content)), digest_size=16).hexdigest()
 
     @classmethod

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sys
 from functools import partial
 from typing import Any
 
@@ -126,7 +127,7 @@ def _auto(value: str) -> int | None:
     envvar="TOKENMILL_HEALTH_PORT",
     type=int,
     metavar="PORT",
-    help="Serve /livez and /readyz here.",
+    help="Serve /livez, /startedz and /readyz here.",
 )
 @_option("--verbose", "-v", envvar="TOKENMILL_VERBOSE", is_flag=True, help="Log every request.")
 @_option("--json", "as_json", envvar="TOKENMILL_JSON", is_flag=True, help="Log as JSON lines.")
@@ -170,7 +171,9 @@ def worker(
     from tokenmill.worker.process import WorkerFailed, run
 
     try:
-        status = run(config)
+        # Somebody at a terminal wants to know of a wrong address; a container is started with its
+        # server, and would only be started again.
+        status = run(config, waits_for_server=not sys.stderr.isatty())
     except (EngineFailed, WorkerFailed) as error:
         raise click.ClickException(str(error)) from error  # status 1: not the user's mistake
     context.exit(status)

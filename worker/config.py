@@ -37,7 +37,7 @@ class WorkerConfig:
     drain_s: float = 10.0
     #: End by itself after so long without work; None runs for ever.
     exit_when_idle_s: float | None = None
-    #: Port of `/livez` and `/readyz`; None serves neither, 0 takes a free one.
+    #: Port of `/livez`, `/startedz` and `/readyz`; None serves none, 0 takes a free one.
     health_port: int | None = None
 
     def __post_init__(self) -> None:

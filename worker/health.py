@@ -1,7 +1,9 @@
 """`Pulse`, the sign of life of the loop, and `HealthServer`, which shows it to Kubernetes.
 
     /livez    200 while the last step, or idle turn, of the loop is younger than the limit; also
-              while the model is being loaded, which is for a startup probe to bound
+              while the model is being loaded, which is for the startup probe to bound
+    /startedz 200 once the model is loaded, for the startup probe: a worker that is loaded is not to
+              be started again because the server is away
     /readyz   200 when the model is loaded, the worker registered, and the server answers
 
 Liveness never asks for Redis: restarting workers does not bring a server back.
@@ -42,9 +44,16 @@ class Pulse:
 
 
 class HealthServer:
-    """Answers both probes from its own thread; use it in a `with`."""
+    """Answers the probes from its own thread; use it in a `with`."""
 
-    def __init__(self, port: int, pulse: Pulse, is_ready: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        port: int,
+        pulse: Pulse,
+        *,
+        is_started: Callable[[], bool],
+        is_ready: Callable[[], bool],
+    ) -> None:
         """Listen on every address; port 0 takes a free one.
 
         Raises:
@@ -57,6 +66,9 @@ class HealthServer:
                     age_s = round(pulse.age_s, 3)
                     answer = {"age_s": age_s, "limit_s": pulse.limit_s}
                     self._reply(answer, is_ok=age_s < pulse.limit_s)
+                elif self.path == "/startedz":
+                    started = is_started()
+                    self._reply({"started": started}, is_ok=started)
                 elif self.path == "/readyz":
                     ready = is_ready()
                     self._reply({"ready": ready}, is_ok=ready)

@@ -94,6 +94,8 @@ class Intake:
         self._changed = threading.Condition()
         self._stopping = threading.Event()
         self._offered = Room()
+        #: KV tokens of the idle engine: the most that was ever offered.
+        self._kv_total = 0
         #: Claimed, and not in the offered capacity: sequence id -> what it takes.
         self._held: dict[str, Room] = {}
         self._upkeep_s = queue.lease_ms / 3000
@@ -110,6 +112,7 @@ class Intake:
             for seq_id in admitted:
                 self._held.pop(seq_id, None)
             self._offered = Room(capacity.sequences, capacity.tokens, kv_tokens)
+            self._kv_total = max(self._kv_total, kv_tokens)
             if self._room():
                 self._changed.notify()
 
@@ -142,7 +145,10 @@ class Intake:
             return
         was_idle = not self._publisher.num_held
         claims = self._queue.claim(
-            sequences=room.sequences, tokens=room.tokens, kv_tokens=room.kv_tokens
+            sequences=room.sequences,
+            tokens=room.tokens,
+            kv_tokens=room.kv_tokens,
+            kv_total=self._kv_total,
         )
         self._outage.back()
         for claim in claims:

@@ -33,6 +33,7 @@ DRAINING = Event("worker_draining", logging.INFO, ("why",))
 DRAIN_CUT = Event("drain_cut_short", logging.WARNING, ("held",))
 STOPPED = Event("worker_stopped", logging.INFO, ("finished", "released", "fenced", "uptime_s"))
 IDLE = Event("worker_idle", logging.INFO, ("idle_s",))
+SERVER_AWAITED = Event("server_awaited", logging.WARNING, ("error",))
 SERVER_LOST = Event("server_lost", logging.WARNING, ("error",))
 SERVER_BACK = Event("server_back", logging.INFO, ("after_s",))
 STEP_FAILED = Event("step_failed", logging.ERROR, ("error", "sequences"))
@@ -46,6 +47,7 @@ CLAIMED = Event(
 FINISHED = Event("request_finished", logging.DEBUG, (*_REQUEST, "finish_reason", "tokens"))
 FENCED = Event("request_fenced", logging.DEBUG, _REQUEST)
 GAP = Event("request_gap", logging.DEBUG, (*_REQUEST, "start"))
+REFUSED = Event("request_refused", logging.ERROR, (*_REQUEST, "reason"))
 RELEASED = Event("request_released", logging.DEBUG, (*_REQUEST, "undo", "reason"))
 
 

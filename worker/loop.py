@@ -11,9 +11,12 @@
 The accelerator waits for nobody: what intake claims during a step enters the next one, and what a
 step gave is written during the next one. The loop sleeps only when the engine has nothing to do, or
 when the server has been away for so long that the unwritten tokens must not grow further.
+
+A step that fails costs an attempt only the sequence that was alone in it (`worker.probation`).
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Protocol
 
 from tokenmill.engine.engine import Capacity, StepOutput
@@ -23,16 +26,20 @@ from tokenmill.worker.health import Pulse
 from tokenmill.worker.inbox import Admission, Inbox
 from tokenmill.worker.intake import Intake, Tokenizes
 from tokenmill.worker.log import STEP_FAILED, emit
+from tokenmill.worker.probation import Probation
 from tokenmill.worker.publisher import Publisher
 
 #: Longest sleep of an idle loop: it shows its pulse this often.
 IDLE_S = 1.0
-#: Steps in a row that may fail before the engine is given up.
+#: Different sequences that may fail alone, without a step between them that did not fail, before
+#: the engine is given up. One alone may be tried again and again: then it is at fault.
 MAX_FAILURES = 3
+#: Until what was given back uncounted may be claimed again.
+RETRY_MS = 50
 
 
 class EngineFailed(TokenmillError):
-    """Several steps in a row failed; another process may do better."""
+    """One sequence after the other failed alone; another process may do better."""
 
 
 class EngineLike(Protocol):
@@ -74,13 +81,15 @@ class Loop:
         self._pulse = pulse
         #: What is in the engine.
         self._running: set[str] = set()
-        self._failures = 0
+        self._probation = Probation()
+        #: Requests that failed alone since the last step that did not fail.
+        self._failed: set[str] = set()
 
     def run(self) -> None:
         """Iterate until told to stop.
 
         Raises:
-            EngineFailed: steps failed repeatedly.
+            EngineFailed: steps failed, whatever was in them.
         """
         self._intake.offer(self._engine.capacity())
         while self.turn(IDLE_S):
@@ -94,19 +103,31 @@ class Loop:
             return False
         for seq_id in mail.aborts:
             self._engine.abort(seq_id)
-            self._running.discard(seq_id)
+            if seq_id in self._running:
+                self._running.discard(seq_id)
+                self._probation.tried(seq_id)
         for admission in mail.admissions:
             self._add(admission)
         if self._can_step:
             self._publish(self._step())
-        self._intake.offer(self._engine.capacity(), [a.seq_id for a in mail.admissions])
+        self._intake.offer(self._capacity(), [a.seq_id for a in mail.admissions])
         return True
+
+    def _capacity(self) -> Capacity:
+        capacity = self._engine.capacity()
+        if not self._probation.is_on:
+            return capacity
+        room = 0 if self._running else 1
+        return replace(capacity, sequences=min(room, capacity.sequences))
 
     @property
     def _can_step(self) -> bool:
         return self._engine.has_work and not self._publisher.is_full
 
     def _add(self, admission: Admission) -> None:
+        if self._probation.is_on and self._running:  # claimed before the step failed
+            self._publisher.give_back([admission.seq_id], undo=True, delay_ms=RETRY_MS)
+            return
         try:
             self._engine.add(
                 admission.seq_id,
@@ -127,7 +148,7 @@ class Loop:
         except Exception as error:  # noqa: BLE001 - a model, a kernel or a driver may raise anything
             self._give_back(error)
             return []
-        self._failures = 0
+        self._failed.clear()
         return outputs
 
     def _publish(self, outputs: Sequence[StepOutput]) -> None:
@@ -136,20 +157,41 @@ class Loop:
                 self._running.discard(output.seq_id)
         if outputs:
             self._publisher.put(outputs)
+        if self._probation.is_on:
+            self._clear(outputs)
+
+    def _clear(self, outputs: Sequence[StepOutput]) -> None:
+        """On probation: let the lone sequence go once it has shown that it does not fail."""
+        for output in outputs:
+            is_cleared = self._probation.is_cleared(len(output.token_ids))
+            if is_cleared or output.finish_reason is not None:
+                self._probation.tried(output.seq_id)
+                # The last one may stay: it needs to make room for nobody.
+                if self._probation.is_on and output.finish_reason is None:
+                    self._take_out(undo=True)
 
     def _give_back(self, error: Exception) -> None:
-        """A step failed, and nobody knows for which sequence: others may try all of them.
-
-        The attempt counts, so that one that fails every step it is in ends as an error.
-        """
-        self._failures += 1
+        """A step failed: count it against the sequence that was alone in it, or find that one."""
         reason = f"a step failed: {type(error).__name__}: {str(error)[:200]}"
         emit(STEP_FAILED, error=reason, sequences=len(self._running))
+        suspects = sorted(self._running)
+        is_alone = len(suspects) <= 1
+        self._take_out(undo=not is_alone, reason=reason)
+        if not is_alone:
+            self._probation.begin(suspects)
+            return
+        for seq_id in suspects:
+            self._probation.tried(seq_id)
+        self._failed.update(seq_id.rpartition("#")[0] for seq_id in suspects)
+        if len(self._failed) >= MAX_FAILURES or not suspects:
+            raise EngineFailed(
+                f"{len(self._failed)} requests in a row failed alone, the last: {reason}"
+            ) from error
+
+    def _take_out(self, *, undo: bool, reason: str = "") -> None:
+        """Empty the engine; others may try what was in it."""
         for seq_id in self._running:
             self._engine.abort(seq_id)
-        self._publisher.give_back(self._running, reason)
+        delay_ms = RETRY_MS if undo else 0  # counted: the queue's own backoff
+        self._publisher.give_back(self._running, reason, undo=undo, delay_ms=delay_ms)
         self._running.clear()
-        if self._failures >= MAX_FAILURES:
-            raise EngineFailed(
-                f"{self._failures} steps in a row failed, the last: {reason}"
-            ) from error

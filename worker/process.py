@@ -23,12 +23,10 @@ from contextlib import ExitStack, suppress
 from importlib.metadata import version
 
 import redis
-from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import RedisError, ResponseError
-from redis.exceptions import TimeoutError as RedisTimeoutError
+from redis.exceptions import NoPermissionError, RedisError
 
 from tokenmill.producer.connection import connect, shown_url
-from tokenmill.producer.errors import TokenmillError, WrongServer
+from tokenmill.producer.errors import ServerUnreachable, TokenmillError, WrongServer
 from tokenmill.producer.keys import Keys
 from tokenmill.producer.wire import WorkerInfo
 from tokenmill.worker.config import WorkerConfig
@@ -40,13 +38,14 @@ from tokenmill.worker.log import (
     DRAINING,
     LOGGER,
     READY,
+    SERVER_AWAITED,
     STARTING,
     STOPPED,
     THREAD_FAILED,
     emit,
 )
 from tokenmill.worker.loop import EngineLike, Loop
-from tokenmill.worker.outage import Outage
+from tokenmill.worker.outage import Outage, is_about_the_server
 from tokenmill.worker.publisher import Publisher
 from tokenmill.worker.queue import Queue
 from tokenmill.worker.signals import StopSignals, exit_status
@@ -56,6 +55,8 @@ from tokenmill.worker.signals import StopSignals, exit_status
 SWITCH_INTERVAL_S = 0.0005
 #: Longest that intake may take to end; a claim that is answered later is parked by step 4.
 _INTAKE_STOP_S = 1.0
+#: Between two tries to reach a server that was not there when the worker was started.
+RETRY_S = 1.0
 
 
 def load_engine(config: WorkerConfig) -> EngineLike:
@@ -76,9 +77,15 @@ def load_engine(config: WorkerConfig) -> EngineLike:
 
 
 def run(
-    config: WorkerConfig, *, make_engine: Callable[[WorkerConfig], EngineLike] = load_engine
+    config: WorkerConfig,
+    *,
+    make_engine: Callable[[WorkerConfig], EngineLike] = load_engine,
+    waits_for_server: bool = False,
 ) -> int:
     """Run a worker in this process until it is told to stop; returns the exit status.
+
+    `waits_for_server`: a server that does not answer yet is no error, and the model is loaded
+    meanwhile. It suits workers that are started together with their server.
 
     Raises:
         ServerUnreachable, WrongServer: the server cannot be used.
@@ -88,13 +95,8 @@ def run(
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     with ExitStack() as stack:
         signals = stack.enter_context(StopSignals())
-        started = time.monotonic()
+        began = time.monotonic()
         worker_id = f"{platform.node() or 'worker'}-{os.getpid()}-{secrets.token_hex(4)}"
-        # Before the model is loaded, which takes longer than finding a wrong address.
-        server = connect(config.redis_url)
-        stack.callback(server.close)
-        blocking = connect(config.redis_url, blocking=True)
-        stack.callback(blocking.close)
         emit(
             STARTING,
             worker_id=worker_id,
@@ -102,32 +104,63 @@ def run(
             queue=config.queue,
             model=config.model,
         )
-        worker = Worker(config, worker_id, server, blocking)
+        # Before the model is loaded, which takes longer than finding a wrong address.
+        server = _connected(config, waits=waits_for_server)
+        pulse, is_loaded = Pulse(config.stall_limit_s), threading.Event()
+        worker: Worker | None = None
         if config.health_port is not None:
-            stack.enter_context(
-                HealthServer(config.health_port, worker.pulse, lambda: worker.is_ready)
+            health = HealthServer(
+                config.health_port,
+                pulse,
+                is_started=is_loaded.is_set,
+                is_ready=lambda: worker is not None and worker.is_ready,
             )
+            stack.enter_context(health)
         engine = make_engine(config)
+        is_loaded.set()
+        while server is None:  # a signal ends the process: there is nothing to put in order
+            time.sleep(RETRY_S)
+            server = _connected(config, waits=True, is_first=False)
+        stack.callback(server.close)
+        blocking = connect(config.redis_url, blocking=True)
+        stack.callback(blocking.close)
+        worker = Worker(config, worker_id, server, blocking, pulse)
         signals.on_stop(worker.stop)
-        worker.run(engine, load_s=time.monotonic() - started)
+        worker.run(engine, load_s=time.monotonic() - began)
         return exit_status(signals.received)
+
+
+def _connected(config: WorkerConfig, *, waits: bool, is_first: bool = True) -> redis.Redis | None:
+    """The server; None if it does not answer and that is to be waited for, which is said once."""
+    try:
+        return connect(config.redis_url)
+    except ServerUnreachable as error:
+        if not waits:
+            raise
+        if is_first:
+            emit(SERVER_AWAITED, error=str(error))
+        return None
 
 
 class Worker:
     """One worker; `run` blocks the main thread, `stop` ends it from any other."""
 
     def __init__(
-        self, config: WorkerConfig, worker_id: str, server: redis.Redis, blocking: redis.Redis
+        self,
+        config: WorkerConfig,
+        worker_id: str,
+        server: redis.Redis,
+        blocking: redis.Redis,
+        pulse: Pulse | None = None,
     ) -> None:
         self.worker_id = worker_id
         self.inbox = Inbox()
         self.outage = Outage()
-        self.pulse = Pulse(config.stall_limit_s)
+        self.pulse = pulse or Pulse(config.stall_limit_s)
         self.queue = Queue(
             server, Keys(config.queue), worker_id, blocking=blocking, lease_ms=config.lease_ms
         )
         self._config = config
-        self._server = server
         self._is_registered = False
         self._failure: BaseException | None = None
 
@@ -163,8 +196,8 @@ class Worker:
             exit_when_idle_s=self._config.exit_when_idle_s,
             is_alive=lambda: self.pulse.is_alive,
         )
-        self.pulse.beat()
         self._register(engine, load_s)
+        self.pulse.beat()
         threads = [
             self._start("intake", intake.run),
             self._start("publisher", publisher.run),
@@ -213,9 +246,9 @@ class Worker:
         """False: the server was lost while the model was loaded; try again."""
         try:
             self.queue.register(info)
-        except (RedisConnectionError, RedisTimeoutError) as error:
-            return self.inbox.take(self.outage.lost(error)).is_stopping
-        except ResponseError as error:
+        except RedisError as error:
+            if is_about_the_server(error) and not isinstance(error, NoPermissionError):
+                return self.inbox.take(self.outage.lost(error)).is_stopping
             remedy = "give this user the rights of a worker"
             raise WrongServer(f"the server refuses a worker: {error}; {remedy}") from error
         self.outage.back()
@@ -264,7 +297,7 @@ class Worker:
         if self.outage.is_on:  # it does not sleep there, and this would only wait
             return
         with suppress(RedisError):
-            self._server.xadd(self.queue.keys.control, {"t": "wake"}, maxlen=1000)
+            self.queue.wake()
 
 
 class WorkerFailed(TokenmillError):

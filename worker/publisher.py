@@ -17,13 +17,13 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import ParamSpec, TypeVar
 
-from redis.exceptions import RedisError
+from redis.exceptions import RedisError, ResponseError
 
 from tokenmill.engine.engine import StepOutput
 from tokenmill.engine.sequence import FinishReason
 from tokenmill.worker.inbox import Inbox
-from tokenmill.worker.log import FENCED, FINISHED, GAP, RELEASED, emit
-from tokenmill.worker.outage import Outage
+from tokenmill.worker.log import FENCED, FINISHED, GAP, REFUSED, RELEASED, emit
+from tokenmill.worker.outage import Outage, is_about_the_server
 from tokenmill.worker.output import Output
 from tokenmill.worker.queue import MAX_BATCH, Queue, Verdict
 
@@ -42,11 +42,20 @@ class Abandoned(Exception):
 
 
 @dataclass(frozen=True, slots=True)
+class _Refusal:
+    """What the server said of one write that it cannot do, now or later."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class _GiveBack:
-    """The engine failed under these sequences."""
+    """These have left the engine before their end."""
 
     seq_ids: tuple[str, ...]
     reason: str
+    undo: bool
+    delay_ms: int
 
 
 class Publisher:
@@ -110,10 +119,12 @@ class Publisher:
         """End one request as an error, for its own fault."""
         self.put([StepOutput(seq_id, (), FinishReason.ERROR, reason)])
 
-    def give_back(self, seq_ids: Iterable[str], reason: str) -> None:
-        """Release requests after a failure that need not be theirs; the attempt counts."""
+    def give_back(
+        self, seq_ids: Iterable[str], reason: str = "", *, undo: bool, delay_ms: int = 0
+    ) -> None:
+        """Release requests with what they have; arguments as for `Queue.release`."""
         with self._changed:
-            self._events.append(_GiveBack(tuple(seq_ids), reason))
+            self._events.append(_GiveBack(tuple(seq_ids), reason, undo, delay_ms))
             self._changed.notify()
 
     def drain(self) -> None:
@@ -143,7 +154,7 @@ class Publisher:
             if isinstance(event, Output):
                 self._replace(event)
             elif isinstance(event, _GiveBack):
-                self._release_failed(event)
+                self._release_all(event)
             else:
                 self._apply(event)
         self._write(self._clock())
@@ -208,7 +219,7 @@ class Publisher:
     def _append(self, outputs: Iterable[Output]) -> None:
         for batch in _batches(outputs):
             appends = [output.to_append() for output in batch]
-            verdicts = self._call(self._queue.append, appends)
+            verdicts = self._ask(self._queue.append, appends)
             for output, append, verdict in zip(batch, appends, verdicts, strict=True):
                 if verdict is Verdict.OK:
                     output.written(append)
@@ -217,12 +228,12 @@ class Publisher:
                     output.end("cancelled", CANCELLED)
                 else:
                     self._lose(output, verdict)
-            self._finish([output for output in batch if output.finish_reason])
+            self._finish([o for o in batch if o.finish_reason and o.seq_id in self._outputs])
 
     def _finish(self, outputs: Iterable[Output]) -> None:
         for batch in _batches(outputs):
             ends = [output.to_finish() for output in batch]
-            verdicts = self._call(self._queue.finish, ends)
+            verdicts = self._ask(self._queue.finish, ends)
             for output, end, verdict in zip(batch, ends, verdicts, strict=True):
                 if verdict is not Verdict.OK:
                     self._lose(output, verdict)
@@ -237,9 +248,18 @@ class Publisher:
                     tokens=end.usage.completion_tokens,
                 )
 
-    def _lose(self, output: Output, verdict: Verdict) -> None:
-        """The server's record is not where this worker left it."""
+    def _lose(self, output: Output, verdict: Verdict | _Refusal) -> None:
+        """The server's record is not where this worker left it, or cannot be written."""
         self._inbox.abort(output.seq_id)
+        if isinstance(verdict, _Refusal):
+            emit(
+                REFUSED,
+                request_id=output.request_id,
+                epoch=output.epoch,
+                reason=verdict.reason,
+            )
+            self._release(output, undo=False, reason=f"a write was refused: {verdict.reason}")
+            return
         if verdict is Verdict.GAP:
             # It rolled back: whoever claims the request next goes on from what the server has.
             emit(GAP, request_id=output.request_id, epoch=output.epoch, start=output.start)
@@ -249,16 +269,30 @@ class Publisher:
         del self._outputs[output.seq_id]
         self.num_dropped += 1
 
-    def _release_failed(self, failed: _GiveBack) -> None:
-        known = [self._outputs[seq_id] for seq_id in failed.seq_ids if seq_id in self._outputs]
-        self._append([output for output in known if output.has_unsent])
+    def _release_all(self, given: _GiveBack) -> None:
+        known = [self._outputs[seq_id] for seq_id in given.seq_ids if seq_id in self._outputs]
+        self._finish([output for output in known if output.finish_reason])
+        self._append([o for o in known if o.has_unsent and o.seq_id in self._outputs])
         for output in known:
             if output.seq_id in self._outputs:
-                self._release(output, undo=False, reason=failed.reason)
+                self._release(output, undo=given.undo, delay_ms=given.delay_ms, reason=given.reason)
 
-    def _release(self, output: Output, *, undo: bool, reason: str = "") -> None:
-        self._call(self._queue.release, output.request_id, output.epoch, undo=undo, reason=reason)
+    def _release(self, output: Output, *, undo: bool, delay_ms: int = 0, reason: str = "") -> None:
         del self._outputs[output.seq_id]
+        try:
+            self._call(
+                self._queue.release,
+                output.request_id,
+                output.epoch,
+                undo=undo,
+                delay_ms=delay_ms,
+                reason=reason,
+            )
+        except ResponseError as error:  # its deadline ends it
+            self.num_dropped += 1
+            told = f"release: {str(error)[:200]}"
+            emit(REFUSED, request_id=output.request_id, epoch=output.epoch, reason=told)
+            return
         self.num_released += 1
         emit(
             RELEASED,
@@ -274,14 +308,31 @@ class Publisher:
         for output in list(self._outputs.values()):
             self._release(output, undo=True)
 
+    def _ask(
+        self, call: Callable[[Sequence[_Item]], list[Verdict]], items: Sequence[_Item]
+    ) -> list[Verdict | _Refusal]:
+        """The verdicts on a batch; when it is refused, on each by itself: one alone is at fault."""
+        try:
+            return [*self._call(call, items)]
+        except ResponseError as error:
+            if len(items) == 1:
+                return [_Refusal(f"{type(error).__name__}: {str(error)[:200]}")]
+        return [verdict for item in items for verdict in self._ask(call, [item])]
+
     def _call(
         self, call: Callable[_Given, _Reply], *args: _Given.args, **kwargs: _Given.kwargs
     ) -> _Reply:
-        """Make a call of the queue until the server answers; it is safe to repeat as it is."""
+        """Make a call of the queue until the server answers; it is safe to repeat as it is.
+
+        Raises:
+            ResponseError: the server answers that it cannot do this, which no repeat changes.
+        """
         while True:
             try:
                 reply = call(*args, **kwargs)
             except RedisError as error:
+                if not is_about_the_server(error):
+                    raise
                 if self._abandon.wait(self._outage.lost(error)):
                     raise Abandoned from error
             else:

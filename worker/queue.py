@@ -36,6 +36,7 @@ MAX_REASON = 1000
 
 _Item = TypeVar("_Item")
 
+_LEASE = Script("tokenmill.worker", "lease")
 _CLAIM = Script("tokenmill.worker", "claim")
 _APPEND = Script("tokenmill.worker", "append")
 _FINISH = Script("tokenmill.worker", "finish")
@@ -129,6 +130,8 @@ class Queue:
         self._claim_seq = 1
         #: Last entry seen of the control stream; "" before the first wait.
         self._control_id = ""
+        #: Server time of the last claim, in ms: what was due by then it has seen.
+        self._claimed_ms = 0
 
     def configure(self, *, max_live: int | None = None, result_ttl_s: float | None = None) -> None:
         """Set, for the whole shard, how many requests may be live and how long results are kept.
@@ -157,28 +160,31 @@ class Queue:
 
     def renew(self) -> None:
         """Extend the lease without claiming or writing: for an engine with nothing to do."""
-        if self._info is not None:
-            fields: dict[Any, Any] = {
-                "model": self._info.model,
-                "host": self._info.host,
-                "pid": str(self._info.pid),
-                "started_ms": str(self._info.started_ms),
-                "version": self._info.version,
-            }
-            self._server.hset(self.keys.worker(self.worker_id), mapping=fields)
-        self._run(_APPEND, self.worker_id, self.lease_ms)
+        self._lease(self.lease_ms)
+
+    def wake(self) -> None:
+        """End the `wait` of every worker of this shard, and renew the lease."""
+        self._lease(self.lease_ms, is_waking=True)
 
     def claim(
-        self, *, sequences: int, tokens: int, kv_tokens: int, limit: int = MAX_BATCH
+        self,
+        *,
+        sequences: int,
+        tokens: int,
+        kv_tokens: int,
+        kv_total: int = 0,
+        limit: int = MAX_BATCH,
     ) -> list[Claim]:
         """Take what fits: at most `sequences` and `limit` requests, while prompt tokens are left.
 
         The last one may overshoot `tokens`, since prompts are split over steps, but none may
         overshoot `kv_tokens` (prompt, committed and the next 256 tokens), unless this worker runs
-        nothing at all. Renews the lease. If it raises, call it again: nothing is lost.
+        nothing at all. One that overshoots `kv_total`, the KV tokens of a worker that runs nothing
+        (0: unknown), is claimed at once: it would block the queue, so the engine has to refuse it.
+        Renews the lease. If it raises, call it again: nothing is lost.
         """
         while True:
-            more, rows = self._run(
+            more, rows, now_ms = self._run(
                 _CLAIM,
                 self.worker_id,
                 self.lease_ms,
@@ -189,9 +195,11 @@ class Queue:
                 limit,
                 MAX_SCAN,
                 self._max_attempts,
+                kv_total,
             )
             claims = [claim for row in rows if (claim := self._checked(row))]
             self._claim_seq += 1  # only now: whatever failed above is claimed again as it was
+            self._claimed_ms = now_ms
             if claims or not more:
                 return claims
 
@@ -238,6 +246,7 @@ class Queue:
     def wait(self, timeout_s: float) -> bool:
         """Block until something may be claimed, at most `timeout_s`; True: claim now.
 
+        What was parked and due at the last claim does not end it: that claim left it behind.
         The first call returns at once: what came before it was not seen.
         """
         if not self._control_id:
@@ -260,7 +269,7 @@ class Queue:
     def retire(self) -> None:
         """Take back the registration; what was not released is parked for others."""
         self._info = None
-        self._server.zadd(self.keys.workers, {self.worker_id: 0})
+        self._lease(0)
         self.reap()
 
     def _checked(self, row: list[Any]) -> Claim | None:
@@ -291,13 +300,21 @@ class Queue:
     def _next_due_ms(self) -> int | None:
         with self._server.pipeline(transaction=False) as pipeline:
             pipeline.time()
-            pipeline.zrange(self.keys.park, 0, 0, withscores=True)
+            since = f"({self._claimed_ms}"
+            pipeline.zrangebyscore(self.keys.park, since, "+inf", 0, 1, withscores=True)
             replies: list[Any] = pipeline.execute()
         (seconds, micros), first = replies
         if not first:
             return None
         now_ms = seconds * 1000 + micros // 1000
         return max(int(first[0][1] - now_ms), 0)
+
+    def _lease(self, lease_ms: int, *, is_waking: bool = False) -> None:
+        fields: list[str] = []
+        if self._info is not None:
+            for name in ("model", "host", "pid", "started_ms", "version"):
+                fields += [name, str(getattr(self._info, name))]
+        self._run(_LEASE, self.worker_id, lease_ms, int(is_waking), *fields)
 
     def _verdicts(self, script: Script, arguments: list[str | bytes | int]) -> list[Verdict]:
         reply = self._run(script, self.worker_id, self.lease_ms, *arguments)

@@ -22,11 +22,24 @@ local function record_of(T, id)
   return T .. ':r:' .. id
 end
 
+-- What a command gives, or nil where its key is of another type: such damage to one request must
+-- not fail the calls that serve all the others.
+local function try(...)
+  local reply = redis.pcall(...)
+  if type(reply) == 'table' and reply.err then
+    if string.find(reply.err, 'WRONGTYPE', 1, true) then
+      return nil
+    end
+    error(reply)
+  end
+  return reply
+end
+
 -- The fields of a record that decide what may happen to it, or nil if there is no record.
 local function load(T, id)
-  local f = redis.call('HMGET', record_of(T, id), 'state', 'epoch', 'offset', 'attempts', 'worker',
+  local f = try('HMGET', record_of(T, id), 'state', 'epoch', 'offset', 'attempts', 'worker',
     'tenant', 'priority', 'entry', 'deadline', 'cost', 'most', 'cancel', 'finish', 'digest')
-  if not f[1] then
+  if not f or not f[1] then
     return nil
   end
   return {
@@ -63,6 +76,9 @@ local function finish_record(T, r, now, last)
   local total = r.offset + (last.count or 0)
   local output, record = T .. ':o:' .. r.id, record_of(T, r.id)
   local digest = last.digest or r.digest
+  if redis.call('TYPE', output).ok ~= 'stream' then
+    redis.call('DEL', output) -- nobody could read it
+  end
   redis.call('XADD', output, int(total) .. '-1', 'e', int(r.epoch), 't', last.tokens or '',
     'x', last.text or '', 'h', digest, 'f', last.finish, 'y', last.reason or '',
     'p', int(last.prompt or 0), 'c', int(total))

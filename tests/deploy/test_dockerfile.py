@@ -42,6 +42,10 @@ def test_python_does_not_import_from_the_working_directory(
     assert "PYTHONSAFEPATH=1" in dict(final_stage)["ENV"].split()
 
 
+def test_home_can_be_written(final_stage: list[tuple[str, str]]) -> None:
+    assert "HOME=/tmp" in dict(final_stage)["ENV"].split()
+
+
 def test_every_installation_is_pinned(instructions: list[tuple[str, str]]) -> None:
     installs = [
         part

@@ -115,7 +115,7 @@ def test_probes_ask_the_health_port(documents: list[Document], worker: Document)
     (port,) = [port for port in worker["ports"] if port["name"] == "health"]
     settings = only(documents, "ConfigMap")["data"]
     assert str(port["containerPort"]) == settings["TOKENMILL_HEALTH_PORT"]
-    paths = {"startupProbe": "/readyz", "livenessProbe": "/livez", "readinessProbe": "/readyz"}
+    paths = {"startupProbe": "/startedz", "livenessProbe": "/livez", "readinessProbe": "/readyz"}
     for probe, path in paths.items():
         assert worker[probe]["httpGet"] == {"path": path, "port": "health"}
     startup = worker["startupProbe"]

@@ -54,6 +54,8 @@ class ScriptedEngine:
     sequences: dict[str, tuple[tuple[int, ...], list[int], int]] = field(default_factory=dict)
     #: Raised by the next steps.
     errors: list[Exception] = field(default_factory=list)
+    #: A step fails when a sequence of this prompt has so many tokens.
+    poison: tuple[bytes, int] | None = None
     seeds: dict[str, int] = field(default_factory=dict)
     aborted: list[str] = field(default_factory=list)
 
@@ -85,6 +87,9 @@ class ScriptedEngine:
     def step(self) -> list[StepOutput]:
         if self.errors:
             raise self.errors.pop(0)
+        for prompt_ids, output, _ in self.sequences.values():
+            if self.poison == (bytes(prompt_ids), len(output)):
+                raise RuntimeError("poison")
         time.sleep(self.step_s)  # the forward pass
         return [self._advance(seq_id) for seq_id in list(self.sequences)[: self.max_num_seqs]]
 

@@ -181,6 +181,9 @@ def test_generate_with_bad_rows(url: str, run: Run, fake_worker: Any, questions:
     assert result.exit_code == 3
     assert "line 6: line must be JSON" in result.stderr
     assert "5 rows answered, 1 failed" in result.stderr
+    again = run("generate", str(questions), "-o", str(questions) + ".out")
+    assert again.exit_code == 3
+    assert "complete already (6 rows, 1 failed)" in again.stderr
 
 
 def test_generate_json(url: str, run: Run, fake_worker: Any, questions: Path) -> None:

@@ -13,6 +13,7 @@ from tokenmill.producer.errors import (
     Conflict,
     InvalidRequest,
     NotFound,
+    OutputChanged,
     ServerUnreachable,
 )
 from tokenmill.producer.keys import Keys
@@ -24,14 +25,17 @@ AMPLE = {"sequences": 100, "tokens": 100_000, "kv_tokens": 1_000_000}
 MakeQueue = Callable[..., Queue]
 
 
-def append(queue: Queue, claim: Claim, start: int, *token_ids: int) -> None:
+def append(
+    queue: Queue, claim: Claim, start: int, *token_ids: int, before: tuple[int, ...] = ()
+) -> None:
+    """`before` are the tokens up to `start`."""
     piece = Append(
         request_id=claim.request_id,
         epoch=claim.epoch,
         start=start,
         token_ids=token_ids,
         text="".join(map(chr, token_ids)),
-        digest=chain_digest("", token_ids),
+        digest=chain_digest("", before + token_ids),
     )
     queue.append([piece])
 
@@ -135,7 +139,7 @@ def test_follow_reads_from_any_offset_and_ends(client: Client, make_queue: MakeQ
         "AB",
         "",
     )
-    append(queue, claim, 2, 67)
+    append(queue, claim, 2, 67, before=(65, 66))
     assert next(deltas).token_ids == (67,)
     finish(queue, claim, 3)
     last = next(deltas)
@@ -253,7 +257,7 @@ def test_an_enqueue_survives_a_crash_and_a_follower_goes_on(
         assert follower.poll(0.01) == []
         own_server.start()
         append(queue, claim, 0, 65)  # a repeat of what was committed before the crash
-        append(queue, claim, 1, 66)
+        append(queue, claim, 1, 66, before=(65,))
         finish(queue, claim, 2)
         assert [delta.text for delta in follower.poll(5)] == ["B", ""]
         assert client.result(request_id, timeout_s=5).text == "AB"
@@ -278,3 +282,76 @@ def test_out_of_memory_refuses_new_work_and_ends_the_old(
     finally:
         server.config_set("maxmemory", "0")
     assert client.result(request_id, timeout_s=5).text == "A"
+
+
+def test_a_long_output_that_has_ended_does_not_time_out(client: Client, echo_worker: None) -> None:
+    request_id = client.submit("x" * 400)  # 200 deltas: more than one read takes
+    client.result(request_id)
+    assert client.result(request_id, timeout_s=0).text == "x" * 400
+
+
+def test_a_shard_that_is_not_served_is_refused(
+    client: Client, server: redis.Redis, make_request: Callable[..., Request]
+) -> None:
+    elsewhere = new_request_id(shard=3)
+    with pytest.raises(InvalidRequest, match="request_id must be an id of shard 0"):
+        client.submit("x", request_id=elsewhere)
+    with pytest.raises(InvalidRequest, match="request_id must be an id of shard 0"):
+        client.submit_many([make_request(request_id=elsewhere)])
+    assert server.dbsize() == 0
+
+
+def test_a_repeat_may_have_another_priority(client: Client, server: redis.Redis) -> None:
+    request_id = client.submit("x", priority=1)
+    assert client.submit("x", priority=0, request_id=request_id) == request_id
+    assert server.zcard(Keys().live) == 1
+
+
+def test_follow_tells_of_an_output_that_changed(client: Client, make_queue: MakeQueue) -> None:
+    """The first delta was read, then the server lost it and got another in its place."""
+    request_id = client.submit("x")
+    queue = make_queue()
+    [claim] = queue.claim(**AMPLE)
+    append(queue, claim, 0, 65)
+    deltas = client.follow(request_id)
+    assert next(deltas).text == "A"
+    append(queue, claim, 1, 67, before=(66,))
+    with pytest.raises(OutputChanged, match=r"up to token 1; .*read it again") as caught:
+        next(deltas)
+    assert caught.value.request_id == request_id
+
+
+def test_forget_shortens_what_has_ended_well(
+    client: Client, server: redis.Redis, make_queue: MakeQueue
+) -> None:
+    queue = make_queue()
+    done, runs = client.submit("x"), client.submit("y")
+    first, _second = queue.claim(**AMPLE)
+    finish(queue, first, 0)
+    client.forget([done, runs, new_request_id()], within_s=60)
+    for key in (Keys().record(done), Keys().output(done)):
+        assert 0 < server.pttl(key) <= 60_000
+    assert server.pttl(Keys().record(runs)) == -1
+    client.forget([done], within_s=6000)
+    assert server.pttl(Keys().record(done)) <= 60_000
+    assert client.live() == 1
+
+
+def test_forget_keeps_dead_letters(
+    client: Client, server: redis.Redis, make_queue: MakeQueue
+) -> None:
+    queue = make_queue()
+    request_id = client.submit("x")
+    [claim] = queue.claim(**AMPLE)
+    usage = Usage(prompt_tokens=0, completion_tokens=0)
+    end = Finish(
+        request_id=request_id,
+        epoch=claim.epoch,
+        start=0,
+        finish_reason="error",
+        reason="broken",
+        usage=usage,
+    )
+    queue.finish([end])
+    client.forget([request_id], within_s=60)
+    assert server.pttl(Keys().record(request_id)) > 60_000

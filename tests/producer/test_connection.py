@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import redis
 
+from tokenmill.producer import connection as connection_module
 from tokenmill.producer.connection import MAX_BLOCK_S, connect, shown_url
 from tokenmill.producer.errors import InvalidRequest, ServerUnreachable, WrongServer
 
@@ -114,3 +115,14 @@ def test_shown_url() -> None:
     assert shown_url("redis://u:secret@h:1/0") == "redis://u:***@h:1/0"
     assert shown_url("redis://:secret@h") == "redis://:***@h"
     assert shown_url("redis://h:1") == "redis://h:1"
+
+
+def test_a_port_that_stays_silent_is_given_up_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection_module, "_HELLO_TIMEOUT_S", 0.05)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        with pytest.raises(ServerUnreachable, match="no Redis server answers"):
+            connect(f"redis://127.0.0.1:{silent.getsockname()[1]}")
+        silent.setblocking(False)
+        silent.accept()[0].close()
+        with pytest.raises(BlockingIOError):  # it was tried once
+            silent.accept()

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -219,3 +220,109 @@ def test_the_state_directory_follows_the_environment(
     monkeypatch.delenv("XDG_STATE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert embedded.state_dir() == tmp_path / ".local" / "state" / "tokenmill"
+
+
+def test_a_second_server_is_not_launched_on_the_same_directory(state: Path) -> None:
+    server = EmbeddedServer(embedded.state_dir())
+    first = server.launch()
+    assert first is not None
+    try:
+        assert server.is_up()
+        assert server.launch() is None
+    finally:
+        first.kill()
+        first.wait()
+    assert not server.is_up()
+
+
+def test_a_loading_server_without_supervisor_is_adopted(
+    state: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its supervisor was killed while it read its data."""
+    with redis.Redis.from_url(ensure_server()) as client:
+        client.set("kept", "1")
+    assert stop_if_idle()
+    server = EmbeddedServer(embedded.state_dir())
+    process = server.launch()
+    assert process is not None
+    # As long as it loads it answers nobody; stopped, it is the same without a large file.
+    process.send_signal(signal.SIGSTOP)
+    asked = threading.Event()
+    answers = server.answers
+
+    def no_answer_yet() -> bool:
+        if not asked.is_set():
+            asked.set()
+            process.send_signal(signal.SIGCONT)
+            return False
+        return answers()
+
+    monkeypatch.setattr(server, "answers", no_answer_yet)
+    try:
+        with embedded._running(server) as child:
+            assert child is None
+            assert info(server.url)["process_id"] == process.pid
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_loading_may_take_longer_than_a_start(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = EmbeddedServer(embedded.state_dir())
+    monkeypatch.setattr(embedded, "START_TIMEOUT_S", 0.0)
+    loading = iter([True, True, True])
+    monkeypatch.setattr(server, "is_loading", lambda: next(loading))
+    answers = iter([False, False, False, True])
+    monkeypatch.setattr(server, "answers", lambda: next(answers))
+    with embedded.EmbeddedServer(embedded.state_dir()).launch() as process:  # type: ignore[union-attr]
+        try:
+            assert embedded._has_started(server, process)
+        finally:
+            process.kill()
+
+
+def test_an_error_leaves_no_server_behind(state: Path) -> None:
+    server = EmbeddedServer(embedded.state_dir())
+
+    def broken() -> None:
+        raise RuntimeError("in ready")
+
+    with pytest.raises(RuntimeError, match="in ready"):
+        embedded.supervise(server, idle_s=60, ready=broken)
+    assert not server.is_up()
+
+
+def test_who_comes_while_it_is_started_waits_for_it(
+    state: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A supervisor is there whose launcher was killed; the server answers a little later."""
+    server = EmbeddedServer(embedded.state_dir())
+    monkeypatch.setattr(server, "_start_supervisor", lambda: pytest.fail("a second supervisor"))
+    answers = iter([False, False, True])
+    monkeypatch.setattr(server, "answers", lambda: next(answers))
+    with (server.home / "supervisor.lock").open("ab") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        server.ensure()
+    assert next(answers, None) is None
+
+
+def test_a_server_that_reads_its_data_is_loading_and_not_absent(state: Path) -> None:
+    server = EmbeddedServer(embedded.state_dir())
+    assert not server.is_loading()
+    with redis.Redis.from_url(ensure_server()) as client:
+        pipeline = client.pipeline(transaction=False)
+        for number in range(30_000):
+            pipeline.set(f"{number}", "x")
+        pipeline.execute()
+    assert not server.is_loading()
+    assert stop_if_idle()
+    command = [str(embedded._binary()), "--port", "0", "--dir", str(server.home)]
+    command += ["--unixsocket", str(server.socket), "--appendonly", "yes", "--save", ""]
+    # So many microseconds a command; after every 1024 it answers that it is loading.
+    command += ["--key-load-delay", "100"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+        try:
+            assert embedded._until(server.is_loading, 30)
+            assert not server.answers()
+        finally:
+            process.kill()

@@ -5,7 +5,7 @@ import redis
 
 from tokenmill.producer import follower as follower_module
 from tokenmill.producer.client import Client
-from tokenmill.producer.errors import InvalidRequest, NotFound
+from tokenmill.producer.errors import InvalidRequest, NotFound, OutputChanged
 from tokenmill.producer.follower import Follower, check_position
 from tokenmill.producer.keys import Keys
 
@@ -76,3 +76,36 @@ def make_follower_input(client: Client, echo_worker: None) -> Callable[[Follower
         return long, short
 
     return make
+
+
+def test_an_end_before_what_was_read_is_told_and_the_others_go_on(
+    client: Client, server: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server lost tokens that were read, and the request has ended with fewer."""
+    follower = client.follower()
+    short, other = client.submit("x"), client.submit("y")
+    follower.add(short)
+    follower.add(other)
+    follower._cursors[Keys().output(short)] = "5-0"
+    client.cancel(short)
+    monkeypatch.setattr(follower_module, "MAX_BLOCK_S", 0.0)
+    with pytest.raises(OutputChanged) as caught:
+        follower.poll(0.01)
+    assert caught.value.request_id == short
+    assert len(follower) == 1
+    assert follower.poll(0.01) == []
+
+
+def test_what_was_read_before_a_change_is_given_first(client: Client, echo_worker: None) -> None:
+    follower = client.follower()
+    whole, changed = client.submit("whole"), client.submit("changed")
+    for request_id in (whole, changed):
+        client.result(request_id, timeout_s=30)
+        follower.add(request_id)
+    follower._digests[Keys().output(changed)] = "00" * 8
+    assert "".join(delta.text for delta in follower.poll(5)) == "whole"
+    assert len(follower) == 1
+    with pytest.raises(OutputChanged) as caught:
+        follower.poll(5)
+    assert caught.value.request_id == changed
+    assert len(follower) == 0

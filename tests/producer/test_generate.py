@@ -11,15 +11,17 @@ from typing import Any
 import pytest
 import redis
 
+from tokenmill.producer import run as run_module
 from tokenmill.producer.client import Client
 from tokenmill.producer.dataset import InputError
 from tokenmill.producer.embedded import ensure_server, stop_if_idle
 from tokenmill.producer.errors import InvalidRequest, ServerUnreachable
 from tokenmill.producer.generate import generate
 from tokenmill.producer.journal import Answer, Journal, OutputError, journal_path
+from tokenmill.producer.keys import Keys
 from tokenmill.producer.plan import Plan
 from tokenmill.producer.progress import Report
-from tokenmill.producer.run import request_id
+from tokenmill.producer.run import Run, request_id
 
 GENERATE = """
 import json, sys
@@ -381,3 +383,107 @@ def test_window_and_sampling_are_checked(plan: Any) -> None:
         plan(numbered(1), sampling={"temperature": -1})
     with pytest.raises(InvalidRequest, match="plan"):
         Plan.from_mapping({"input": "a", "output": "b", "made_up": 1})
+
+
+def test_the_failed_rows_of_a_complete_output_are_counted(
+    plan: Any, server_url: str, fake_worker: Any
+) -> None:
+    fake_worker()
+    plain = {"prompt": "REFUSE"}
+    generate(plan([{"prompt": "a"}, plain], answer_field="b"), Told(), url=server_url)
+    again = generate(plan(answer_field="b"), Told(), url=server_url)
+    assert (again.already, again.answered, again.failed) == (True, 1, 1)
+    body = {"messages": [{"role": "user", "content": "REFUSE"}]}
+    line = {"custom_id": "q", "method": "POST", "url": "/v1/chat/completions", "body": body}
+    fine = {**line, "custom_id": "r", "body": {"messages": [{"role": "user", "content": "a"}]}}
+    generate(plan([line, fine], overwrite=True), Told(), url=server_url)
+    again = generate(plan(), Told(), url=server_url)
+    assert (again.already, again.answered, again.failed) == (True, 1, 1)
+
+
+def test_gone_on_with_another_priority(plan: Any, server_url: str, fake_worker: Any) -> None:
+    fake_worker(limit=0)
+    told = Told()
+
+    def opened(row: int, title: str) -> None:
+        raise KeyboardInterrupt
+
+    told.opened = opened  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        generate(plan(numbered(5)), told, url=server_url)
+    fake_worker()
+    assert generate(plan(priority=0), Told(), url=server_url).answered == 5
+
+
+def test_each_run_has_its_own_lane(
+    plan: Any, server_url: str, fake_worker: Any, tmp_path: Path
+) -> None:
+    worker = fake_worker()
+    for name in ("a", "b"):
+        generate(plan(numbered(2), output=str(tmp_path / name)), Told(), url=server_url)
+    tenants = [request.tenant for request in worker.requests]
+    runs = [request.request_id[2:].rpartition("-")[0] for request in worker.requests]
+    assert tenants == runs
+    assert len(set(tenants)) == 2
+
+
+def test_others_in_the_queue_are_told_of_when_nothing_moves(
+    plan: Any, server_url: str, fake_worker: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_module, "_QUIET_S", 0.0)
+    monkeypatch.setattr(run_module, "_WATCH_S", 0.0)
+    worker = fake_worker(limit=0)
+    told = Told()
+    with Client(server_url) as client:
+        for _ in range(3):
+            client.submit("ahead of it", priority=0)
+
+    def note(text: str) -> None:
+        told.notes.append(text)
+        worker.limit = 10**9
+
+    told.note = note  # type: ignore[method-assign]
+    assert generate(plan(numbered(2)), told, url=server_url).answered == 2
+    assert told.notes == ["waiting for its turn: 3 other requests are live on default"]
+
+
+@pytest.mark.parametrize("in_stream", [True, False])
+def test_an_answer_that_the_server_lost_part_of_is_read_anew(
+    plan: Any, server_url: str, fake_worker: Any, tmp_path: Path, in_stream: bool
+) -> None:
+    """The reader is ahead of a server that rolled back: in the stream, or beyond its end."""
+    worker = fake_worker(limit=0)
+    told = Told()
+    runs: list[Run] = []
+
+    class Spied(Run):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            runs.append(self)
+
+    def opened(row: int, title: str) -> None:
+        follower = runs[0]._follower
+        [key] = follower._cursors
+        if in_stream:
+            follower._digests[key] = "00" * 8
+        else:
+            follower._cursors[key] = "9-0"
+            follower._heard = -1e9
+        worker.limit = 10**9
+
+    told.opened = opened  # type: ignore[method-assign]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tokenmill.producer.generate.Run", Spied)
+        generate(plan(numbered(1)), told, url=server_url)
+    assert [row["answer"] for row in read_rows(tmp_path / "out.jsonl")] == ["0 number "]
+    assert told.notes == ["line 1: the server has lost part of the answer; reading it anew"]
+
+
+def test_the_server_may_forget_what_the_journal_has(
+    plan: Any, server_url: str, fake_worker: Any, server: redis.Redis
+) -> None:
+    worker = fake_worker()
+    generate(plan(numbered(3)), Told(), url=server_url)
+    for request in worker.requests:
+        assert 0 < server.pttl(Keys().record(request.request_id)) <= 600_000
+        assert 0 < server.pttl(Keys().output(request.request_id)) <= 600_000

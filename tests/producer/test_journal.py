@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -86,3 +88,32 @@ def test_overwrite_keeps_what_may_still_be_queued(output: Path) -> None:
         assert journal.header.run != old
     with opened(output, digest="other") as journal:
         assert journal.superseded(3) == []
+
+
+FULL_DISK = """
+import resource, sys
+from pathlib import Path
+from tokenmill.producer.journal import Answer, Journal, OutputError
+with_journal = Journal(Path(sys.argv[1]), digest="d", parameters={"a": 1})
+try:
+    with with_journal as journal:
+        journal.start("m")
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+        for row in range(100):
+            journal.add(Answer(row=row, line=row + 1, text="A" * 100, finish_reason="stop"))
+except OutputError as error:
+    print(error)
+"""
+
+
+def test_a_full_disk_is_told_and_gone_on_from(output: Path) -> None:
+    command = [sys.executable, "-c", FULL_DISK, str(output)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stderr == ""
+    assert "cannot be written: File too large; run the same command" in done.stdout
+    with opened(output) as journal:
+        kept = journal.answered
+        assert 0 < kept < 100
+        journal.add(answer(kept))
+    with opened(output) as journal:
+        assert journal.answered == kept + 1

@@ -166,13 +166,24 @@ def test_text_that_is_not_unicode_is_refused() -> None:
         Request.from_mapping({**GOOD, "prompt": "\ud800"}).pack()
 
 
-def test_the_fingerprint_leaves_out_id_and_deadline_alone() -> None:
+def test_the_fingerprint_leaves_out_id_deadline_and_priority_alone() -> None:
     first = Request.from_mapping({**GOOD, "metadata": {"a": "1", "b": "2"}})
     repeat = Request.from_mapping(
-        {**GOOD, "request_id": ID + "B", "deadline_ms": 5, "metadata": {"b": "2", "a": "1"}}
+        {
+            **GOOD,
+            "request_id": ID + "B",
+            "deadline_ms": 5,
+            "priority": 2,
+            "metadata": {"b": "2", "a": "1"},
+        }
     )
     assert first.fingerprint == repeat.fingerprint
-    for change in ({"prompt": "hallo"}, {"params": {"max_tokens": 1}}, {"model": "m"}):
+    for change in (
+        {"prompt": "hallo"},
+        {"params": {"max_tokens": 1}},
+        {"model": "m"},
+        {"tenant": "t"},
+    ):
         assert Request.from_mapping({**GOOD, **change}).fingerprint != first.fingerprint
 
 

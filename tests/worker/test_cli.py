@@ -20,7 +20,8 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[WorkerConfig]:
     """The configurations of the workers that would have been run."""
     configs: list[WorkerConfig] = []
 
-    def run(config: WorkerConfig) -> int:
+    def run(config: WorkerConfig, *, waits_for_server: bool) -> int:
+        assert waits_for_server  # standard error is no terminal here
         configs.append(config)
         return 0
 
@@ -115,7 +116,7 @@ def test_help_loads_no_torch(tmp_path: Path) -> None:
 
 
 def test_an_engine_that_fails_is_status_1(monkeypatch: pytest.MonkeyPatch) -> None:
-    def run(_: WorkerConfig) -> int:
+    def run(_: WorkerConfig, **_options: bool) -> int:
         raise EngineFailed("3 steps in a row failed")
 
     monkeypatch.setattr(process, "run", run)

@@ -1,4 +1,4 @@
-"""Both probes over HTTP, and the signs they go by."""
+"""The probes over HTTP, and the signs they go by."""
 
 import json
 from http.client import HTTPConnection
@@ -30,7 +30,7 @@ def pulse(now: list[float]) -> Pulse:
 
 
 def test_livez_fails_when_the_loop_hangs(pulse: Pulse, now: list[float]) -> None:
-    with HealthServer(0, pulse, lambda: False) as server:
+    with HealthServer(0, pulse, is_started=lambda: False, is_ready=lambda: False) as server:
         now[0] += 600.0
         assert get(server.port, "/livez")[0] == 200  # the model is being loaded
         pulse.beat()
@@ -44,17 +44,25 @@ def test_livez_fails_when_the_loop_hangs(pulse: Pulse, now: list[float]) -> None
 
 def test_readyz_follows_readiness(pulse: Pulse) -> None:
     ready = [False]
-    with HealthServer(0, pulse, lambda: ready[0]) as server:
+    with HealthServer(0, pulse, is_started=lambda: True, is_ready=lambda: ready[0]) as server:
         assert get(server.port, "/readyz") == (503, {"ready": False})
         ready[0] = True
         assert get(server.port, "/readyz") == (200, {"ready": True})
         assert get(server.port, "/other")[0] == 404
 
 
+def test_startedz_does_not_ask_for_the_server(pulse: Pulse) -> None:
+    started = [False]
+    with HealthServer(0, pulse, is_started=lambda: started[0], is_ready=lambda: False) as server:
+        assert get(server.port, "/startedz") == (503, {"started": False})
+        started[0] = True
+        assert get(server.port, "/startedz") == (200, {"started": True})
+
+
 def test_a_port_can_be_taken_again_after_the_server_ended(pulse: Pulse) -> None:
-    with HealthServer(0, pulse, lambda: True) as server:
+    with HealthServer(0, pulse, is_started=lambda: True, is_ready=lambda: True) as server:
         port = server.port
-    with HealthServer(port, pulse, lambda: True):
+    with HealthServer(port, pulse, is_started=lambda: True, is_ready=lambda: True):
         assert get(port, "/livez")[0] == 200
         with pytest.raises(InvalidRequest, match=r"health_port must be .*in use"):
-            HealthServer(port, pulse, lambda: True)
+            HealthServer(port, pulse, is_started=lambda: True, is_ready=lambda: True)

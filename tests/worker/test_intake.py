@@ -1,5 +1,6 @@
 """What is claimed for which capacity, and what becomes of a claim; on a real server, by hand."""
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -176,3 +177,24 @@ def test_idle_for_long_enough_it_stops_the_loop(client: Client, make_parts: Make
     parts.clock.sleep(3.1)
     parts.intake.turn()
     assert parts.inbox.take().is_stopping
+
+
+def test_a_parked_request_that_does_not_fit_is_not_claimed_in_a_spin(
+    client: Client, make_parts: MakeParts, spied_queue: Any
+) -> None:
+    client.submit("abc", max_tokens=50)
+    parts = make_parts(queue=spied_queue)
+    parts.intake.offer(capacity())
+    parts.intake.turn()
+    parts.publisher.turn()
+    big = client.submit([1] * 500, max_tokens=50)
+    other = make_parts("w2")
+    (claim,) = other.queue.claim(sequences=1, tokens=1, kv_tokens=9999)
+    other.queue.release(big, claim.epoch, undo=True)
+    admitted = [admission.seq_id for admission in parts.inbox.take().admissions]
+    parts.intake.offer(capacity(blocks=2), admitted)
+    spied_queue.calls.clear()
+    ends_at = time.monotonic() + 0.5
+    while time.monotonic() < ends_at:
+        parts.intake.turn()
+    assert 1 <= [name for name, _ in spied_queue.calls].count("claim") <= 8

@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 import redis
+from redis.exceptions import OutOfMemoryError, ResponseError
 
 from tokenmill.producer.client import Client
 from tokenmill.producer.connection import connect
 from tokenmill.producer.errors import ServerUnreachable, WrongServer
 from tokenmill.producer.keys import Keys
-from tokenmill.producer.wire import Delta
+from tokenmill.producer.wire import Delta, WorkerInfo
+from tokenmill.worker import process
 from tokenmill.worker.config import WorkerConfig
 from tokenmill.worker.loop import EngineFailed
 from tokenmill.worker.process import Worker, WorkerFailed, run
@@ -172,7 +174,7 @@ def test_an_engine_that_is_given_up_ends_the_worker_in_order(
     ids = [client.submit(f"n{n}", max_tokens=5) for n in range(6)]
     with running(server_url, engine) as started:
         started.join()
-        assert "3 steps in a row failed" in str(started.errors[0])
+        assert "3 requests in a row failed alone" in str(started.errors[0])
     assert client.workers() == []
     assert {record(request_id)["state"] for request_id in ids} <= {"park", "wait"}
 
@@ -207,6 +209,58 @@ def test_a_wrong_address_is_found_before_the_model_is_loaded() -> None:
     config = WorkerConfig(model="m", redis_url="unix:///nowhere/at/all")
     with pytest.raises(ServerUnreachable, match="nowhere"):
         run(config, make_engine=make_engine)
+
+
+def test_a_server_that_comes_later_is_waited_for(
+    own_server: Any, script: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level("INFO", "tokenmill.worker")
+    monkeypatch.setattr(process, "RETRY_S", 0.01)
+    own_server.kill()
+    config = WorkerConfig(model="scripted", redis_url=own_server.url, exit_when_idle_s=0.2)
+    loaded: list[bool] = []
+
+    def make_engine(_: WorkerConfig) -> Any:
+        loaded.append("server_awaited" in events(caplog))
+        own_server.start()
+        return script.ScriptedEngine()
+
+    assert run(config, make_engine=make_engine, waits_for_server=True) == 0
+    assert loaded == [True]  # without waiting for the server
+    assert events(caplog).count("server_awaited") == 1
+    assert "worker_ready" in events(caplog)
+
+
+def test_a_worker_that_waits_to_register_is_alive(own_server: Any, script: Any) -> None:
+    config = WorkerConfig(model="scripted", redis_url=own_server.url, stall_limit_s=0.01)
+    with connect(own_server.url) as server, connect(own_server.url, blocking=True) as blocking:
+        worker = Worker(config, "w", server, blocking)
+        own_server.kill()
+        thread = threading.Thread(target=worker.run, args=(script.ScriptedEngine(),))
+        thread.start()
+        while worker.outage._failures < 3:
+            assert thread.is_alive()
+        assert worker.pulse.age_s == 0.0
+        worker.stop()
+        thread.join(10)
+
+
+def test_a_full_server_is_waited_for(server_url: str, script: Any) -> None:
+    config = WorkerConfig(model="scripted", redis_url=server_url)
+    with connect(server_url) as server:
+        worker = Worker(config, "w", server, server)
+        full = iter([OutOfMemoryError("full"), ResponseError("MISCONF no disk")])
+        real = worker.queue.register
+
+        def register(info: WorkerInfo) -> None:
+            for error in full:
+                raise error
+            worker.stop()
+            real(info)
+
+        worker.queue.register = register  # type: ignore[method-assign]
+        worker.run(script.ScriptedEngine())
+        assert next(full, None) is None
 
 
 def test_a_server_lost_while_the_model_was_loaded_is_waited_for(

@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 import redis
 from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import OutOfMemoryError, ResponseError
 
 from tokenmill.engine.engine import StepOutput
+from tokenmill.engine.sequence import FinishReason
 from tokenmill.producer.client import Client
 from tokenmill.producer.keys import Keys
 from tokenmill.producer.wire import chain_digest, unpack_token_ids
@@ -297,6 +299,98 @@ def test_without_life_in_the_engine_the_lease_is_not_renewed(
     parts.clock.sleep(5.0)
     parts.publisher.turn()
     assert [name for name, _ in spied_queue.calls] == ["append"]
+
+
+@pytest.mark.parametrize("damaged", [KEYS.output, KEYS.record])
+def test_a_request_that_cannot_be_written_fails_alone(
+    client: Client,
+    make_parts: MakeParts,
+    server: redis.Redis,
+    output_of: OutputOf,
+    damaged: Callable[[str], str],
+) -> None:
+    bad, good = client.submit("bad", max_tokens=9), client.submit("good", max_tokens=9)
+    parts = make_parts()
+    parts.claim()
+    parts.step(2)
+    server.delete(damaged(bad))
+    server.set(damaged(bad), "of another type")
+    parts.step(3)
+    assert not parts.outage.is_on
+    assert list(parts.engine.sequences) == [f"{good}#1"]
+    assert parts.publisher.num_held == 1
+    parts.step(6)
+    assert output_of(good).ok
+    if damaged(bad) == KEYS.output(bad):
+        reason: Any = server.hget(KEYS.record(bad), "reason")
+        assert b"a write was refused: ResponseError: WRONGTYPE" in reason
+        server.zadd(KEYS.park, {bad: 0})
+    assert parts.queue.claim(sequences=9, tokens=99, kv_tokens=9999) == []
+    if damaged(bad) == KEYS.output(bad):
+        assert server.hget(KEYS.record(bad), "finish") == b"error"
+    else:
+        server.zadd(KEYS.live, {bad: 1})
+        parts.queue.reap()
+    assert server.zcard(KEYS.live) == 0
+
+
+@pytest.mark.parametrize("text", ["MISCONF Errors writing to the AOF file", "BUSY a script runs"])
+def test_what_the_server_says_of_itself_is_waited_for(
+    client: Client,
+    make_parts: MakeParts,
+    spied_queue: Any,
+    output_of: OutputOf,
+    monkeypatch: pytest.MonkeyPatch,
+    text: str,
+) -> None:
+    monkeypatch.setattr(outage_module, "BACKOFF_S", (0.0, 0.0))
+    parts = make_parts(queue=spied_queue)
+    request_id = client.submit("abc", max_tokens=2)
+    parts.claim()
+    spied_queue.faults = [(ResponseError(text), False), (OutOfMemoryError("full"), False)]
+    parts.step(2)
+    assert output_of(request_id).ok
+
+
+def test_a_release_that_is_refused_drops_the_request(
+    client: Client, make_parts: MakeParts, spied_queue: Any
+) -> None:
+    parts = make_parts(queue=spied_queue)
+    client.submit("abc", max_tokens=9)
+    parts.claim()
+    parts.publisher.turn()
+    spied_queue.faults = [(ResponseError("no"), False)]
+    parts.publisher.drain()
+    parts.publisher.run()
+    assert (parts.publisher.num_held, parts.publisher.num_dropped) == (0, 1)
+
+
+def test_an_ended_request_is_given_back_by_its_end(
+    client: Client, make_parts: MakeParts, output_of: OutputOf
+) -> None:
+    parts = make_parts()
+    request_id = client.submit("abc", max_tokens=9)
+    parts.claim()
+    seq_id = f"{request_id}#1"
+    parts.publisher.put([StepOutput(seq_id, (1,), FinishReason.STOP)])
+    parts.publisher.give_back([seq_id], undo=True)
+    parts.publisher.turn()
+    assert output_of(request_id).finish_reason == "stop"
+
+
+def test_an_append_finishes_only_what_is_still_held(
+    client: Client, make_parts: MakeParts, server: redis.Redis
+) -> None:
+    parts = make_parts()
+    request_id = client.submit("abc", max_tokens=9)
+    parts.claim()
+    parts.publisher.turn()
+    server.hset(KEYS.record(request_id), "epoch", 7)  # fenced
+    output = parts.publisher._outputs[f"{request_id}#1"]
+    output.feed((1,))
+    output.end("stop")
+    parts.publisher._append([output])
+    assert (parts.publisher.num_held, parts.publisher.num_dropped) == (0, 1)
 
 
 def test_tokens_of_an_unknown_sequence_are_ignored(make_parts: MakeParts) -> None:

@@ -1,5 +1,6 @@
 """Each script by itself, on real servers, called as a worker calls it."""
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -7,11 +8,12 @@ import pytest
 import redis
 
 from tokenmill.producer.client import Client
-from tokenmill.producer.errors import InvalidRequest
+from tokenmill.producer.errors import Busy, InvalidRequest
 from tokenmill.producer.keys import GROUP, Keys
 from tokenmill.producer.params import SamplingParams
 from tokenmill.producer.scripts import Script
 from tokenmill.producer.wire import Request, Usage, WorkerInfo, chain_digest
+from tokenmill.worker import queue as worker_queue
 from tokenmill.worker.queue import Append, Claim, Finish, Queue, Verdict
 
 KEYS = Keys()
@@ -31,14 +33,21 @@ def piece(claim: Claim, start: int, *token_ids: int, text: str = "") -> Append:
     )
 
 
-def end(claim: Claim, start: int, *token_ids: int, reason: str = "stop", text: str = "") -> Finish:
+def end(
+    claim: Claim,
+    start: int,
+    *token_ids: int,
+    before: tuple[int, ...] = (),
+    reason: str = "stop",
+    text: str = "",
+) -> Finish:
     return Finish(
         request_id=claim.request_id,
         epoch=claim.epoch,
         start=start,
         token_ids=token_ids,
         text=text,
-        digest="d",
+        digest=chain_digest("", (*claim.token_ids, *before, *token_ids)),
         finish_reason=reason,
         usage=Usage(prompt_tokens=3, completion_tokens=start + len(token_ids)),
     )
@@ -241,7 +250,7 @@ def test_append_and_finish_take_many_and_refuse_too_many(
     queue = make_queue()
     claims = queue.claim(**AMPLE)
     assert queue.append([piece(claim, 0, 5) for claim in claims]) == [Verdict.OK] * 64
-    assert queue.finish([end(claim, 1, 6) for claim in claims]) == [Verdict.OK] * 64
+    assert queue.finish([end(claim, 1, 6, before=(5,)) for claim in claims]) == [Verdict.OK] * 64
     with pytest.raises(InvalidRequest, match="at most 64"):
         queue.append([piece(claims[0], 0, 1)] * 65)
     with pytest.raises(InvalidRequest, match="finish_reason must be"):
@@ -257,7 +266,7 @@ def test_finish_ends_once_and_leaves_no_index(
     claim = only(queue.claim(**AMPLE))
     queue.append([piece(claim, 0, 11)])
     assert queue.finish([end(claim, 0, 11, 12)]) == [Verdict.GAP]
-    last = end(claim, 1, 12, 13, text="tail")
+    last = end(claim, 1, 12, 13, before=(11,), text="tail")
     assert queue.finish([last]) == [Verdict.OK]
     assert queue.finish([last]) == [Verdict.OK]
     assert queue.append([piece(claim, 3, 14)]) == [Verdict.FENCED]
@@ -493,3 +502,70 @@ def test_register_is_seen_until_retired(
     assert client.workers() == []
     assert ids(make_queue("w2").claim(**AMPLE)) == [request_id]
     assert server.exists(KEYS.own("w1"), KEYS.worker("w1")) == 0
+
+
+def test_a_full_server_is_drained(
+    client: Client, server: redis.Redis, make_queue: MakeQueue
+) -> None:
+    """At maxmemory nothing is enqueued, and everything a worker does goes on."""
+    request_id, released = client.submit("x"), client.submit("y")
+    info = WorkerInfo(worker_id="w1", model="m", host="h", pid=12, started_ms=34, version="0.1")
+    queue = make_queue("w1")
+    server.config_set("maxmemory", 1)
+    try:
+        with pytest.raises(Busy):
+            client.submit("z")
+        queue.register(info)
+        queue.wake()
+        claim, other = queue.claim(**AMPLE)
+        assert queue.append([piece(claim, 0, 1)]) == [Verdict.OK]
+        assert queue.finish([end(claim, 1)]) == [Verdict.OK]
+        assert queue.release(released, other.epoch, undo=True) is Verdict.OK
+        queue.claim(**AMPLE)
+        queue.renew()
+        queue.retire()
+    finally:
+        server.config_set("maxmemory", 0)
+    assert client.workers() == []
+    assert client.result(request_id, timeout_s=5).ok
+    assert ids(make_queue("w2").claim(**AMPLE)) == [released]
+
+
+def test_what_never_fits_the_worker_blocks_nobody(client: Client, make_queue: MakeQueue) -> None:
+    sizes = {client.submit([1] * size, max_tokens=1): size for size in (1, 500, 2)}
+    queue = make_queue()
+    room = {**AMPLE, "kv_tokens": 50, "tokens": 60}
+    assert [sizes[i] for i in ids(queue.claim(**room, kv_total=300, limit=1))] == [1]
+    assert [sizes[i] for i in ids(queue.claim(**room, kv_total=300))] == [500, 2]
+
+
+def test_empty_lanes_count_as_scanned(server: redis.Redis, make_queue: MakeQueue) -> None:
+    for number in range(20):
+        server.zadd(KEYS.lanes(1), {f"gone{number}": number})
+    queue = make_queue()
+    arguments: list[Any] = ["w1", 15_000, 1, 8, 100, 100, 8, 5, 5, 0]  # five references at most
+    more, claims, _ = queue._run(worker_queue._CLAIM, *arguments)
+    assert (more, claims, server.zcard(KEYS.lanes(1))) == (1, [], 15)
+
+
+def test_wait_sleeps_while_what_is_due_does_not_fit(
+    client: Client, server: redis.Redis, make_queue: MakeQueue
+) -> None:
+    first, big = client.submit("x", max_tokens=1), client.submit([1] * 500, max_tokens=1)
+    queue = make_queue()
+    assert queue.wait(5) is True
+    claims = queue.claim(**AMPLE)
+    assert ids(claims) == [first, big]
+    queue.release(big, claims[1].epoch, undo=True)
+    assert queue.claim(**{**AMPLE, "kv_tokens": 50}) == []
+    assert queue.wait(5) is True  # the wake of the release
+    started = time.monotonic()
+    assert queue.wait(0.2) is False
+    assert time.monotonic() - started >= 0.15
+    server.zadd(KEYS.park, {big: _server_ms(server) + 30})  # due after that claim
+    assert queue.wait(5) is True
+
+
+def _server_ms(server: redis.Redis) -> int:
+    seconds, micros = server.time()
+    return int(seconds * 1000 + micros // 1000)

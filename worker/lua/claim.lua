@@ -1,16 +1,21 @@
-#!lua
+#!lua flags=allow-oom
 -- Claim what fits a worker's free budget, and renew its lease.
 --
 -- KEYS[1]  T, the tag of the shard
 -- ARGV     worker, lease ms, number of this claim, sequences, tokens, kv tokens, most requests,
---          most ended references to pass over, most attempts
--- Returns  {more, claims}: more is 1 if it stopped at the references, not at the budget; a claim
---          is {id, epoch, attempts, payload, committed token ids packed as uint32}
+--          most ended references to pass over, most attempts, kv tokens of the worker when it
+--          runs nothing (0: not known)
+-- Returns  {more, claims, now}: more is 1 if it stopped at the references, not at the budget; a
+--          claim is {id, epoch, attempts, payload, committed token ids packed as uint32}; what is
+--          parked until `now` in ms or earlier was looked at
 -- Twice    under the same number it returns the same requests, as far as the worker still runs
 --          them, and takes no others
 --
 -- Order: parked requests that are due; then the priorities; inside one the lane of least virtual
--- time. The first that does not fit ends the claim: smaller ones may not overtake it for ever.
+-- time. The first that does not fit ends the claim: smaller ones may not overtake it for ever. One
+-- that never fits this worker is claimed at once, for the engine to refuse it in its own words.
+--
+-- allow-oom: claiming is how a full server is drained.
 
 -- @include record
 
@@ -18,6 +23,7 @@ local T = KEYS[1]
 local worker, lease, seq = ARGV[1], tonumber(ARGV[2]), ARGV[3]
 local sequences, tokens, kv = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
 local limit, scans, max_attempts = tonumber(ARGV[7]), tonumber(ARGV[8]), tonumber(ARGV[9])
+local kv_total = tonumber(ARGV[10])
 local now = now_ms()
 local own, self = T .. ':own:' .. worker, T .. ':w:' .. worker
 -- New tokens that must find room in the KV cache beside the prompt; the rest may preempt.
@@ -57,8 +63,12 @@ local function kv_cost(r)
   return r.cost + r.offset + math.min(math.max(r.most - r.offset, 0), RESERVE)
 end
 
+local function never_fits(r)
+  return kv_total > 0 and kv_cost(r) > kv_total
+end
+
 local function fits(r)
-  return kv_cost(r) <= kv or holds == 0
+  return kv_cost(r) <= kv or holds == 0 or never_fits(r)
 end
 
 local function take(r)
@@ -67,7 +77,9 @@ local function take(r)
     int(r.attempts), 'worker', worker, 'claimed', int(now))
   redis.call('SADD', own, r.id)
   sequences, limit, holds = sequences - 1, limit - 1, holds + 1
-  tokens, kv = tokens - r.cost - r.offset, kv - kv_cost(r)
+  if not never_fits(r) then -- what the engine refuses takes nothing
+    tokens, kv = tokens - r.cost - r.offset, kv - kv_cost(r)
+  end
   taken[#taken + 1] = r.id
   give(r)
 end
@@ -77,6 +89,11 @@ local function ended(r)
   if r.deadline <= now then
     r.epoch = r.epoch + 1
     finish_record(T, r, now, { finish = 'expired', reason = 'deadline passed' })
+    return true
+  end
+  if r.offset > 0 and redis.call('TYPE', T .. ':o:' .. r.id).ok ~= 'stream' then
+    r.epoch = r.epoch + 1
+    finish_record(T, r, now, { finish = 'error', reason = 'the tokens written so far are gone' })
     return true
   end
   if r.attempts < max_attempts then
@@ -181,6 +198,7 @@ local function claim_waiting(priority)
     if not head then
       -- Forgetting the lane of least virtual time costs nothing: it would start there again.
       redis.call('ZREM', lanes, tenant)
+      scans = scans - 1
     elseif not claim_head(lanes, tenant, lane, head) then
       return false
     end
@@ -196,11 +214,11 @@ if last[1] == seq then
       give(r)
     end
   end
-  return { 0, claims }
+  return { 0, claims, now }
 end
 local go_on = claim_parked()
 for priority = 0, 2 do
   go_on = go_on and claim_waiting(priority)
 end
 redis.call('HSET', self, 'claim_seq', seq, 'claim_ids', table.concat(taken, ' '))
-return { scans <= 0 and 1 or 0, claims }
+return { scans <= 0 and 1 or 0, claims, now }

@@ -1,0 +1,23 @@
+#!lua flags=allow-oom
+-- Shorten the time that ended requests are kept; errors keep theirs, as dead letters need them.
+--
+-- KEYS[1]  T, the tag of the shard
+-- ARGV     time to live in ms; ids
+-- Returns  how many of them have ended well, or were cancelled or expired
+-- Twice    the time to live is never made longer
+
+-- @include record
+
+local T, ttl = KEYS[1], ARGV[1]
+local count = 0
+for i = 2, #ARGV do
+  local record = record_of(T, ARGV[i])
+  local f = redis.call('HMGET', record, 'state', 'finish')
+  -- After a server rolled back, what was read to its end may run again.
+  if f[1] == 'end' and f[2] ~= 'error' then
+    redis.call('PEXPIRE', record, ttl, 'LT')
+    redis.call('PEXPIRE', T .. ':o:' .. ARGV[i], ttl, 'LT')
+    count = count + 1
+  end
+end
+return count
