@@ -4,9 +4,11 @@ Decoding rows are ordered by context length and taken in groups whose keys and v
 processor's cache: each group gathers its blocks into one padded copy, which is still cached when
 attention reads it. The query heads that share a KV head become the query rows of one head.
 A prompt chunk is a call of its own; there the sharing heads become a batch with one set of keys.
+With a window, the blocks that no query sees are dropped from the tables first.
 """
 
 import threading
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -52,12 +54,19 @@ def paged_attention(
     block_tables: torch.Tensor,  # [S, B] int32
     max_query_len: int,
     scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
     out: torch.Tensor | None = None,  # [T, Hq, D]
 ) -> torch.Tensor:
     """As `reference.paged_attention`; returns [T, Hq, D]."""
     out = torch.empty_like(q, memory_format=torch.contiguous_format) if out is None else out
     starts, contexts = cu_seqlens_q.tolist(), context_lens.tolist()
     lengths = [end - start for start, end in pairwise(starts)]
+    if window is not None:
+        contexts, block_tables = _seen_blocks(
+            contexts, lengths, block_tables, k_cache.shape[1], window
+        )
+    scores = _Scores(scale, window, softcap)
     decoding = [number for number, length in enumerate(lengths) if length == 1]
     if decoding:
         decoding.sort(key=contexts.__getitem__)
@@ -69,15 +78,60 @@ def paged_attention(
             v_cache,
             [contexts[number] for number in decoding],
             block_tables[order],
-            scale,
+            scores,
         )
     if max_query_len > 1:
         for number, length in enumerate(lengths):
             if length > 1:
                 rows_of = slice(starts[number], starts[number + 1])
                 table = block_tables[number]
-                out[rows_of] = _chunk(q[rows_of], k_cache, v_cache, contexts[number], table, scale)
+                out[rows_of] = _chunk(q[rows_of], k_cache, v_cache, contexts[number], table, scores)
     return out
+
+
+@dataclass(frozen=True, slots=True)
+class _Scores:
+    """How the products of queries and keys become weights."""
+
+    scale: float
+    window: int | None
+    softcap: float | None
+
+    def attend(
+        self,
+        q: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        mask: torch.Tensor | None,  # added to the scores; None: causal, as many queries as keys
+    ) -> torch.Tensor:
+        """Torch's attention, spelt out where it has no soft cap."""
+        if self.softcap is None:
+            return scaled_dot_product_attention(
+                q, keys, values, attn_mask=mask, is_causal=mask is None, scale=self.scale
+            )
+        scores = (q @ keys.transpose(-1, -2)).mul_(self.scale / self.softcap)
+        scores = scores.tanh_().mul_(self.softcap)
+        if mask is None:
+            mask = torch.full(scores.shape[-2:], float("-inf"), dtype=q.dtype).triu_(1)
+        return scores.add_(mask).softmax(dim=-1) @ values
+
+
+def _seen_blocks(
+    contexts: list[int],
+    lengths: list[int],
+    block_tables: torch.Tensor,  # [S, B]
+    block_size: int,
+    window: int,
+) -> tuple[list[int], torch.Tensor]:
+    """Contexts and tables counted from the first block that any query of a sequence sees."""
+    skipped = [
+        max(0, context - length - window + 1) // block_size
+        for context, length in zip(contexts, lengths, strict=True)
+    ]
+    columns = torch.arange(block_tables.shape[1]) + torch.tensor(skipped).unsqueeze(1)
+    tables = block_tables.gather(1, columns.clamp_(max=block_tables.shape[1] - 1))
+    left = [c - s * block_size for c, s in zip(contexts, skipped, strict=True)]
+    return left, tables
 
 
 def _decode(
@@ -86,15 +140,17 @@ def _decode(
     v_cache: torch.Tensor,
     contexts: list[int],  # ascending
     block_tables: torch.Tensor,  # [S, B]
-    scale: float,
+    scores: _Scores,
 ) -> torch.Tensor:
     """One query per sequence, in groups of similar context length; returns [S, Hq, D]."""
     block_size, num_kv_heads, head_dim = k_cache.shape[1:]
     q = q.view(q.shape[0], num_kv_heads, -1, head_dim)  # [S, Hkv, G, D]
     out = torch.empty_like(q)
     limits = torch.tensor(contexts).unsqueeze(1)
-    behind = torch.arange(-(-contexts[-1] // block_size) * block_size) >= limits
-    mask = torch.zeros(behind.shape, dtype=q.dtype).masked_fill_(behind, float("-inf"))
+    positions = torch.arange(-(-contexts[-1] // block_size) * block_size)
+    behind = positions >= limits
+    hidden = behind if scores.window is None else behind | (positions < limits - scores.window)
+    mask = torch.zeros(behind.shape, dtype=q.dtype).masked_fill_(hidden, float("-inf"))
     block_bytes = k_cache[0].numel() * k_cache.element_size()
     end = len(contexts)
     while end > 0:  # from the longest, which sets the padding of its group
@@ -111,12 +167,11 @@ def _decode(
         foreign = behind[group, shortest : width * block_size, None, None]
         keys[:, shortest:].masked_fill_(foreign, 0)
         values[:, shortest:].masked_fill_(foreign, 0)
-        out[group] = scaled_dot_product_attention(
+        out[group] = scores.attend(
             q[group],
             keys.transpose(1, 2).to(q.dtype),
             values.transpose(1, 2).to(q.dtype),
-            attn_mask=mask[group, None, None, : width * block_size],
-            scale=scale,
+            mask[group, None, None, : width * block_size],
         )
         end = start
     return out.view(len(contexts), -1, head_dim)
@@ -128,7 +183,7 @@ def _chunk(
     v_cache: torch.Tensor,
     context: int,
     block_table: torch.Tensor,  # [B]
-    scale: float,
+    scores: _Scores,
 ) -> torch.Tensor:
     """The last n positions of one sequence; returns [n, Hq, D]."""
     block_size, num_kv_heads, head_dim = k_cache.shape[1:]
@@ -142,14 +197,13 @@ def _chunk(
         .expand(group, -1, -1, -1)  # [G, Hkv, N, D], a view
         for place, cache in enumerate((k_cache, v_cache))
     )
-    first = num_queries == context
-    mask = (
-        None
-        if first
-        else torch.ones(num_queries, context, dtype=torch.bool).tril_(context - num_queries)
-    )
+    before = context - num_queries
+    mask = None
+    if before or (scores.window is not None and scores.window < context):
+        seen = torch.ones(num_queries, context, dtype=torch.bool).tril_(before)
+        if scores.window is not None:
+            seen.triu_(before - scores.window + 1)
+        mask = torch.zeros(seen.shape, dtype=q.dtype).masked_fill_(~seen, float("-inf"))
     heads = q.view(num_queries, num_kv_heads, group, head_dim).permute(2, 1, 0, 3)
-    out = scaled_dot_product_attention(
-        heads, keys, values, attn_mask=mask, is_causal=first, scale=scale
-    )
+    out = scores.attend(heads, keys, values, mask)
     return out.permute(2, 1, 0, 3).reshape(num_queries, -1, head_dim)

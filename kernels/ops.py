@@ -29,13 +29,28 @@ def add_rms_norm(
     return reference.add_rms_norm(x, residual, weight, eps)
 
 
-def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
-    """Return `silu(gate) * up` [T, I] for `gate_up` [T, 2I]."""
-    if gate_up.is_cuda:
-        from tokenmill.kernels import silu_mul as on_gpu
+def layer_norm(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
+) -> torch.Tensor:
+    """Norm the rows of `x` [T, H] to mean 0 and variance 1, times `weight`, plus `bias`.
 
-        return on_gpu.silu_mul(gate_up)
-    return reference.silu_mul(gate_up)
+    Plain torch on every device: the families that use it are the older ones.
+    """
+    return reference.layer_norm(x, weight, bias, eps)
+
+
+def activation(x: torch.Tensor, kind: str) -> torch.Tensor:
+    """Apply one of `reference.ACTIVATIONS` to each element; plain torch on every device."""
+    return reference.ACTIVATIONS[kind](x)
+
+
+def gated_activation(gate_up: torch.Tensor, kind: str) -> torch.Tensor:
+    """Return `kind(gate) * up` [T, I] for `gate_up` [T, 2I]."""
+    if gate_up.is_cuda:
+        from tokenmill.kernels import gated_activation as on_gpu
+
+        return on_gpu.gated_activation(gate_up, kind)
+    return reference.gated_activation(gate_up, kind)
 
 
 def rope_store_kv(
@@ -67,6 +82,8 @@ def paged_attention(
     block_tables: torch.Tensor,
     max_query_len: int,
     scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Causal attention of ragged chunks over the blocked KV cache; returns [T, Hq, D]."""
@@ -85,5 +102,7 @@ def paged_attention(
         block_tables=block_tables,
         max_query_len=max_query_len,
         scale=scale,
+        window=window,
+        softcap=softcap,
         out=out,
     )

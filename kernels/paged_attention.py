@@ -2,7 +2,9 @@
 
     out[i] = softmax(scale * q[i] . K[0 .. p(i)]) V[0 .. p(i)],   p(i) = context - n + i
 
-for query i of a chunk of n tokens whose sequence has `context` cached tokens, the chunk included.
+for query i of a chunk of n tokens whose sequence has `context` cached tokens, the chunk included;
+with a window w, of the keys p(i) - w + 1 to p(i) alone, and with a soft cap c, of the scores
+c * tanh(scale * q[i] . K / c).
 K and V are read through the sequence's block table. Query head h reads KV head h // G, with
 G = Hq / Hkv.
 
@@ -22,7 +24,8 @@ is the bound `T // BLOCK_Q + S`, known without reading lengths back; each progra
 binary search and leaves if it stands in a gap.
 
 Keys are visited from position 0 in tiles of TILE, in one program: a row's result depends neither on
-the other chunks of the step nor on where its own chunk started.
+the other chunks of the step nor on where its own chunk started. With a window the first tile is the
+one that the tile's first row begins to see; a later row skips it with weights of zero.
 """
 
 import torch
@@ -53,7 +56,8 @@ def _paged_attention_kernel(
     context_lens_ptr,
     block_tables_ptr,
     num_seqs,
-    scale_log2,  # scale * log2(e): the softmax is computed in powers of two
+    score_scale,  # scale * log2(e): the softmax is computed in powers of two; CAPPED: scale / cap
+    cap_log2,  # cap * log2(e)
     q_token,  # strides in elements
     q_head,
     out_token,
@@ -67,6 +71,8 @@ def _paged_attention_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     TILE: tl.constexpr,
+    WINDOW: tl.constexpr,  # 0: none
+    CAPPED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     q_tile = tl.program_id(0)
@@ -100,11 +106,15 @@ def _paged_attention_kernel(
 
     before = tl.load(context_lens_ptr + seq) - query_len  # tokens cached before this chunk
     end = before + tl.minimum(first_query + BLOCK_Q, query_len)  # keys that any row sees
+    query_position = tl.minimum(before + query, end - 1)  # padding rows see what the last row sees
     table = block_tables_ptr + tl.cast(seq, tl.int64) * table_row
     highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     mean = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for tile_start in range(0, end, TILE):
+    begin = 0
+    if WINDOW:
+        begin = tl.maximum(before + first_query - WINDOW + 1, 0) // TILE * TILE
+    for tile_start in range(begin, end, TILE):
         position = tile_start + tl.arange(0, TILE)
         key_inside = position < end
         block = tl.load(table + position // BLOCK_SIZE, mask=key_inside, other=0).to(tl.int64)
@@ -113,11 +123,17 @@ def _paged_attention_kernel(
         kv_inside = key_inside[:, None] & channel_inside[None, :]
         k = tl.load(k_cache_ptr + kv_offsets, mask=kv_inside, other=0.0).to(q.dtype)
         v = tl.load(v_cache_ptr + kv_offsets, mask=kv_inside, other=0.0).to(q.dtype)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
-        visible = position[None, :] <= (before + query)[:, None]
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * score_scale
+        if CAPPED:
+            scores = cap_log2 * (2.0 * tl.sigmoid(2.0 * scores) - 1.0)  # cap * tanh
+        visible = position[None, :] <= query_position[:, None]
+        if WINDOW:
+            visible = visible & (position[None, :] > query_position[:, None] - WINDOW)
         scores = tl.where(visible & key_inside[None, :], scores, float("-inf"))
-        # Every row sees position 0, so `risen` is finite from the first tile on.
+        # Without a window every row sees position 0, so `risen` is finite from the first tile on.
         risen = tl.maximum(highest, tl.max(scores, axis=1))
+        if WINDOW:
+            risen = tl.maximum(risen, -1e30)
         weights = tl.exp2(scores - risen[:, None])
         shrink = tl.exp2(highest - risen)
         total = total * shrink + tl.sum(weights, axis=1)
@@ -140,6 +156,8 @@ def paged_attention(
     block_tables: torch.Tensor,
     max_query_len: int,
     scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attend as in the formula above; returns `out`, or a new contiguous tensor, [T, Hq, D].
@@ -170,7 +188,8 @@ def paged_attention(
         context_lens,
         block_tables,
         num_seqs,
-        scale * _LOG2_E,
+        scale / softcap if softcap else scale * _LOG2_E,
+        (softcap or 0.0) * _LOG2_E,
         *q.stride()[:2],
         *out.stride()[:2],
         block_tables.stride(0),
@@ -182,6 +201,8 @@ def paged_attention(
         BLOCK_M=block_m,
         BLOCK_Q=block_q,
         TILE=32 if q.dtype == torch.float32 else 64,
+        WINDOW=window or 0,
+        CAPPED=bool(softcap),
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         num_warps=4,
         num_stages=2,

@@ -3,7 +3,18 @@
 Written to be read: loops over sequences, float32 inside, no tricks. Slow, and right on any device.
 """
 
+from collections.abc import Callable
+
 import torch
+from torch.nn import functional
+
+#: The activations of the supported models; `gelu_tanh` is the tanh approximation.
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": functional.silu,
+    "gelu": functional.gelu,
+    "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
+    "relu": functional.relu,
+}
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -25,10 +36,19 @@ def add_rms_norm(
     return rms_norm(total, weight, eps), total
 
 
-def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
-    """Return `silu(gate) * up` [T, I] for `gate_up` [T, 2I], the gate in the first half."""
+def layer_norm(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
+) -> torch.Tensor:
+    """Shift and scale each row of `x` [T, H] to mean 0 and variance 1, then `* weight + bias`."""
+    return functional.layer_norm(x.float(), x.shape[-1:], weight.float(), bias.float(), eps).to(
+        x.dtype
+    )
+
+
+def gated_activation(gate_up: torch.Tensor, kind: str) -> torch.Tensor:
+    """Return `kind(gate) * up` [T, I] for `gate_up` [T, 2I], the gate in the first half."""
     gate, up = gate_up.float().chunk(2, dim=-1)
-    return (gate * torch.sigmoid(gate) * up).to(gate_up.dtype)
+    return (ACTIVATIONS[kind](gate) * up).to(gate_up.dtype)
 
 
 def rope_store_kv(
@@ -70,13 +90,17 @@ def paged_attention(
     block_tables: torch.Tensor,  # [S, B] int32
     max_query_len: int,
     scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
     out: torch.Tensor | None = None,  # [T, Hq, D]
 ) -> torch.Tensor:
     """Causal attention of ragged chunks over the blocked KV cache; returns [T, Hq, D].
 
     Query i of a chunk of n tokens sits at position `context_len - n + i` and sees the positions
-    up to its own. Query head h reads KV head `h * Hkv // Hq`. Rows behind the last chunk, if any,
-    are padding and stay as they are. `max_query_len` is a hint for kernels and is not used here.
+    up to its own, with a `window` the last that many, its own included. A `softcap` bends each
+    scaled score s to `softcap * tanh(s / softcap)`. Query head h reads KV head `h * Hkv // Hq`.
+    Rows behind the last chunk, if any, are padding and stay as they are. `max_query_len` is a hint
+    for kernels and is not used here.
     """
     del max_query_len
     out = torch.empty_like(q, memory_format=torch.contiguous_format) if out is None else out
@@ -90,8 +114,12 @@ def paged_attention(
         keys = k_cache[block, offset].float().repeat_interleave(group, dim=1)  # [N, Hq, D]
         values = v_cache[block, offset].float().repeat_interleave(group, dim=1)
         scores = torch.einsum("qhd,nhd->hqn", q[rows].float(), keys) * scale
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
         query_positions = positions[context_len - scores.shape[1] :]
         hidden = positions[None, :] > query_positions[:, None]  # [n, N]
+        if window is not None:
+            hidden |= positions[None, :] <= query_positions[:, None] - window
         weights = scores.masked_fill(hidden, float("-inf")).softmax(dim=-1)
         out[rows] = torch.einsum("hqn,nhd->qhd", weights, values).to(out.dtype)
     return out

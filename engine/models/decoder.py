@@ -33,7 +33,7 @@ class Decoder:
                 hidden, residual = ops.add_rms_norm(hidden, residual, layer.attention_norm, eps)
             hidden = self._attention(hidden, layer, batch, cache.keys[number], cache.values[number])
             hidden, residual = ops.add_rms_norm(hidden, residual, layer.mlp_norm, eps)
-            hidden = layer.down(ops.silu_mul(layer.gate_up(hidden)))
+            hidden = layer.down(ops.gated_activation(layer.gate_up(hidden), "silu"))
         wanted = batch.logits_indices
         hidden, _ = ops.add_rms_norm(hidden[wanted], residual[wanted], weights.final_norm, eps)
         return weights.lm_head(hidden).float()

@@ -68,6 +68,8 @@ class AttentionCase:
     block_tables: torch.Tensor
     max_query_len: int
     scale: float
+    window: int | None = None
+    softcap: float | None = None
 
     def run(
         self, attend: Callable[..., torch.Tensor], out: torch.Tensor | None = None

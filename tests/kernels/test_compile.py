@@ -15,7 +15,7 @@ from triton.compiler import ASTSource
 from tokenmill.kernels.paged_attention import _paged_attention_kernel
 from tokenmill.kernels.rms_norm import _rms_norm_kernel
 from tokenmill.kernels.rope_kv import _rope_store_kv_kernel
-from tokenmill.kernels.silu_mul import _silu_mul_kernel
+from tokenmill.kernels.gated_activation import _gated_activation_kernel
 
 def compile_kernel(kernel, dtype, integers, floats, **constants):
     def kind(name):
@@ -32,13 +32,16 @@ def compile_kernel(kernel, dtype, integers, floats, **constants):
     print(kernel.__name__, compiled.metadata.shared)
 
 lengths = ["cu_seqlens_q_ptr", "context_lens_ptr", "block_tables_ptr"]
-for dtype, precision, block_m in (("bf16", "tf32", 64), ("fp32", "ieee", 16)):
+forms = (("bf16", "tf32", 64, 0), ("fp32", "ieee", 16, 0), ("bf16", "tf32", 16, 50))
+for dtype, precision, block_m, window in forms:
     compile_kernel(
-        _paged_attention_kernel, dtype, lengths, ["scale_log2"], Hkv=3, G=3, D=80, BLOCK_SIZE=16,
-        BLOCK_D=128, BLOCK_M=block_m, BLOCK_Q=block_m // 3, TILE=32, PRECISION=precision,
+        _paged_attention_kernel, dtype, lengths, ["score_scale", "cap_log2"], Hkv=3, G=3, D=80,
+        BLOCK_SIZE=16, BLOCK_D=128, BLOCK_M=block_m, BLOCK_Q=block_m // 3, TILE=32,
+        WINDOW=window, CAPPED=window > 0, PRECISION=precision,
     )
 compile_kernel(_rms_norm_kernel, "bf16", [], ["eps"], ADD=True, BLOCK=1024)
-compile_kernel(_silu_mul_kernel, "fp16", [], [], BLOCK=1024)
+for kind in ("silu", "gelu", "gelu_tanh", "relu"):
+    compile_kernel(_gated_activation_kernel, "fp16", [], [], KIND=kind, BLOCK=1024)
 compile_kernel(
     _rope_store_kv_kernel, "bf16", [], [], Hq=9, Hkv=3, D=80, R=32, BLOCK_D=128, BLOCK_HALF=16
 )
@@ -59,5 +62,5 @@ def test_kernels_compile_without_a_gpu(capability: int, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     shared = [int(line.split()[1]) for line in done.stdout.splitlines()]
-    assert len(shared) == 5
+    assert len(shared) == 9
     assert max(shared) <= 96 * 1024  # what every GPU from compute capability 8.6 on offers

@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -113,3 +114,17 @@ def test_a_bfloat16_cache_serves_float32_queries(attention_case: BuildCase) -> N
         scale=rounded.scale,
     )
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("window", [1, 7, 16, 40, 1000])
+def test_windows_and_soft_caps(
+    attention_case: BuildCase,
+    assert_close: Compare,
+    poisoned: None,
+    window: int,
+    softcap: float | None,
+) -> None:
+    chunks = [(1, 40), (63, 70), (1, 3), (7, 7), (1, 100), (5, 90)]
+    case = replace(attention_case(chunks), window=window, softcap=softcap)
+    assert_close(case.run(cpu_attention.paged_attention), case.run(reference.paged_attention))

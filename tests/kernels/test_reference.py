@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -26,10 +27,36 @@ def test_add_rms_norm_norms_the_rounded_sum() -> None:
     assert torch.equal(y, reference.rms_norm(x + residual, weight, 1e-5))
 
 
-def test_silu_mul_gates_with_the_first_half() -> None:
-    gate, up = torch.randn(2, 7, 100)
-    expected = torch.nn.functional.silu(gate) * up
-    torch.testing.assert_close(reference.silu_mul(torch.cat([gate, up], dim=1)), expected)
+@pytest.mark.parametrize(
+    ("kind", "formula"),
+    [
+        ("silu", lambda z: z / (1 + math.exp(-z))),
+        ("gelu", lambda z: z * (1 + math.erf(z / 2**0.5)) / 2),
+        (
+            "gelu_tanh",
+            lambda z: z * (1 + math.tanh((2 / math.pi) ** 0.5 * (z + 0.044715 * z**3))) / 2,
+        ),
+        ("relu", lambda z: max(z, 0.0)),
+    ],
+    ids=str,
+)
+def test_gated_activation_gates_with_the_first_half(
+    kind: str, formula: Callable[[float], float]
+) -> None:
+    gate, up = 3 * torch.randn(2, 7, 10)
+    expected = torch.tensor([[formula(z) for z in row] for row in gate.tolist()]) * up
+    actual = reference.gated_activation(torch.cat([gate, up], dim=1), kind)
+    torch.testing.assert_close(actual, expected)
+
+
+def test_layer_norm_has_mean_and_variance_of_its_weights() -> None:
+    x = torch.randn(7, 100).bfloat16()
+    wide = x.double()
+    centred = wide - wide.mean(-1, keepdim=True)
+    expected = centred / (wide.var(-1, correction=0, keepdim=True) + 1e-5).sqrt() * 2 + 3
+    actual = reference.layer_norm(x, torch.full((100,), 2.0), torch.full((100,), 3.0), 1e-5)
+    assert actual.dtype == torch.bfloat16
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize("rotary_dim", [2, 6, 8])
@@ -77,6 +104,26 @@ def test_paged_attention_matches_dense_attention(attention_case: BuildCase) -> N
             attn_mask=mask,
         )
         torch.testing.assert_close(out[start : start + length], expected[0].transpose(0, 1))
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("window", [1, 5, 100])
+def test_a_window_and_a_soft_cap_by_hand(
+    attention_case: BuildCase, window: int, softcap: float | None
+) -> None:
+    """One head, element by element."""
+    case = replace(attention_case([(3, 20)], heads=(1, 1)), window=window, softcap=softcap)
+    out = case.run(reference.paged_attention)
+    blocks = case.block_tables[0].long()
+    keys, values = (c[blocks].flatten(0, 1)[:20, 0] for c in (case.k_cache, case.v_cache))
+    for i in range(3):
+        seen = range(max(0, 17 + i - window + 1), 17 + i + 1)
+        scores = [float(case.q[i, 0] @ keys[n]) * case.scale for n in seen]
+        if softcap:
+            scores = [softcap * math.tanh(s / softcap) for s in scores]
+        total = sum(map(math.exp, scores))
+        expected = sum(values[n] * math.exp(s) / total for n, s in zip(seen, scores, strict=True))
+        torch.testing.assert_close(out[i, 0], expected)
 
 
 def test_a_chunk_equals_its_tokens_one_by_one(attention_case: BuildCase) -> None:

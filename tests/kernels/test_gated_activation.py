@@ -9,6 +9,7 @@ Compare = Callable[[torch.Tensor, torch.Tensor], None]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", reference.ACTIVATIONS)
 @pytest.mark.parametrize(("rows", "width"), [(1, 1), (7, 63), (3, 100), (2, 1536)])
 def test_matches_the_reference(
     device: torch.device,
@@ -16,25 +17,26 @@ def test_matches_the_reference(
     poisoned: None,
     rows: int,
     width: int,
+    kind: str,
     dtype: torch.dtype,
 ) -> None:
-    from tokenmill.kernels.silu_mul import silu_mul
+    from tokenmill.kernels.gated_activation import gated_activation
 
     gate_up = (4 * torch.randn(rows, 2 * width, device=device)).to(dtype)
-    assert_close(silu_mul(gate_up), reference.silu_mul(gate_up))
+    assert_close(gated_activation(gate_up, kind), reference.gated_activation(gate_up, kind))
 
 
 def test_large_gates_neither_overflow_nor_vanish(device: torch.device) -> None:
-    from tokenmill.kernels.silu_mul import silu_mul
+    from tokenmill.kernels.gated_activation import gated_activation
 
     gate_up = torch.tensor([[-80.0, 80.0, 3.0, 3.0]], device=device)
-    closed, opened = silu_mul(gate_up)[0].tolist()
+    closed, opened = gated_activation(gate_up, "silu")[0].tolist()
     assert closed == pytest.approx(0.0, abs=1e-30)
     assert opened == 240.0
 
 
 def test_an_odd_width_is_named(device: torch.device) -> None:
-    from tokenmill.kernels.silu_mul import silu_mul
+    from tokenmill.kernels.gated_activation import gated_activation
 
     with pytest.raises(ValueError, match=r"^the width of gate_up: expected a multiple of .* got 5"):
-        silu_mul(torch.zeros(2, 5, device=device))
+        gated_activation(torch.zeros(2, 5, device=device), "silu")

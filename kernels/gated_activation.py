@@ -1,6 +1,8 @@
 """The gated activation of Llama-shaped MLPs, in Triton.
 
-    y = silu(gate) * up,   silu(z) = z / (1 + exp(-z)),   gate_up = [gate | up]
+    y = f(gate) * up,   gate_up = [gate | up],   with f one of
+    silu(z) = z / (1 + exp(-z)),   gelu(z) = z * (1 + erf(z / sqrt(2))) / 2,   relu(z) = max(z, 0),
+    gelu_tanh(z) = z * (1 + tanh(u)) / 2 = z / (1 + exp(-2u)),   u = sqrt(2 / pi) (z + 0.044715 z^3)
 
 | tensor  | shape   | dtype                   | strides    |
 | ------- | ------- | ----------------------- | ---------- |
@@ -18,19 +20,37 @@ _BLOCK = 1024
 
 
 @triton.jit
-def _silu_mul_kernel(gate_up_ptr, y_ptr, gate_up_stride, y_stride, width, BLOCK: tl.constexpr):
+def _gated_activation_kernel(
+    gate_up_ptr,
+    y_ptr,
+    gate_up_stride,
+    y_stride,
+    width,
+    KIND: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < width
     gate_row = gate_up_ptr + row * gate_up_stride
     gate = tl.load(gate_row + columns, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(gate_row + width + columns, mask=inside, other=0.0).to(tl.float32)
-    y = (gate * tl.sigmoid(gate) * up).to(y_ptr.dtype.element_ty)
+    if KIND == "silu":
+        active = gate * tl.sigmoid(gate)
+    elif KIND == "gelu":
+        active = 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476))
+    elif KIND == "gelu_tanh":
+        doubled = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)
+        active = gate * tl.sigmoid(tl.maximum(doubled, -80.0))  # the cube would overflow exp
+    else:
+        tl.static_assert(KIND == "relu")
+        active = tl.maximum(gate, 0.0)
+    y = (active * up).to(y_ptr.dtype.element_ty)
     tl.store(y_ptr + row * y_stride + columns, y, mask=inside)
 
 
-def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
-    """Return `silu(gate) * up` [T, I] for `gate_up` [T, 2I].
+def gated_activation(gate_up: torch.Tensor, kind: str) -> torch.Tensor:
+    """Return `kind(gate) * up` [T, I] for `gate_up` [T, 2I].
 
     Raises:
         ValueError: an argument that does not fit the table above.
@@ -43,12 +63,13 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     y = torch.empty((num_rows, width), dtype=gate_up.dtype, device=gate_up.device)
     if y.numel():
         grid = (num_rows, triton.cdiv(width, _BLOCK))
-        _silu_mul_kernel[grid](
+        _gated_activation_kernel[grid](
             gate_up,
             y,
             gate_up.stride(0),
             y.stride(0),
             width,
+            KIND=kind,
             BLOCK=_BLOCK,
             num_warps=4,
             enable_fp_fusion=True,  # said outright, since Triton 3.10 changes the default
