@@ -5,7 +5,9 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check -qq
 READY  := $(VENV)/.ready
 
-.PHONY: help demo test check lint types fmt bench clean
+.PHONY: help demo test check lint types fmt bench chaos clean
+
+SECONDS ?= 60
 
 help:            ## this list
 	@grep -E '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/'
@@ -35,6 +37,9 @@ fmt: $(READY)    ## format and fix what can be fixed
 
 bench: $(READY)  ## the CPU benches, as JSON in bench/results
 	@$(BIN)/python bench/queue_overhead.py
+
+chaos: $(READY)  ## kill, stop, cut and restart everything for SECONDS=60, by SEED=, and check
+	@$(BIN)/python tests/chaos/suite.py --seconds $(SECONDS) --seed "$(SEED)"
 
 clean:           ## remove everything that make created
 	@rm -rf $(VENV) build dist .demo .mypy_cache .pytest_cache .ruff_cache .hypothesis

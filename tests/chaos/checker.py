@@ -1,0 +1,270 @@
+"""`check`: everything that a run left behind, held against what was promised."""
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import redis
+
+from mix import Job, epoch_of, job, letters
+from roles import read_journal
+from tokenmill.producer.keys import Keys
+from tokenmill.producer.wire import chain_digest, unpack_token_ids
+
+#: Of each kind of fault, as many are described.
+SHOWN = 5
+#: Keys that may be left: ended requests until their time is over, and what is trimmed.
+KEPT = ("r", "o", "ctl", "dead", "settings", "reply")
+
+
+@dataclass
+class Report:
+    """What is wrong is at zero in a correct run; `terminals` is then one for each request."""
+
+    requests: int = 0
+    tokens: int = 0
+    #: How many requests have so many terminal entries.
+    terminals: dict[int, int] = field(default_factory=dict)
+    finished: dict[str, int] = field(default_factory=dict)
+    # -- wrong
+    #: Accepted and without an end, or with tokens missing.
+    lost: int = 0
+    #: Tokens or terminals that came again.
+    duplicated: int = 0
+    #: Entries out of order: of positions, or of epochs.
+    reordered: int = 0
+    #: Tokens, text or digests that nobody should have written.
+    foreign: int = 0
+    #: Ended in a way that nothing asked for.
+    wrong_ends: int = 0
+    #: A worker was told that its end of a request was written, and it was not.
+    false_ends: int = 0
+    #: A reader saw something else than the output holds now.
+    forked: int = 0
+    #: Snapshots in which the indexes contradicted each other.
+    contradictions: int = 0
+    #: Writes that the server refused as impossible.
+    refused: int = 0
+    #: Processes that ended by themselves.
+    crashed: int = 0
+    #: Keys left of a queue that has nothing to do.
+    left_over: int = 0
+    # -- what happened
+    resumes: int = 0
+    fenced: int = 0
+    gaps: int = 0
+    #: The first few of what is wrong, in words.
+    examples: list[str] = field(default_factory=list)
+
+    @property
+    def is_right(self) -> bool:
+        return not any(getattr(self, name) for name in WRONG) and set(self.terminals) <= {1}
+
+    def note(self, kind: str, text: str) -> None:
+        """Count something wrong."""
+        count = getattr(self, kind)
+        setattr(self, kind, count + 1)
+        if count < SHOWN:
+            self.examples.append(f"{kind}: {text}")
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+WRONG = (
+    "lost",
+    "duplicated",
+    "reordered",
+    "foreign",
+    "wrong_ends",
+    "false_ends",
+    "forked",
+    "contradictions",
+    "refused",
+    "crashed",
+    "left_over",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A delta, as the server keeps it or as a reader got it."""
+
+    start: int
+    tokens: tuple[int, ...]
+    text: str
+    digest: str
+    finish: str
+
+
+def check(report: Report, server: redis.Redis, queue: str, seed: str, home: Path) -> Report:
+    """Read outputs, journals and logs of a run that has come to rest."""
+    journals = [line for path in home.glob("producer-*") for line in read_journal(path)]
+    sent = sorted({line["sent"] for line in journals if "sent" in line})
+    refused_cancels = {line["cancel"] for line in journals if line.get("ok") is False}
+    ends: dict[str, list[tuple[int, str]]] = {}
+    for request_id, epoch, finish in _ends(home, report):
+        ends.setdefault(request_id, []).append((epoch, finish))
+    seen = _read_by_readers(home, report)
+    has_readers = any(home.glob("reader-*"))
+    terminals: Counter[int] = Counter()
+    finished: Counter[str] = Counter()
+    for number in sent:
+        item = job(seed, number)
+        pieces, epochs = _output(server, queue, item)
+        terminals[sum(bool(piece.finish) for piece in pieces)] += 1
+        tokens = _check_order(report, f"output of {number}", pieces)
+        _check_content(report, item, pieces, tokens, epochs)
+        _check_end(report, item, pieces, len(tokens), number in refused_cancels)
+        if pieces:
+            finished[pieces[-1].finish] += 1
+            _check_claimed_end(report, number, pieces[-1], epochs[-1], ends.get(item.request_id))
+        if has_readers:
+            _check_order(report, f"reader of {number}", seen.get(number, []))
+            _compare(report, number, pieces, seen.get(number, []))
+        report.tokens += len(tokens)
+        report.resumes += len({epoch_of(token) for token in tokens}) - bool(tokens)
+    report.requests = len(sent)
+    report.terminals, report.finished = dict(terminals), dict(finished)
+    _check_left_over(report, server, queue)
+    return report
+
+
+def _output(server: redis.Redis, queue: str, item: Job) -> tuple[list[Piece], list[int]]:
+    """The entries of an output, and the epoch written beside each."""
+    entries: Any = server.xrange(Keys(queue).output(item.request_id))
+    pieces, epochs = [], []
+    for name, fields in entries:
+        tokens = unpack_token_ids(fields[b"t"])
+        end = int(name.partition(b"-")[0])
+        pieces.append(
+            Piece(
+                end - len(tokens),
+                tokens,
+                fields[b"x"].decode(),
+                fields[b"h"].decode(),
+                fields.get(b"f", b"").decode(),
+            )
+        )
+        epochs.append(int(fields[b"e"]))
+    return pieces, epochs
+
+
+def _check_order(report: Report, where: str, pieces: list[Piece]) -> list[int]:
+    """The tokens, each position once."""
+    tokens: list[int] = []
+    is_ended = False
+    for piece in pieces:
+        if is_ended:
+            report.note("duplicated", f"{where}: goes on after its end")
+        if piece.start < len(tokens):
+            report.note("duplicated", f"{where}: token {piece.start} after {len(tokens)}")
+        elif piece.start > len(tokens):
+            report.note("lost", f"{where}: token {piece.start} after {len(tokens)}")
+        tokens[piece.start :] = piece.tokens
+        is_ended = is_ended or bool(piece.finish)
+    epochs = [epoch_of(token) for token in tokens]
+    if epochs != sorted(epochs):
+        report.note("reordered", f"{where}: epochs {epochs}")
+    return tokens
+
+
+def _check_content(
+    report: Report, item: Job, pieces: list[Piece], tokens: list[int], epochs: list[int]
+) -> None:
+    if epochs != sorted(epochs):
+        report.note("reordered", f"output of {item.number}: entries of epochs {epochs}")
+    if tokens != item.tokens([epoch_of(token) for token in tokens]):
+        report.note("foreign", f"output of {item.number}: a token that no right run generates")
+    for piece, epoch in zip(pieces, epochs, strict=True):
+        if any(epoch_of(token) != epoch for token in piece.tokens):
+            report.note("foreign", f"output of {item.number}: token and entry differ in epoch")
+        if letters(piece.tokens) != piece.text:
+            report.note("foreign", f"output of {item.number}: text of other tokens")
+        if piece.digest != chain_digest("", tokens[: piece.start + len(piece.tokens)]):
+            report.note("foreign", f"output of {item.number}: digest of other tokens")
+
+
+def _check_end(
+    report: Report, item: Job, pieces: list[Piece], total: int, was_cancel_refused: bool
+) -> None:
+    if not pieces or not pieces[-1].finish:
+        report.note("lost", f"{item.number} has no end")
+        return
+    finish = pieces[-1].finish
+    allowed = {"length"}
+    if item.may_expire:
+        allowed.add("expired")
+    if item.cancel_after_s is not None and not was_cancel_refused:
+        allowed.add("cancelled")
+    if finish not in allowed:
+        report.note("wrong_ends", f"{item.number} ended as {finish}, not {allowed}")
+    if finish == "length" and total != item.max_tokens:
+        report.note("lost", f"{item.number} has {total} of {item.max_tokens} tokens")
+
+
+def _ends(home: Path, report: Report) -> Iterator[tuple[str, int, str]]:
+    """Request id, epoch and reason of each end that a worker was told was written."""
+    for path in home.glob("worker-*"):
+        for line in path.read_bytes().splitlines():
+            try:
+                values = json.loads(line)
+            except ValueError:
+                continue
+            event = values.get("event")
+            report.fenced += event == "request_fenced"
+            report.gaps += event == "request_gap"
+            if event == "request_refused":
+                report.note("refused", values["reason"])
+            if event == "thread_failed":
+                report.note("crashed", f"{path.name}: {values['error']}")
+            if event == "request_finished":
+                yield values["request_id"], values["epoch"], values["finish_reason"]
+
+
+def _check_claimed_end(
+    report: Report, number: int, last: Piece, epoch: int, told: list[tuple[int, str]] | None
+) -> None:
+    for claimed in told or ():
+        if claimed != (epoch, last.finish):
+            what = f"{claimed[1]} under epoch {claimed[0]}"
+            report.note("false_ends", f"{number}: {what}, it is {last.finish} under {epoch}")
+
+
+def _read_by_readers(home: Path, report: Report) -> dict[int, list[Piece]]:
+    seen: dict[int, list[Piece]] = {}
+    for path in home.glob("reader-*"):
+        for line in read_journal(path):
+            if "changed" in line:
+                report.note("forked", f"reader of {line['changed']}: the output changed")
+                continue
+            piece = Piece(
+                line["start"], tuple(line["tokens"]), line["text"], line["digest"], line["finish"]
+            )
+            seen.setdefault(line["n"], []).append(piece)
+    return seen
+
+
+def _compare(report: Report, number: int, output: list[Piece], seen: list[Piece]) -> None:
+    """A reader got exactly what the output holds."""
+    if sum(bool(piece.finish) for piece in seen) != 1:
+        report.note("lost", f"reader of {number}: {len(seen)} deltas without one end")
+    if _joined(seen) != _joined(output):
+        report.note("forked", f"reader of {number}: not what the output holds")
+
+
+def _joined(pieces: list[Piece]) -> tuple[tuple[int, ...], str, str]:
+    tokens = tuple(token for piece in pieces for token in piece.tokens)
+    finish = pieces[-1].finish if pieces else ""
+    return tokens, "".join(piece.text for piece in pieces), finish
+
+
+def _check_left_over(report: Report, server: redis.Redis, queue: str) -> None:
+    tag = Keys(queue).tag
+    for key in server.scan_iter(match=f"{tag}:*", count=1000):
+        name = key.decode().removeprefix(f"{tag}:")
+        if name.partition(":")[0] not in KEPT:
+            report.note("left_over", name)

@@ -1,0 +1,260 @@
+"""The chaos suite: `python tests/chaos/suite.py --seconds 60 --seed 7 [--output FILE]`.
+
+Producers submit, workers generate, readers follow, all through a proxy to one server; meanwhile
+all of them are killed, stopped, cut off and restarted, as a seed says. Then the faults stop, all
+comes to rest, and `checker` reads everything. The exit status is 0 if nothing was wrong.
+"""
+
+import argparse
+import json
+import platform
+import random
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from redis.exceptions import RedisError
+
+from checker import Report, check
+from faults import Faults
+from proxy import Proxy
+from server import ChaosServer
+from tokenmill.producer.keys import Keys
+from zygote import Child, Zygote
+
+HERE = Path(__file__).parent
+QUEUE = "chaos"
+LEASE_MS = 1000
+WORKERS, PRODUCERS, READERS = 3, 2, 2
+#: Requests that are live at once.
+WINDOW = 120
+#: Longest from the last fault to the end of the last request.
+REST_S = 60.0
+AUDIT_S = 0.5
+
+
+class Run:
+    """One run, from the first process to the report."""
+
+    def __init__(
+        self,
+        *,
+        seed: str,
+        seconds: float,
+        kind: str = "valkey",
+        count: int = 10**9,
+        intensity: float = 1.0,
+    ) -> None:
+        self.seed = seed
+        self.seconds = seconds
+        self.count = count
+        self.intensity = intensity
+        self.report = Report()
+        self.home = Path(tempfile.mkdtemp(prefix="tm-chaos-"))
+        self.server = ChaosServer(kind)
+        self.proxy = Proxy(self.server.socket)
+        self.workers: list[Child] = []
+        self.producers: dict[int, Child] = {}
+        self.readers: dict[int, Child] = {}
+        self._born = 0
+        self._keys = Keys(QUEUE)
+        self._audit_at = 0.0
+        self._is_resting = False
+
+    def execute(self) -> dict[str, Any]:
+        """Everything; returns the report with the counts of faults."""
+        began = time.monotonic()
+        with ExitStack() as stack:
+            stack.callback(shutil.rmtree, self.home)
+            stack.enter_context(self.server)
+            stack.enter_context(self.proxy)
+            self._zygote = stack.enter_context(Zygote())
+            self._direct = self.server.connect()
+            stack.callback(self._direct.close)
+            self.version = self._direct.info("server")
+            faults = Faults(self, random.Random(self.seed))
+            self._suffer(faults)
+            self._rest(faults)
+            check(self.report, self._direct, QUEUE, self.seed, self.home)
+        return {
+            "seed": self.seed,
+            "seconds": round(time.monotonic() - began, 1),
+            **self.report.as_dict(),
+            **faults.counts,
+            "slowest_drain_s": round(faults.slowest_drain_s, 2),
+        }
+
+    def holders(self) -> dict[int, str]:
+        """Worker id by process id, of workers that hold something."""
+        try:
+            names: Any = self._direct.zrange(self._keys.workers, 0, -1)
+            ids = [name.decode() for name in names]
+            return {
+                int(name.split("-")[-2]): name
+                for name in ids
+                if self._direct.exists(self._keys.own(name))
+            }
+        except RedisError:
+            return {}
+
+    def has_lease(self, worker_id: str) -> bool:
+        """Whether nobody has declared the worker dead."""
+        try:
+            return self._direct.zscore(self._keys.workers, worker_id) is not None
+        except RedisError:
+            return True
+
+    def _suffer(self, faults: Faults) -> None:
+        ends_at = time.monotonic() + self.seconds
+        while time.monotonic() < ends_at and not self._is_done():
+            self._staff()
+            faults.turn()
+            self._audit()
+            time.sleep(0.02)
+        faults.end()
+
+    def _is_done(self) -> bool:
+        return bool(self.producers) and all(c.poll() == 0 for c in self.producers.values())
+
+    def _rest(self, faults: Faults) -> None:
+        """Without faults all comes to an end; a last worker tidies up after the dead."""
+        (self.home / "stop").touch()
+        ends_at = time.monotonic() + REST_S
+        while time.monotonic() < ends_at:
+            self._staff()
+            self._audit()
+            if self._is_done():
+                (self.home / "producers-done").touch()
+            if all(child.poll() == 0 for child in [*self.readers.values()]):
+                break
+            time.sleep(0.02)
+        else:
+            self.report.note("lost", f"not at rest {REST_S:g} s after the last fault")
+        while time.monotonic() < ends_at and len(self._leases()) > WORKERS:
+            time.sleep(0.05)
+        self._is_resting = True
+        for child in self.workers:
+            child.send(signal.SIGTERM)
+        for child in self.workers:
+            if child.poll(20.0) != 0:
+                self.report.note("crashed", f"a worker at rest ended with {child.poll()}")
+
+    def _leases(self) -> list[Any]:
+        found: Any = self._direct.zrange(self._keys.workers, 0, -1)
+        return list(found)
+
+    def _staff(self) -> None:
+        """Replace who has died; who died by itself is noted."""
+        for child in self.workers:
+            if child.poll() not in (None, 0, -signal.SIGKILL):
+                self.report.note("crashed", f"a worker ended with {child.poll()}")
+        self.workers = [child for child in self.workers if child.poll() is None]
+        while len(self.workers) < WORKERS:
+            self._born += 1
+            self.workers.append(
+                self._zygote.fork(
+                    "worker",
+                    self.home / f"worker-{self._born}",
+                    url=self.proxy.url,
+                    queue=QUEUE,
+                    lease_ms=LEASE_MS,
+                    step_ms=5,
+                )
+            )
+        for role, children, of in (
+            ("producer", self.producers, PRODUCERS),
+            ("reader", self.readers, READERS),
+        ):
+            for index in range(of):
+                self._staff_one(role, children, index, of)
+
+    def _staff_one(self, role: str, children: dict[int, Child], index: int, of: int) -> None:
+        status = children[index].poll() if index in children else -signal.SIGKILL
+        if status in (None, 0):
+            return
+        if status != -signal.SIGKILL:
+            self.report.note("crashed", f"{role} {index} ended with {status}")
+        more = {"window": WINDOW, "count": self.count} if role == "producer" else {}
+        children[index] = self._zygote.fork(
+            role,
+            self.home / f"log-{role}-{index}",
+            url=self.proxy.url,
+            queue=QUEUE,
+            seed=self.seed,
+            directory=str(self.home),
+            index=index,
+            of=of,
+            **more,
+        )
+
+    def _audit(self) -> None:
+        if time.monotonic() < self._audit_at:
+            return
+        self._audit_at = time.monotonic() + AUDIT_S
+        for text in audit(self._direct, self._keys.tag):
+            self.report.note("contradictions", text)
+
+
+def audit(server: Any, tag: str) -> list[str]:
+    """What contradicts itself in a shard right now; nothing if the server is down."""
+    try:
+        wrong: Any = server.eval((HERE / "audit.lua").read_text(), 1, tag)
+    except RedisError:
+        return []
+    return [text.decode() for text in wrong]
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--seconds", type=float, default=60.0, help="of faults")
+    parser.add_argument("--seed", default="", help="of requests and faults; random if not given")
+    parser.add_argument("--requests", type=int, default=10**9, help="stop after so many")
+    parser.add_argument("--server", choices=["valkey", "redis"], default="valkey")
+    parser.add_argument("--intensity", type=float, default=1.0, help="factor on the fault rates")
+    parser.add_argument("--output", type=Path, help="write the report there, as JSON")
+    given = parser.parse_args(arguments)
+    seed = given.seed or secrets.token_hex(4)
+    print(f"seed {seed}", flush=True)
+    run = Run(
+        seed=seed,
+        seconds=given.seconds,
+        kind=given.server,
+        count=given.requests,
+        intensity=given.intensity,
+    )
+    report = run.execute()
+    report = {**report, **_versions(run.version)}
+    text = json.dumps(report, indent=2)
+    print(text)
+    if given.output:
+        given.output.write_text(text + "\n")
+    return 0 if run.report.is_right else 1
+
+
+def _versions(server: Any) -> dict[str, str]:
+    name = server.get("server_name", "redis")
+    number = server.get(f"{name}_version", server["redis_version"])
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"],
+        check=False,
+        cwd=HERE,
+        capture_output=True,
+        text=True,
+    )
+    return {
+        "server": f"{name} {number}, appendfsync always",
+        "python": platform.python_version(),
+        "commit": commit.stdout.strip(),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
