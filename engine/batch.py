@@ -5,12 +5,17 @@ from dataclasses import dataclass
 
 import torch
 
+from tokenmill.engine.logprobs import prompt_positions
 from tokenmill.engine.scheduler import Chunk
 
 
 @dataclass(frozen=True, slots=True)
 class RaggedBatch:
-    """T tokens of S sequences; `logits_indices` names the L tokens whose logits are wanted."""
+    """T tokens of S sequences; `logits_indices` names the L tokens whose logits are wanted.
+
+    The newest tokens of sequences come first, in the order of their chunks: the next ones are
+    sampled from them. Then the prompt tokens, where log probabilities of the prompt are asked for.
+    """
 
     input_ids: torch.Tensor  # [T] int64
     positions: torch.Tensor  # [T] int64
@@ -23,15 +28,17 @@ class RaggedBatch:
 
 
 def build_batch(chunks: Seq[Chunk], block_size: int, device: torch.device) -> RaggedBatch:
-    """Lay out one step; a chunk that ends at its sequence's newest token gets logits."""
+    """Lay out one step; a chunk that ends at its sequence's newest token is sampled from."""
     ids: list[int] = []
     positions: list[int] = []
     slots: list[int] = []
     starts, contexts, logits = [0], [], []
+    prompt_logits: list[int] = []
     for chunk in chunks:
         table, end = chunk.seq.block_table, chunk.start + chunk.length
         ids += chunk.seq.token_ids[chunk.start : end]
         positions += range(chunk.start, end)
+        prompt_logits += [len(ids) - end + p for p in prompt_positions(chunk)]
         slots += [
             table[p // block_size] * block_size + p % block_size for p in range(chunk.start, end)
         ]
@@ -53,6 +60,6 @@ def build_batch(chunks: Seq[Chunk], block_size: int, device: torch.device) -> Ra
         cu_seqlens_q=tensor(starts, torch.int32),
         context_lens=tensor(contexts, torch.int32),
         block_tables=tensor(tables, torch.int32),
-        logits_indices=tensor(logits, torch.int64),
+        logits_indices=tensor(logits + prompt_logits, torch.int64),
         max_query_len=max(c.length for c in chunks),
     )

@@ -10,6 +10,7 @@ from tokenmill.engine.block_pool import BlockPool
 from tokenmill.engine.config import EngineConfig
 from tokenmill.engine.kv_cache import allocate_kv_cache, num_blocks_in
 from tokenmill.engine.loader import LoadedModel
+from tokenmill.engine.logprobs import TokenLogprobs, prompt_logprobs
 from tokenmill.engine.models.decoder import Decoder
 from tokenmill.engine.sampler import sample
 from tokenmill.engine.scheduler import Chunk, Scheduler
@@ -34,6 +35,10 @@ class StepOutput:
     token_ids: tuple[int, ...]
     finish_reason: FinishReason | None = None
     error: str = ""
+    #: One for each of `token_ids`, where asked for.
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    #: Of the prompt's next tokens, from the second one on, where asked for.
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +125,9 @@ class Engine:
                 len(prompt_ids),
                 "shorten it",
             )
-        vocabulary = self.vocab_size
+        vocabulary, bias = self.vocab_size, max(params.logit_bias, default=0)
+        if bias >= vocabulary:
+            raise InvalidRequest("logit_bias", f"token ids below {vocabulary}", bias)
         if not 0 <= min(prompt_ids) <= max(prompt_ids) < vocabulary:
             raise InvalidRequest("prompt", f"token ids below {vocabulary}", max(prompt_ids))
         seq = Sequence(
@@ -131,6 +138,8 @@ class Engine:
             seed=seed,
             max_num_tokens=min(len(prompt_ids) + params.max_tokens, self.max_model_len),
             priority=priority,
+            # Whoever has output has been told of the prompt.
+            num_told_tokens=len(prompt_ids) if output_ids else 1,
         )
         self._sequences[seq_id] = seq
         self.scheduler.add(seq)
@@ -163,16 +172,20 @@ class Engine:
     @torch.inference_mode()
     def step(self) -> list[StepOutput]:
         """Run one forward pass and return what it gave; an idle engine returns nothing."""
-        outputs = [self._end(seq, (), FinishReason.LENGTH) for seq in self._take_complete()]
+        outputs = [self._end(seq, FinishReason.LENGTH) for seq in self._take_complete()]
         plan = self.scheduler.schedule()
         if not plan.chunks:
             return outputs
         batch = build_batch(plan.chunks, self.scheduler.pool.block_size, self._device)
-        logits = self._decoder.forward(batch, self._cache)
+        hidden = self._decoder.forward(batch, self._cache)
         ready = [c.seq for c in plan.chunks if c.start + c.length == c.seq.num_tokens]
-        tokens = sample(logits, ready, self.tokenizer.eos_token_ids) if ready else []
+        outputs += self._tell_of_prompts(hidden[len(ready) :], plan.chunks)
         self._mark_computed(plan.chunks)
-        return outputs + [self._advance(s, t) for s, t in zip(ready, tokens, strict=True)]
+        if not ready:
+            return outputs
+        logits = self._decoder.logits(hidden[: len(ready)])
+        chosen = zip(*sample(logits, ready, self.tokenizer.eos_token_ids), strict=True)
+        return outputs + [self._advance(s, *c) for s, c in zip(ready, chosen, strict=True)]
 
     def check_integrity(self) -> None:
         """Verify the scheduler's books.
@@ -191,21 +204,34 @@ class Engine:
         for chunk in chunks:
             chunk.seq.num_computed_tokens += chunk.length
 
-    def _advance(self, seq: Sequence, token: int) -> StepOutput:
+    def _tell_of_prompts(self, hidden: torch.Tensor, chunks: Seq[Chunk]) -> list[StepOutput]:
+        if not len(hidden):
+            return []
+        told = prompt_logprobs(hidden, chunks, self._decoder.logits, self.vocab_size)
+        return [StepOutput(seq.seq_id, (), prompt_logprobs=rows) for seq, rows in told]
+
+    def _advance(self, seq: Sequence, token: int, told: TokenLogprobs | None) -> StepOutput:
         ends = token in seq.params.stop_token_ids or (
             token in self.tokenizer.eos_token_ids and not seq.params.ignore_eos
         )
         if ends:
-            return self._end(seq, (), FinishReason.STOP)
+            return self._end(seq, FinishReason.STOP)
         seq.token_ids.append(token)
-        if seq.num_tokens >= seq.max_num_tokens:
-            return self._end(seq, (token,), FinishReason.LENGTH)
-        return StepOutput(seq.seq_id, (token,))
+        logprobs = () if told is None else (told,)
+        if seq.num_tokens < seq.max_num_tokens:
+            return StepOutput(seq.seq_id, (token,), logprobs=logprobs)
+        return self._end(seq, FinishReason.LENGTH, (token,), logprobs)
 
-    def _end(self, seq: Sequence, tokens: tuple[int, ...], reason: FinishReason) -> StepOutput:
+    def _end(
+        self,
+        seq: Sequence,
+        reason: FinishReason,
+        tokens: tuple[int, ...] = (),
+        logprobs: tuple[TokenLogprobs, ...] = (),
+    ) -> StepOutput:
         del self._sequences[seq.seq_id]
         self.scheduler.finish(seq)
-        return StepOutput(seq.seq_id, tokens, reason)
+        return StepOutput(seq.seq_id, tokens, reason, logprobs=logprobs)
 
 
 def _default_kv_memory(model: LoadedModel) -> int:

@@ -5,6 +5,7 @@ from tokenmill.engine.pipeline import Pipeline
 answers = Pipeline("smollm2")(["Once upon a time"], max_tokens=32)
 """
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
@@ -14,8 +15,9 @@ from tokenmill.engine.config import EngineConfig
 from tokenmill.engine.detokenizer import Detokenizer
 from tokenmill.engine.engine import Engine, StepOutput
 from tokenmill.engine.loader import load
+from tokenmill.engine.logprobs import TokenLogprobs
 from tokenmill.engine.sequence import FinishReason
-from tokenmill.producer.params import SamplingParams, derived_seed
+from tokenmill.producer.params import SamplingParams, check_choices, choice_seed, derived_seed
 
 #: A text as it is, token ids, or the messages of a chat.
 Prompt = str | Seq[int] | Seq[Mapping[str, str]]
@@ -23,22 +25,30 @@ Prompt = str | Seq[int] | Seq[Mapping[str, str]]
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """The whole answer to one prompt."""
+    """One whole answer to a prompt."""
 
     text: str
     token_ids: tuple[int, ...]
     finish_reason: str
     num_prompt_tokens: int
+    #: One for each of `token_ids`, where asked for.
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    #: Of the prompt's tokens from the second on, where asked for.
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A piece of the answer to prompt `index`, as it comes."""
+    """A piece of an answer to prompt `index`, as it comes."""
 
     index: int
     token_ids: tuple[int, ...]
     text: str
     finish_reason: str = ""
+    #: Which of the prompt's `n` answers.
+    choice: int = 0
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 class Pipeline:
@@ -53,44 +63,46 @@ class Pipeline:
     ) -> None:
         self.engine = Engine(load(model, device=device, dtype=dtype), EngineConfig(**config))
 
-    def __call__(self, prompts: Prompt | Seq[Prompt], **sampling: Any) -> list[Generation]:
+    def __call__(
+        self, prompts: Prompt | Seq[Prompt], *, n: int = 1, **sampling: Any
+    ) -> list[Generation]:
         """Answer every prompt, in order; a single prompt is a list of one.
+
+        With `n`, the n answers to the first prompt come first, then those to the second, ...
 
         Raises:
             InvalidRequest: a prompt or a sampling parameter is out of bounds.
         """
         several: Seq[Any] = [prompts] if _is_one(prompts) else prompts
-        texts: list[list[str]] = [[] for _ in several]
-        tokens: list[list[int]] = [[] for _ in several]
-        reasons = ["" for _ in several]
-        for piece in self.stream(several, **sampling):
-            texts[piece.index].append(piece.text)
-            tokens[piece.index] += piece.token_ids
-            reasons[piece.index] = piece.finish_reason or reasons[piece.index]
-        return [
-            Generation("".join(text), tuple(ids), reason, len(self.encode(prompt)))
-            for prompt, text, ids, reason in zip(several, texts, tokens, reasons, strict=True)
-        ]
+        pieces: dict[tuple[int, int], list[Piece]] = defaultdict(list)
+        for piece in self.stream(several, n=n, **sampling):
+            pieces[piece.index, piece.choice].append(piece)
+        sizes = [len(self.encode(prompt)) for prompt in several]
+        return [_joined(pieces[key], sizes[key[0]]) for key in sorted(pieces)]
 
-    def stream(self, prompts: Seq[Prompt], **sampling: Any) -> Iterator[Piece]:
+    def stream(self, prompts: Seq[Prompt], *, n: int = 1, **sampling: Any) -> Iterator[Piece]:
         """Pieces of all answers as they come; the last one of each has a finish reason.
 
         Raises:
             InvalidRequest: a prompt or a sampling parameter is out of bounds.
         """
+        check_choices(n)
         params = SamplingParams(**sampling)
-        detokenizers = {}
+        running: dict[str, _Running] = {}
         try:
             for index, prompt in enumerate(prompts):
-                key = str(index)
-                seed = derived_seed(key) if params.seed is None else params.seed
-                self.engine.add(key, self.encode(prompt), params, seed=seed)
-                detokenizers[key] = Detokenizer(self.engine.tokenizer, params.stop)
+                seed = derived_seed(str(index)) if params.seed is None else params.seed
+                prompt_ids = self.encode(prompt)
+                for choice in range(n):
+                    key = f"{index}.{choice}"
+                    self.engine.add(key, prompt_ids, params, seed=choice_seed(seed, choice))
+                    text = Detokenizer(self.engine.tokenizer, params.stop)
+                    running[key] = _Running(index, choice, text)
             while self.engine.has_work:
                 for output in self.engine.step():
-                    yield self._piece(output, detokenizers[output.seq_id])
+                    yield self._piece(output, running[output.seq_id])
         finally:  # a caller that leaves early, or a prompt that was refused
-            for key in detokenizers:
+            for key in running:
                 self.engine.abort(key)
 
     def encode(self, prompt: Prompt) -> list[int]:
@@ -105,16 +117,43 @@ class Pipeline:
             return self.engine.tokenizer.apply_chat_template(prompt)  # type: ignore[arg-type]
         return list(prompt)  # type: ignore[arg-type]
 
-    def _piece(self, output: StepOutput, detokenizer: Detokenizer) -> Piece:
-        text = detokenizer.feed(output.token_ids)
+    def _piece(self, output: StepOutput, running: "_Running") -> Piece:
+        text = running.detokenizer.feed(output.token_ids)
         reason = output.finish_reason
-        if detokenizer.stopped:
+        if running.detokenizer.stopped:
             self.engine.abort(output.seq_id)
             reason = FinishReason.STOP
         elif reason is not None:
-            text += detokenizer.finish()
-        word = "" if reason is None else reason.value
-        return Piece(int(output.seq_id), output.token_ids, text, word)
+            text += running.detokenizer.finish()
+        return Piece(
+            running.index,
+            output.token_ids,
+            text,
+            "" if reason is None else reason.value,
+            running.choice,
+            output.logprobs,
+            output.prompt_logprobs,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Running:
+    """An answer in the engine."""
+
+    index: int
+    choice: int
+    detokenizer: Detokenizer
+
+
+def _joined(pieces: Seq[Piece], num_prompt_tokens: int) -> Generation:
+    return Generation(
+        "".join(piece.text for piece in pieces),
+        tuple(token for piece in pieces for token in piece.token_ids),
+        pieces[-1].finish_reason,
+        num_prompt_tokens,
+        tuple(row for piece in pieces for row in piece.logprobs),
+        tuple(row for piece in pieces for row in piece.prompt_logprobs),
+    )
 
 
 def _is_one(prompts: Prompt | Seq[Prompt]) -> bool:

@@ -1,4 +1,4 @@
-"""`sample`: one token per row of logits.
+"""`sample`: one token per row of logits, and its log probability.
 
 Noise is keyed by (seed, position, token id), never by batch or history, so a request gives the same
 tokens alone or in a batch, and goes on as it would have on another worker. A token is drawn as
@@ -10,22 +10,51 @@ from collections.abc import Sequence as Seq
 
 import torch
 
+from tokenmill.engine.filters import keep_likely
+from tokenmill.engine.logprobs import SLICE_ELEMENTS, TokenLogprobs, logprobs_of
+from tokenmill.engine.penalties import apply_bias, apply_penalties
 from tokenmill.engine.sequence import Sequence
 
 _MASK = 0xFFFFFFFF
 
 
-def sample(logits: torch.Tensor, seqs: Seq[Sequence], eos_token_ids: Collection[int]) -> list[int]:
-    """Choose the next token of each sequence from `logits` [L, V] float32, which may be changed."""
+def sample(
+    logits: torch.Tensor, seqs: Seq[Sequence], eos_token_ids: Collection[int]
+) -> tuple[list[int], list[TokenLogprobs | None]]:
+    """The next token of each sequence, and its log probabilities where they are asked for.
+
+    `logits` [L, V] float32 are changed. Rows are taken in slices, so that what is allocated beside
+    them does not grow with the batch.
+    """
+    tokens: list[int] = []
+    logprobs: list[TokenLogprobs | None] = []
+    step = max(1, SLICE_ELEMENTS // logits.shape[1])
+    for start in range(0, len(seqs), step):
+        rows, part = logits[start : start + step], seqs[start : start + step]
+        asked = [row for row, seq in enumerate(part) if seq.params.logprobs is not None]
+        raw = rows[asked] if asked else rows
+        chosen = _choose(rows, part, eos_token_ids)
+        told: dict[int, TokenLogprobs] = {}
+        if asked:
+            num_top = [part[row].params.logprobs or 0 for row in asked]
+            told = dict(
+                zip(asked, logprobs_of(raw, [chosen[row] for row in asked], num_top), strict=True)
+            )
+        tokens += chosen
+        logprobs += [told.get(row) for row in range(len(part))]
+    return tokens, logprobs
+
+
+def _choose(logits: torch.Tensor, seqs: Seq[Sequence], eos_token_ids: Collection[int]) -> list[int]:
+    apply_bias(logits, seqs)
+    apply_penalties(logits, seqs)
     _forbid_early_end(logits, seqs, eos_token_ids)
     rows = [row for row, seq in enumerate(seqs) if seq.params.temperature > 0]
-    if rows:
-        drawn = [seqs[row] for row in rows]
-        if len(rows) == len(seqs):
-            logits = _noisy(logits, drawn)
-        else:
-            index = torch.tensor(rows, device=logits.device)
-            logits[index] = _noisy(logits[index], drawn)
+    if rows and len(rows) == len(seqs):
+        logits = _noisy(logits, seqs)
+    elif rows:
+        index = torch.tensor(rows, device=logits.device)
+        logits[index] = _noisy(logits[index], [seqs[row] for row in rows])
     tokens: list[int] = logits.argmax(dim=-1).tolist()
     return tokens
 
@@ -43,41 +72,18 @@ def _noisy(logits: torch.Tensor, seqs: Seq[Sequence]) -> torch.Tensor:
     """Scaled and filtered logits [R, V] plus Gumbel noise: their argmax is the draw."""
     temperature = torch.tensor([s.params.temperature for s in seqs], device=logits.device)
     # The largest becomes 0, so that no temperature, however small, makes it overflow.
-    logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature.clamp(min=1e-6)[:, None]
+    logits = (logits - logits.amax(dim=-1, keepdim=True)).div_(temperature.clamp(min=1e-6)[:, None])
     filtered = [
         row
         for row, seq in enumerate(seqs)
         if seq.params.top_k or seq.params.top_p < 1 or seq.params.min_p > 0
     ]
-    if filtered:
+    if len(filtered) == len(seqs):
+        keep_likely(logits, seqs)
+    elif filtered:
         index = torch.tensor(filtered, device=logits.device)
         logits[index] = keep_likely(logits[index], [seqs[row] for row in filtered])
-    return logits + gumbel_noise(seqs, logits.shape[1], logits.device)
-
-
-def keep_likely(logits: torch.Tensor, seqs: Seq[Sequence]) -> torch.Tensor:
-    """Logits [R, V] with what top_k, top_p and min_p leave out at -inf.
-
-    top_k first, then top_p over what is left, renormalised; min_p is relative to the likeliest.
-    The likeliest token always stays.
-    """
-    device, vocabulary = logits.device, logits.shape[1]
-
-    def column(values: list[float]) -> torch.Tensor:
-        return torch.tensor(values, device=device)[:, None]
-
-    ranked, order = logits.sort(dim=-1, descending=True)
-    rank = torch.arange(vocabulary, device=device)[None, :]
-    top_k = column([float(s.params.top_k or vocabulary) for s in seqs])
-    ranked = ranked.masked_fill(rank >= top_k, -torch.inf)
-    probabilities = ranked.softmax(dim=-1)
-    before = probabilities.cumsum(dim=-1) - probabilities
-    # Rounded sums reach 1 before the last token does: a top_p of 1 must drop nothing.
-    drop = before >= column([s.params.top_p if s.params.top_p < 1 else torch.inf for s in seqs])
-    drop |= probabilities < column([s.params.min_p for s in seqs]) * probabilities[:, :1]
-    drop[:, 0] = False
-    ranked = ranked.masked_fill(drop, -torch.inf)
-    return torch.empty_like(logits).scatter_(1, order, ranked)
+    return gumbel_noise(seqs, logits.shape[1], logits.device).add_(logits)
 
 
 def gumbel_noise(seqs: Seq[Sequence], vocabulary: int, device: torch.device) -> torch.Tensor:

@@ -12,6 +12,7 @@ There is no phase flag: a sequence catches up with its length inside the token b
 import enum
 from dataclasses import dataclass, field
 
+from tokenmill.engine.token_counts import TokenCounts
 from tokenmill.producer.params import SamplingParams
 
 
@@ -56,6 +57,10 @@ class Sequence:
     num_computed_tokens: int = 0
     block_table: list[int] = field(default_factory=list)
     status: SequenceStatus = SequenceStatus.WAITING
+    #: Prompt tokens whose log probability has been told, or need not be; the first has none.
+    num_told_tokens: int = 1
+    #: Kept by the sampler where there are penalties; made anew from `token_ids` when missing.
+    counts: TokenCounts | None = None
 
     @property
     def num_tokens(self) -> int:

@@ -7,7 +7,7 @@ obeys it.
 import hashlib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from tokenmill.producer.errors import InvalidRequest
@@ -16,6 +16,9 @@ MAX_TOKENS = 1_000_000
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 256
 MAX_STOP_TOKEN_IDS = 64
+MAX_LOGIT_BIAS = 1024
+MAX_LOGPROBS = 20
+MAX_CHOICES = 128
 MAX_SEED = 2**63 - 1
 
 
@@ -39,6 +42,14 @@ class SamplingParams:
     top_p: float = 1.0
     #: Keep tokens at least this likely, relative to the likeliest.
     min_p: float = 0.0
+    #: Divides the positive logits of tokens in prompt or output, and multiplies the negative ones.
+    repetition_penalty: float = 1.0
+    #: Subtracted from the logit of every token that the output has.
+    presence_penalty: float = 0.0
+    #: Subtracted from a token's logit for each time that the output has it.
+    frequency_penalty: float = 0.0
+    #: Added to the logits of these token ids, before the penalties.
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
     #: Sampling noise is keyed by (seed, position); without a seed one is derived from the id.
     seed: int | None = None
     #: Strings that end the text; they are not part of it.
@@ -47,6 +58,11 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     #: Go on past the model's end-of-sequence token.
     ignore_eos: bool = False
+    #: Give the log probability of each generated token and of this many likeliest ones, by the
+    #: model's own distribution: before penalties, temperature and filters. None gives none.
+    logprobs: int | None = None
+    #: The same of the prompt's tokens, from the second on.
+    prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
         _integer("max_tokens", self.max_tokens, 1, MAX_TOKENS)
@@ -55,12 +71,28 @@ class SamplingParams:
         _integer("top_k", self.top_k, 0, MAX_TOKENS)
         _number("top_p", self.top_p, 0.0, 1.0, above_low=True)
         _number("min_p", self.min_p, 0.0, 1.0)
+        _number("repetition_penalty", self.repetition_penalty, 0.0, 10.0, above_low=True)
+        _number("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        _number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        object.__setattr__(self, "logit_bias", _logit_bias(self.logit_bias))
         if self.seed is not None:
             _integer("seed", self.seed, 0, MAX_SEED)
         if not isinstance(self.ignore_eos, bool):
             raise InvalidRequest("ignore_eos", "true or false", self.ignore_eos)
         object.__setattr__(self, "stop", _stop_strings(self.stop))
         object.__setattr__(self, "stop_token_ids", _stop_token_ids(self.stop_token_ids))
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                _integer(name, getattr(self, name), 0, MAX_LOGPROBS)
+
+    @property
+    def has_penalties(self) -> bool:
+        """Whether logits depend on the tokens so far."""
+        return (
+            self.repetition_penalty != 1
+            or self.presence_penalty != 0
+            or self.frequency_penalty != 0
+        )
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> "SamplingParams":
@@ -69,7 +101,7 @@ class SamplingParams:
         Raises:
             InvalidRequest: an unknown field, or one out of bounds.
         """
-        known = {field.name for field in fields(cls)}
+        known = {item.name for item in fields(cls)}
         for name in values:
             if name not in known:
                 expected = f"a sampling parameter ({', '.join(sorted(known))})"
@@ -79,12 +111,18 @@ class SamplingParams:
     def to_mapping(self) -> dict[str, Any]:
         """The fields that differ from the defaults, in plain types."""
         default = SamplingParams()
-        changed = {f.name: getattr(self, f.name) for f in fields(self)}
+        changed = {item.name: getattr(self, item.name) for item in fields(self)}
         return {
-            name: list(value) if isinstance(value, tuple) else value
+            name: _plain(value)
             for name, value in changed.items()
             if value != getattr(default, name)
         }
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return list(value)
+    return {str(key): item for key, item in value.items()} if isinstance(value, Mapping) else value
 
 
 def derived_seed(request_id: str) -> int:
@@ -93,18 +131,50 @@ def derived_seed(request_id: str) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
-def _integer(field: str, value: object, low: int, high: int) -> None:
+def choice_seed(seed: int, choice: int) -> int:
+    """The seed of the `choice`-th output of one prompt: the first one has the seed itself."""
+    return seed if choice == 0 else derived_seed(f"{seed}/{choice}")
+
+
+def check_choices(n: object) -> None:
+    """Check how many outputs of one prompt are asked for.
+
+    Raises:
+        InvalidRequest: not from 1 to `MAX_CHOICES`.
+    """
+    _integer("n", n, 1, MAX_CHOICES)
+
+
+def _integer(name: str, value: object, low: int, high: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise InvalidRequest(field, f"an integer from {low} to {high}", value)
+        raise InvalidRequest(name, f"an integer from {low} to {high}", value)
 
 
-def _number(field: str, value: object, low: float, high: float, *, above_low: bool = False) -> None:
+def _number(name: str, value: object, low: float, high: float, *, above_low: bool = False) -> None:
     bounds = f"above {low:g} and up to {high:g}" if above_low else f"from {low:g} to {high:g}"
     expected = f"a number {bounds}"
     if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
-        raise InvalidRequest(field, expected, value)
+        raise InvalidRequest(name, expected, value)
     if not low <= value <= high or (above_low and value == low):
-        raise InvalidRequest(field, expected, value)
+        raise InvalidRequest(name, expected, value)
+
+
+def _logit_bias(value: object) -> dict[int, float]:
+    expected = f"a map of up to {MAX_LOGIT_BIAS} token ids to numbers from -100 to 100"
+    if not isinstance(value, Mapping) or len(value) > MAX_LOGIT_BIAS:
+        raise InvalidRequest("logit_bias", expected, value)
+    for key, bias in value.items():
+        _number(f"logit_bias.{key}", bias, -100.0, 100.0)
+    return {_token_id(key, expected): float(bias) for key, bias in value.items()}
+
+
+def _token_id(key: object, expected: str) -> int:
+    """The token id of a key, which JSON and msgpack can only carry as text."""
+    if isinstance(key, str) and key.isascii() and key.isdigit() and len(key) <= 10:
+        key = int(key)
+    if isinstance(key, bool) or not isinstance(key, int) or not 0 <= key < 2**31:
+        raise InvalidRequest("logit_bias", expected, key)
+    return key
 
 
 def _stop_strings(value: object) -> tuple[str, ...]:

@@ -24,7 +24,7 @@ class Decoder:
         self._cos_sin = rotary_table(spec, max_model_len).to(weights.embedding.device)
 
     def forward(self, batch: RaggedBatch, cache: KVCache) -> torch.Tensor:
-        """Compute one step; returns logits [L, V] in float32."""
+        """Compute one step; returns the last hidden states [L, H] of the wanted tokens."""
         weights, eps = self._weights, self.spec.norm_eps
         residual = embedding(batch.input_ids, weights.embedding)  # [T, H]
         hidden = ops.rms_norm(residual, weights.layers[0].attention_norm, eps)
@@ -36,7 +36,11 @@ class Decoder:
             hidden = layer.down(ops.gated_activation(layer.gate_up(hidden), "silu"))
         wanted = batch.logits_indices
         hidden, _ = ops.add_rms_norm(hidden[wanted], residual[wanted], weights.final_norm, eps)
-        return weights.lm_head(hidden).float()
+        return hidden
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits [L, V] float32 of last hidden states [L, H]."""
+        return self._weights.lm_head(hidden).float()
 
     def _attention(
         self,

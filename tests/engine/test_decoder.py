@@ -40,14 +40,14 @@ Checkpoint = Callable[..., tuple[Path, Any]]
 def collect_logits(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
     """Every row of logits that the engine samples from, in order."""
     rows: list[torch.Tensor] = []
-    forward = Decoder.forward
+    made = Decoder.logits
 
     def recording(self: Decoder, *args: Any) -> torch.Tensor:
-        logits = forward(self, *args)
+        logits = made(self, *args)
         rows.extend(logits.clone())
         return logits
 
-    monkeypatch.setattr(Decoder, "forward", recording)
+    monkeypatch.setattr(Decoder, "logits", recording)
     return rows
 
 

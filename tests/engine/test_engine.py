@@ -1,5 +1,6 @@
 """The engine: resume at the exact token, aborts, ends, refusals, capacity."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -77,6 +78,36 @@ def test_a_resumed_sequence_goes_on_as_it_would_have(
     resumed.add("other", [1, 2, 3], params, seed=1)
     resumed.add("a", PROMPT, params, output_ids=tokens[:done], seed=11)
     assert run(resumed)["a"] == (tokens[done:], FinishReason.LENGTH)
+
+
+@pytest.mark.parametrize("done", [3, 7, 15])
+def test_penalties_go_on_after_a_resume(tiny: LoadedModel, done: int) -> None:
+    """Penalties and min_tokens count from the first token of the output, not from the resume."""
+    params = SamplingParams(
+        max_tokens=20,
+        min_tokens=18,
+        temperature=1.0,
+        repetition_penalty=1.4,
+        presence_penalty=0.5,
+        frequency_penalty=1.5,
+        logit_bias=dict.fromkeys((9, 12, 20, 42), 9.0),
+        stop_token_ids=(31, 33),
+    )
+    whole, resumed, plain = make_engine(tiny), make_engine(tiny), make_engine(tiny)
+    whole.add("a", PROMPT, params, seed=11)
+    tokens, reason = run(whole)["a"]
+    assert len(tokens) >= 18
+    resumed.add("a", PROMPT, params, output_ids=tokens[:done], seed=11)
+    assert run(resumed)["a"] == (tokens[done:], reason)
+    # The same from there on as if those tokens were a prompt: nothing was counted, so it differs.
+    shorter = replace(params, max_tokens=20 - done, min_tokens=max(18 - done, 0))
+    plain.add("a", PROMPT + tokens[:done], shorter, seed=11)
+    assert run(plain)["a"] != (tokens[done:], reason)
+
+
+def test_a_bias_for_an_unknown_token_is_refused(tiny: LoadedModel) -> None:
+    with pytest.raises(InvalidRequest, match="logit_bias must be token ids below 97, got 97"):
+        make_engine(tiny).add("a", PROMPT, SamplingParams(logit_bias={97: 1.0}), seed=0)
 
 
 def test_preempted_sequences_give_the_same_tokens(tiny: LoadedModel) -> None:

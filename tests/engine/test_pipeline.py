@@ -1,5 +1,7 @@
 """Pipeline with the real model: answers, streams, stop strings, refusals without a trace."""
 
+from typing import Any
+
 import pytest
 
 from tokenmill.engine.config import EngineConfig
@@ -59,16 +61,36 @@ def test_sampling_with_a_seed_repeats(pipeline: Pipeline) -> None:
     assert len({sampled(seed) for seed in range(4)}) > 1
 
 
+def test_n_answers_are_grouped_by_prompt_and_differ(pipeline: Pipeline) -> None:
+    prompts = ["Once upon a time", "The weather"]
+    got = pipeline(prompts, n=3, max_tokens=8, temperature=1.0, seed=5)
+    assert len(got) == 6
+    assert len({answer.text for answer in got[:3]}) == 3
+    first, second = (pipeline(p, max_tokens=8, temperature=1.0, seed=5)[0] for p in prompts)
+    assert (got[0], got[3]) == (first, second)
+
+
+def test_logprobs_come_with_the_tokens(pipeline: Pipeline) -> None:
+    (answer,) = pipeline([FRANCE], max_tokens=4, logprobs=3, prompt_logprobs=0)
+    assert [row.token_id for row in answer.logprobs] == list(answer.token_ids)
+    for row in answer.logprobs:
+        assert row.top[0] == (row.token_id, row.logprob)  # greedy: the likeliest
+        assert len(row.top) == 3
+    told = [row.token_id for row in answer.prompt_logprobs]
+    assert told == pipeline.encode(FRANCE)[1:]
+
+
 @pytest.mark.parametrize(
     ("sampling", "message"),
     [
         ({"max_tokens": 0}, "max_tokens must be an integer from 1 to 1000000, got 0"),
+        ({"n": 0}, "n must be an integer from 1 to 128, got 0"),
         ({"temperature": -1}, "temperature must be a number from 0 to 100, got -1"),
     ],
     ids=str,
 )
 def test_bad_parameters_are_refused(
-    pipeline: Pipeline, sampling: dict[str, float], message: str
+    pipeline: Pipeline, sampling: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(InvalidRequest, match=message):
         pipeline("x", **sampling)

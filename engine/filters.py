@@ -1,0 +1,77 @@
+"""`keep_likely`: top_k, top_p and min_p, by one threshold a row and without sorting the vocabulary.
+
+What is kept is always all tokens at least as likely as some token, so tokens that tie with the
+last one kept are kept as well, and the order of a sort never matters.
+"""
+
+from collections.abc import Sequence as Seq
+
+import torch
+
+from tokenmill.engine.sequence import Sequence
+
+#: Likeliest tokens among which the threshold is looked for; rows where it lies below are sorted.
+HEAD = 512
+
+
+def keep_likely(logits: torch.Tensor, seqs: Seq[Sequence]) -> torch.Tensor:
+    """Set what top_k, top_p and min_p leave out of `logits` [R, V] to -inf, and return them.
+
+    top_k first, then top_p over what is left, renormalised; min_p is relative to the likeliest.
+    The likeliest token always stays.
+    """
+
+    def column(values: list[float]) -> torch.Tensor:
+        return torch.tensor(values, device=logits.device)[:, None]
+
+    vocabulary = logits.shape[1]
+    top_k = column([float(min(s.params.top_k or vocabulary, vocabulary)) for s in seqs])
+    # Rounded sums reach 1 before the last token does: a top_p of 1 must drop nothing.
+    top_p = column([s.params.top_p if s.params.top_p < 1 else torch.inf for s in seqs])
+    min_p = column([s.params.min_p for s in seqs])
+    lowest = logits.amax(dim=-1, keepdim=True) + min_p.log()
+    ranked = any(s.params.top_k or s.params.top_p < 1 for s in seqs)
+    if ranked:
+        lowest = torch.maximum(lowest, _ranked_threshold(logits, top_k, top_p))
+    return logits.masked_fill_(logits < lowest, -torch.inf)
+
+
+def _ranked_threshold(
+    logits: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor
+) -> torch.Tensor:
+    """The lowest logit [R, 1] that top_k and top_p keep; columns [R, 1], top_p inf for none."""
+    vocabulary = logits.shape[1]
+    total = logits.logsumexp(dim=-1, keepdim=True)
+    head = logits.topk(min(HEAD, vocabulary), dim=-1).values
+    threshold, is_inside = _threshold(head, total, top_k, top_p, vocabulary)
+    outside = (~is_inside).nonzero().flatten()
+    if len(outside):
+        ranked = logits[outside].sort(dim=-1, descending=True).values
+        threshold[outside], _ = _threshold(
+            ranked, total[outside], top_k[outside], top_p[outside], vocabulary
+        )
+    return threshold
+
+
+def _threshold(
+    ranked: torch.Tensor,
+    total: torch.Tensor,
+    top_k: torch.Tensor,
+    top_p: torch.Tensor,
+    vocabulary: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Threshold [R, 1], and whether [R] it can be known from the first logits `ranked` [R, K]."""
+    size = ranked.shape[1]
+    beyond = torch.arange(size, device=ranked.device)[None, :] >= top_k
+    kept = ranked.masked_fill(beyond, -torch.inf)
+    # Renormalised over the k likeliest; exact only where all of those are here.
+    total = torch.where(top_k < vocabulary, kept.logsumexp(dim=-1, keepdim=True), total)
+    reached = (kept - total).exp().cumsum(dim=-1)
+    # A token is kept while those before it have not reached top_p: the first one always is.
+    count = (reached < top_p).sum(dim=-1, keepdim=True) + 1
+    count = torch.minimum(count, top_k.long())
+    is_inside = (count <= size) & ((top_k <= size) | (top_k == vocabulary))
+    is_inside |= torch.full_like(is_inside, size == vocabulary)
+    lowest = ranked.gather(1, count.clamp(max=size) - 1)
+    everything = torch.isinf(top_p) & (top_k >= vocabulary)
+    return lowest.masked_fill(everything, -torch.inf), (is_inside | everything).squeeze(1)

@@ -1,0 +1,45 @@
+"""SamplingParams: bounds by name, plain values there and back."""
+
+import json
+from typing import Any
+
+import pytest
+
+from tokenmill.producer.errors import InvalidRequest
+from tokenmill.producer.params import SamplingParams, choice_seed
+
+
+@pytest.mark.parametrize(
+    ("sampling", "message"),
+    [
+        ({"repetition_penalty": 0}, "repetition_penalty must be a number above 0 and up to 10"),
+        ({"presence_penalty": 2.1}, "presence_penalty must be a number from -2 to 2, got 2.1"),
+        ({"frequency_penalty": "1"}, "frequency_penalty must be a number from -2 to 2, got '1'"),
+        ({"logit_bias": [1]}, "logit_bias must be a map of up to 1024 token ids"),
+        ({"logit_bias": {"x": 1}}, "logit_bias must be a map .*, got 'x'"),
+        ({"logit_bias": {-1: 1}}, "logit_bias must be a map .*, got -1"),
+        ({"logit_bias": {5: 101}}, "logit_bias.5 must be a number from -100 to 100, got 101"),
+        ({"logit_bias": {5: float("nan")}}, "logit_bias.5 must be a number"),
+        ({"logit_bias": dict.fromkeys(range(1025), 1)}, "logit_bias must be a map of up to 1024"),
+        ({"logprobs": 21}, "logprobs must be an integer from 0 to 20, got 21"),
+        ({"logprobs": True}, "logprobs must be an integer from 0 to 20, got True"),
+        ({"prompt_logprobs": -1}, "prompt_logprobs must be an integer from 0 to 20, got -1"),
+    ],
+    ids=str,
+)
+def test_what_is_out_of_bounds_is_named(sampling: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidRequest, match=message):
+        SamplingParams(**sampling)
+
+
+def test_plain_values_there_and_back() -> None:
+    bias: dict[Any, float] = {5: 1, "17": -2.5}
+    params = SamplingParams(logit_bias=bias, stop=("a",), logprobs=0, presence_penalty=-1)
+    plain = json.loads(json.dumps(params.to_mapping()))
+    assert plain["logit_bias"] == {"5": 1.0, "17": -2.5}
+    assert SamplingParams.from_mapping(plain) == params
+
+
+def test_choices_have_seeds_of_their_own() -> None:
+    assert choice_seed(7, 0) == 7
+    assert len({choice_seed(seed, choice) for seed in range(20) for choice in range(20)}) >= 399
