@@ -84,10 +84,11 @@ def _version(name: str) -> str | None:
         return None
 
 
-def write_result(name: str, workload: Workload, figures: dict[str, object]) -> Path:
+def write_result(name: str, workload: Workload | None, figures: dict[str, object]) -> Path:
     """Write one bench's JSON and return its path."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    content = {"bench": name, "workload": asdict(workload), **figures, "provenance": provenance()}
+    shape = {"workload": asdict(workload)} if workload else {}
+    content = {"bench": name, **shape, **figures, "provenance": provenance()}
     path.write_text(json.dumps(content, indent=2) + "\n")
     return path
