@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check -qq
 READY  := $(VENV)/.ready
 
-.PHONY: help demo test check lint types fmt bench chaos clean
+.PHONY: help demo test check lint types fmt bench chaos servers clean
 
 SECONDS ?= 60
 
@@ -40,6 +40,9 @@ bench: $(READY)  ## the CPU benches, as JSON in bench/results
 
 chaos: $(READY)  ## kill, stop, cut and restart everything for SECONDS=60, by SEED=, and check
 	@$(BIN)/python tests/chaos/suite.py --seconds $(SECONDS) --seed "$(SEED)"
+
+servers: $(READY) ## the tests of the protocol alone, behind Sentinels and on clusters
+	@$(BIN)/pytest -m everywhere --all-servers
 
 clean:           ## remove everything that make created
 	@rm -rf $(VENV) build dist .demo .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -11,7 +11,8 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import OutOfMemoryError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from tokenmill.producer.connection import MAX_BLOCK_S, connect, shown_url
+from tokenmill.producer.address import shown_url
+from tokenmill.producer.connection import MAX_BLOCK_S, connect
 from tokenmill.producer.errors import (
     Busy,
     Conflict,
@@ -66,8 +67,8 @@ class Client:
         self.tenant = check_name("tenant", tenant)
         self._keys = Keys(queue)
         self.url = url or os.environ.get(REDIS_URL) or _embedded()
-        self._server = connect(self.url)
-        self._blocking = connect(self.url, blocking=True)
+        self._server = connect(self.url, key=self._keys.tag)
+        self._blocking = connect(self.url, blocking=True, key=self._keys.tag)
 
     def __enter__(self) -> Self:
         return self

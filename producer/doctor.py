@@ -15,9 +15,10 @@ from typing import Any
 import redis
 from redis.exceptions import RedisError
 
+from tokenmill.producer.address import shown_url
 from tokenmill.producer.client import REDIS_URL, Client
 from tokenmill.producer.commands import check_model
-from tokenmill.producer.connection import connect, shown_url
+from tokenmill.producer.connection import connect
 from tokenmill.producer.embedded import ensure_server, stop_if_idle
 from tokenmill.producer.errors import TokenmillError
 

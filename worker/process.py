@@ -25,7 +25,8 @@ from importlib.metadata import version
 import redis
 from redis.exceptions import NoPermissionError, RedisError
 
-from tokenmill.producer.connection import connect, shown_url
+from tokenmill.producer.address import shown_url
+from tokenmill.producer.connection import connect
 from tokenmill.producer.errors import ServerUnreachable, TokenmillError, WrongServer
 from tokenmill.producer.keys import Keys
 from tokenmill.producer.wire import WorkerInfo
@@ -122,7 +123,7 @@ def run(
             time.sleep(RETRY_S)
             server = _connected(config, waits=True, is_first=False)
         stack.callback(server.close)
-        blocking = connect(config.redis_url, blocking=True)
+        blocking = connect(config.redis_url, blocking=True, key=Keys(config.queue).tag)
         stack.callback(blocking.close)
         worker = Worker(config, worker_id, server, blocking, pulse)
         signals.on_stop(worker.stop)
@@ -133,7 +134,7 @@ def run(
 def _connected(config: WorkerConfig, *, waits: bool, is_first: bool = True) -> redis.Redis | None:
     """The server; None if it does not answer and that is to be waited for, which is said once."""
     try:
-        return connect(config.redis_url)
+        return connect(config.redis_url, key=Keys(config.queue).tag)
     except ServerUnreachable as error:
         if not waits:
             raise

@@ -21,6 +21,8 @@ from tokenmill.producer.request_id import new_request_id
 from tokenmill.producer.wire import Request, Usage, chain_digest
 from tokenmill.worker.queue import Append, Claim, Finish, Queue
 
+pytestmark = pytest.mark.everywhere
+
 AMPLE = {"sequences": 100, "tokens": 100_000, "kv_tokens": 1_000_000}
 MakeQueue = Callable[..., Queue]
 

@@ -9,6 +9,8 @@ from tokenmill.producer.errors import InvalidRequest, NotFound, OutputChanged
 from tokenmill.producer.follower import Follower, check_position
 from tokenmill.producer.keys import Keys
 
+pytestmark = pytest.mark.everywhere
+
 
 def test_an_empty_follower_has_nothing(client: Client) -> None:
     follower = client.follower()

@@ -11,10 +11,11 @@ from tokenmill.producer.client import Client
 from tokenmill.producer.errors import Busy, InvalidRequest
 from tokenmill.producer.keys import GROUP, Keys
 from tokenmill.producer.params import SamplingParams
-from tokenmill.producer.scripts import Script
 from tokenmill.producer.wire import Request, Usage, WorkerInfo, chain_digest
 from tokenmill.worker import queue as worker_queue
 from tokenmill.worker.queue import Append, Claim, Finish, Queue, Verdict
+
+pytestmark = pytest.mark.everywhere
 
 KEYS = Keys()
 AMPLE = {"sequences": 100, "tokens": 100_000, "kv_tokens": 1_000_000}
@@ -157,26 +158,6 @@ def test_a_lane_that_comes_back_has_no_credit(server_url: str, make_queue: MakeQ
         order = ids(queue.claim(**AMPLE))
     assert [request_id in returned for request_id in order[:6]].count(True) == 3
     assert not all(request_id in returned for request_id in order[:3])
-
-
-def test_scripts_stay_in_the_slot_of_their_tag(
-    cluster_node: redis.Redis, make_request: MakeRequest
-) -> None:
-    queue = Queue(cluster_node, KEYS, "w1")
-    for number in range(3):
-        item = make_request(f"{number}")
-        arguments: list[Any] = [item.request_id, item.fingerprint, item.pack(), "default", 1]
-        arguments += [item.deadline_ms, item.prompt_cost, 8]
-        enqueue = Script("tokenmill.producer", "enqueue")
-        assert enqueue(cluster_node, KEYS.tag, arguments) == [b"OK", 0]
-    first, second, third = queue.claim(**AMPLE)
-    assert queue.append([piece(first, 0, 1)]) == [Verdict.OK]
-    assert queue.finish([end(first, 1)]) == [Verdict.OK]
-    assert queue.release(second.request_id, second.epoch, undo=True) is Verdict.OK
-    cancel = Script("tokenmill.producer", "cancel")
-    assert cancel(cluster_node, KEYS.tag, [third.request_id]) == b"OK"
-    queue.retire()
-    assert ids(queue.claim(**AMPLE)) == [second.request_id]
 
 
 def test_a_repeated_claim_returns_the_same(
