@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check -qq
 READY  := $(VENV)/.ready
 
-.PHONY: help demo test check lint types fmt bench chaos servers clean
+.PHONY: help demo test properties check lint types fmt bench chaos servers clean
 
 SECONDS ?= 60
 
@@ -25,6 +25,9 @@ demo: $(READY)   ## answer examples/questions.jsonl with a real model, live
 
 test: lint types $(READY)   ## lint, types, and every test that needs no GPU
 	@$(BIN)/pytest -m 'not gpu'
+
+properties: $(READY)  ## 12,000 random schedules instead of 2,000
+	@TOKENMILL_SCHEDULES=12000 $(BIN)/pytest -q tests/engine/test_scheduler_properties.py
 
 lint: $(READY)   ## ruff and the import contracts
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/lint-imports

@@ -25,6 +25,8 @@ class EngineConfig:
     #: Bytes for the KV cache.
     kv_cache_memory: int | None = None
     policy: Policy = Policy.SPLITFUSE
+    #: Whether the KV cache keeps the blocks of prefixes that have been computed, for others.
+    prefix_caching: bool = True
 
     def __post_init__(self) -> None:
         for name, low in (

@@ -15,6 +15,7 @@ from tokenmill.engine.models.decoder import Decoder
 from tokenmill.engine.sampler import sample
 from tokenmill.engine.scheduler import Chunk, Scheduler
 from tokenmill.engine.sequence import FinishReason, Sequence
+from tokenmill.engine.stats import EngineStats
 from tokenmill.producer.errors import InvalidRequest
 from tokenmill.producer.params import SamplingParams
 
@@ -81,7 +82,7 @@ class Engine:
             model.spec, num_blocks, block_size=block_size, dtype=model.dtype, device=model.device
         )
         self.scheduler = Scheduler(
-            BlockPool(num_blocks, block_size),
+            BlockPool(num_blocks, block_size, is_caching=config.prefix_caching),
             token_budget=token_budget,
             max_num_seqs=max_num_seqs,
             policy=config.policy,
@@ -89,6 +90,8 @@ class Engine:
         self._sequences: dict[str, Sequence] = {}
         #: Sequences that were complete when they were added: they end without a step.
         self._complete: list[Sequence] = []
+        self._num_steps = 0
+        self._num_computed_tokens = 0
 
     @property
     def has_work(self) -> bool:
@@ -150,7 +153,7 @@ class Engine:
         """Forget a sequence and free its blocks; an unknown id is no error."""
         seq = self._sequences.pop(seq_id, None)
         if seq is not None:
-            self.scheduler.finish(seq)
+            self.scheduler.abort(seq)
 
     def capacity(self) -> Capacity:
         """What can be taken now; zero or more of each."""
@@ -169,6 +172,22 @@ class Engine:
             block_size=scheduler.pool.block_size,
         )
 
+    def stats(self) -> EngineStats:
+        """What the engine has done so far, and how full it is."""
+        scheduler = self.scheduler
+        return EngineStats(
+            num_steps=self._num_steps,
+            num_computed_tokens=self._num_computed_tokens,
+            num_admitted_tokens=scheduler.num_admitted_tokens,
+            num_cached_tokens=scheduler.num_cached_tokens,
+            num_preemptions=scheduler.num_preemptions,
+            num_waiting=len(scheduler.waiting),
+            num_running=len(scheduler.running),
+            num_blocks=scheduler.pool.num_blocks,
+            num_free_blocks=scheduler.pool.num_free,
+            num_cached_blocks=scheduler.pool.num_cached,
+        )
+
     @torch.inference_mode()
     def step(self) -> list[StepOutput]:
         """Run one forward pass and return what it gave; an idle engine returns nothing."""
@@ -180,7 +199,9 @@ class Engine:
         hidden = self._decoder.forward(batch, self._cache)
         ready = [c.seq for c in plan.chunks if c.start + c.length == c.seq.num_tokens]
         outputs += self._tell_of_prompts(hidden[len(ready) :], plan.chunks)
-        self._mark_computed(plan.chunks)
+        self.scheduler.mark_computed(plan.chunks)
+        self._num_steps += 1
+        self._num_computed_tokens += plan.num_tokens
         if not ready:
             return outputs
         logits = self._decoder.logits(hidden[: len(ready)])
@@ -199,10 +220,6 @@ class Engine:
         complete = [s for s in self._complete if s.seq_id in self._sequences]
         self._complete = []
         return complete
-
-    def _mark_computed(self, chunks: Seq[Chunk]) -> None:
-        for chunk in chunks:
-            chunk.seq.num_computed_tokens += chunk.length
 
     def _tell_of_prompts(self, hidden: torch.Tensor, chunks: Seq[Chunk]) -> list[StepOutput]:
         if not len(hidden):

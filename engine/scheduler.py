@@ -4,38 +4,43 @@ A forward pass costs by its tokens, hardly by its sequences, so every step carri
 running sequences first, one token each; then unfinished prompts; then new ones. Long prompts are
 split over steps, short ones fused into one.
 
-Contract (tests/engine/test_scheduler.py: 1, 5 and 7 as properties of random traffic, the others
-by example)
+Contract (tests/engine/test_scheduler.py and test_scheduler_properties.py)
 
 1. A step never exceeds the token budget, `max_num_seqs`, or the free blocks.
 2. A sequence whose `max_num_tokens` the whole cache holds can finish alone; the engine caps the
    context by the cache, so there are no others.
-3. A new sequence is admitted when its tokens plus its expected output fit beside what the running
-   ones still expect to need; the first of an idle scheduler is always admitted.
+3. A new sequence is admitted when its tokens plus its expected output fit, with a margin, beside
+   what the running ones still expect to need; the first of an idle scheduler is always admitted.
 4. A waiting sequence that does not fit does not block those behind it, until `MAX_PASSES` of them
    have been admitted before it: then nobody passes it.
 5. Out of blocks, the running sequence that loses the least work is preempted and recomputed
-   later; the first in order is never a victim, so it ends, and then the next.
-6. Within a priority, sequences are tried in order of arrival.
-7. Every sequence ends, and its blocks return to the pool; a lower priority may wait for as long as
-   higher ones keep coming (the queue ages what waits, not the scheduler).
+   later, from what the cache still knows of it; the first in order is never a victim, so it ends,
+   and then the next.
+6. Sequences are tried in order of arrival; a priority is a head start of `HEAD_START` admissions
+   per level, so that the lowest is overtaken for a while and not for ever.
+7. An admitted sequence begins behind the blocks that the cache knows of it, its last token always
+   excepted. One that would compute a block that another is computing in this step waits for it.
+8. Every sequence ends, and its blocks return to the pool.
 """
 
 import bisect
 import enum
-from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import islice
 
-from tokenmill.engine.block_pool import BlockPool
+from tokenmill.engine.block_pool import BlockPool, extend_hashes
+from tokenmill.engine.output_lengths import OutputLengths
 from tokenmill.engine.sequence import Sequence, SequenceStatus
 
 #: How often a waiting sequence that does not fit is passed by later ones.
 MAX_PASSES = 64
-#: Expected output before anything has finished, in tokens.
-INITIAL_EXPECTED_OUTPUT = 256
-#: Finished outputs that the expectation looks back on, and the share of them that it covers.
-OUTPUT_HISTORY, OUTPUT_QUANTILE = 256, 0.8
+#: Waiting sequences that do not fit, after which a step looks no further.
+MAX_BLOCKED = 32
+#: Admissions by which a level of priority is ahead of the next.
+HEAD_START = 256
+#: Admission leaves one block in so many unspoken for.
+MARGIN = 64
 
 
 class Policy(enum.Enum):
@@ -75,14 +80,22 @@ class Step:
         self.left = budget
         self.lengths: dict[Sequence, int] = {}
         self.preempted: list[Sequence] = []
+        #: Who computes the full block of this hash.
+        self._computing: dict[bytes, Sequence] = {}
 
-    def take(self, seq: Sequence, length: int) -> None:
+    def take(self, seq: Sequence, length: int, block_size: int) -> None:
         self.lengths[seq] = length
         self.left -= length
+        start = seq.num_computed_tokens
+        for block_hash in seq.block_hashes[start // block_size : (start + length) // block_size]:
+            self._computing.setdefault(block_hash, seq)
 
     def drop(self, seq: Sequence) -> None:
         self.left += self.lengths.pop(seq, 0)
         self.preempted.append(seq)
+
+    def is_computing(self, block_hash: bytes) -> bool:
+        return self._computing.get(block_hash) in self.lengths
 
 
 class Scheduler:
@@ -101,18 +114,21 @@ class Scheduler:
         self.max_num_seqs = max_num_seqs
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
+        self.output_lengths = OutputLengths()
         self.num_preemptions = 0
+        #: Tokens of all admitted sequences, and those of them that were in the cache.
+        self.num_admitted_tokens = 0
+        self.num_cached_tokens = 0
         self._fill = _POLICIES[policy]
-        self._arrivals = 0
-        self._outputs: deque[int] = deque(maxlen=OUTPUT_HISTORY)
-        self._expected_output = INITIAL_EXPECTED_OUTPUT
+        self._num_arrived = 0
+        self._num_admitted = 0
 
     # -- what the engine asks for ------------------------------------------------------------
 
     def add(self, seq: Sequence) -> None:
         """Queue a sequence."""
-        self._arrivals += 1
-        seq.arrival = self._arrivals
+        self._num_arrived += 1
+        seq.order = (self._num_admitted + seq.priority * HEAD_START, self._num_arrived)
         bisect.insort(self.waiting, seq, key=lambda s: s.order)
 
     def schedule(self) -> SchedulerOutput:
@@ -124,13 +140,26 @@ class Scheduler:
         )
         return SchedulerOutput(chunks, sum(c.length for c in chunks), tuple(step.preempted))
 
+    def mark_computed(self, chunks: Iterable[Chunk]) -> None:
+        """The chunks of a step are in the cache: count them, and make full blocks known."""
+        size = self.pool.block_size
+        for chunk in chunks:
+            seq = chunk.seq
+            seq.num_computed_tokens += chunk.length
+            full = range(chunk.start // size, seq.num_computed_tokens // size)
+            if full and self.pool.is_caching:
+                extend_hashes(seq.block_hashes, seq.token_ids, size)
+                for index in full:
+                    self.pool.remember(seq.block_table[index], seq.block_hashes[index])
+
     def finish(self, seq: Sequence) -> None:
+        """Remove a sequence that has ended, and learn from its length."""
+        self.output_lengths.record(seq.num_output_tokens)
+        self.abort(seq)
+
+    def abort(self, seq: Sequence) -> None:
         """Remove a sequence, wherever it stands, and free its blocks."""
         (self.running if seq.status is SequenceStatus.RUNNING else self.waiting).remove(seq)
-        if seq.num_output_tokens:
-            self._outputs.append(seq.num_output_tokens)
-            ranked = sorted(self._outputs)
-            self._expected_output = ranked[int(OUTPUT_QUANTILE * (len(ranked) - 1))]
         seq.status = SequenceStatus.FINISHED
         self._release(seq)
 
@@ -161,18 +190,24 @@ class Scheduler:
     def fill_waiting(self, step: Step, *, whole: bool = False) -> None:
         """Admit waiting sequences in order while budget, rows and blocks allow."""
         passed: list[Sequence] = []
+        free = self._num_unspoken_blocks()
         for seq in list(self.waiting):
             if step.left <= 0 or len(self.running) >= self.max_num_seqs:
                 return
-            length = min(seq.num_uncomputed_tokens, step.left)
-            if whole and length < seq.num_uncomputed_tokens:
+            cached = self._cached_blocks(seq)
+            if self._is_being_computed(step, seq, len(cached)):
+                continue
+            uncomputed = seq.num_tokens - len(cached) * self.pool.block_size
+            length = min(uncomputed, step.left)
+            if whole and length < uncomputed:
                 if step.lengths:
                     return
-                length = seq.num_uncomputed_tokens  # longer than the budget: a step of its own
-            if self._can_admit(seq):
-                self._admit(seq, passed)
+                length = uncomputed  # longer than the budget: a step of its own
+            if self._can_admit(seq, cached, free):
+                self._admit(seq, cached, passed)
                 self._take(step, seq, length)
-            elif seq.times_passed >= MAX_PASSES:
+                free = self._num_unspoken_blocks()
+            elif seq.times_passed >= MAX_PASSES or len(passed) >= MAX_BLOCKED:
                 return
             else:
                 passed.append(seq)
@@ -180,27 +215,58 @@ class Scheduler:
     def admit_all(self) -> None:
         """Admit waiting sequences in order while rows and blocks allow, whatever the budget."""
         for seq in list(self.waiting):
-            if len(self.running) >= self.max_num_seqs or not self._can_admit(seq):
+            cached = self._cached_blocks(seq)
+            if len(self.running) >= self.max_num_seqs or not self._can_admit(
+                seq, cached, self._num_unspoken_blocks()
+            ):
                 return
-            self._admit(seq, ())
+            self._admit(seq, cached, ())
 
-    def _can_admit(self, seq: Sequence) -> bool:
-        free = self.pool.num_free - self.num_reserved_blocks()
-        return not self.running or self._blocks_expected(seq) <= free
+    # -- admission ---------------------------------------------------------------------------
+
+    def _cached_blocks(self, seq: Sequence) -> list[int]:
+        """Blocks that the cache knows of the sequence; never the one of its last token."""
+        if not self.pool.is_caching:
+            return []
+        size = self.pool.block_size
+        extend_hashes(seq.block_hashes, seq.token_ids, size)
+        return self.pool.match(islice(seq.block_hashes, seq.num_skippable_tokens // size))
+
+    def _is_being_computed(self, step: Step, seq: Sequence, index: int) -> bool:
+        """Another sequence computes block `index` of this one in this step."""
+        return index < seq.num_skippable_tokens // self.pool.block_size and (
+            self.pool.is_caching and step.is_computing(seq.block_hashes[index])
+        )
+
+    def _num_unspoken_blocks(self) -> int:
+        margin = -(-self.pool.num_blocks // MARGIN)
+        return self.pool.num_free - self.num_reserved_blocks() - margin
+
+    def _can_admit(self, seq: Sequence, cached: Iterable[int], free: int) -> bool:
+        shared = sum(self.pool.num_references(block) > 0 for block in cached)
+        return not self.running or self._blocks_expected(seq) - shared <= free
 
     def _blocks_expected(self, seq: Sequence) -> int:
         """Blocks for the sequence when it ends, as far as can be guessed now."""
-        expected = max(seq.num_prompt_tokens + self._expected_output, seq.num_tokens + 1)
-        expected = min(expected, seq.max_num_tokens)
+        output = self.output_lengths.expect(seq.num_output_tokens)
+        expected = min(seq.num_prompt_tokens + output, seq.max_num_tokens)
         return max(self.pool.blocks_for(expected), len(seq.block_table))
 
-    def _admit(self, seq: Sequence, passed: Iterable[Sequence]) -> None:
+    def _admit(self, seq: Sequence, cached: list[int], passed: Iterable[Sequence]) -> None:
         for other in passed:
             other.times_passed += 1
         self.waiting.remove(seq)
+        self.pool.share(cached)
+        seq.block_table = cached
+        seq.num_computed_tokens = len(cached) * self.pool.block_size
         seq.status = SequenceStatus.RUNNING
         seq.times_passed = 0
         bisect.insort(self.running, seq, key=lambda s: s.order)
+        self._num_admitted += 1
+        self.num_admitted_tokens += seq.num_tokens
+        self.num_cached_tokens += seq.num_computed_tokens
+
+    # -- blocks ------------------------------------------------------------------------------
 
     def _take(self, step: Step, seq: Sequence, length: int) -> None:
         """Schedule `length` tokens, preempting others or shrinking the chunk when out of blocks."""
@@ -216,7 +282,7 @@ class Scheduler:
             missing = self.pool.num_free
         if length > 0:
             seq.block_table += self.pool.allocate(missing)
-            step.take(seq, length)
+            step.take(seq, length, self.pool.block_size)
 
     def _blocks_missing(self, seq: Sequence, length: int) -> int:
         needed = self.pool.blocks_for(seq.num_computed_tokens + length)
@@ -225,7 +291,12 @@ class Scheduler:
     def _victim(self, asking: Sequence) -> Sequence | None:
         """Of those behind `asking` in order, the lowest priority with the least work to redo."""
         behind = (s for s in self.running if s.order > asking.order and s.block_table)
-        return min(behind, key=lambda s: (-s.priority, s.num_computed_tokens), default=None)
+        return min(behind, key=self._loss, default=None)
+
+    def _loss(self, seq: Sequence) -> tuple[int, bool, int]:
+        """Sort key of a victim: what it shares is not lost, and not won by anybody either."""
+        own = sum(self.pool.num_references(block) == 1 for block in seq.block_table)
+        return (-seq.priority, own == 0, min(own * self.pool.block_size, seq.num_computed_tokens))
 
     def _preempt(self, step: Step, seq: Sequence) -> None:
         step.drop(seq)

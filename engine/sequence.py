@@ -49,13 +49,15 @@ class Sequence:
     max_num_tokens: int
     #: 0 goes first.
     priority: int = 1
-    #: Order of arrival, given by the scheduler.
-    arrival: int = 0
+    #: Sort key given by the scheduler: arrival, with the head start of the priority.
+    order: tuple[int, int] = (0, 0)
     #: Times that others were admitted although this one, waiting longer, did not fit.
     times_passed: int = 0
     #: Tokens whose KV is in the cache.
     num_computed_tokens: int = 0
     block_table: list[int] = field(default_factory=list)
+    #: Of its full blocks, as far as they were needed (`block_pool.extend_hashes`).
+    block_hashes: list[bytes] = field(default_factory=list)
     status: SequenceStatus = SequenceStatus.WAITING
     #: Prompt tokens whose log probability has been told, or need not be; the first has none.
     num_told_tokens: int = 1
@@ -75,11 +77,14 @@ class Sequence:
         return len(self.token_ids) - self.num_computed_tokens
 
     @property
+    def num_skippable_tokens(self) -> int:
+        """Tokens that need not be computed if their KV is known: all whose output is not wanted."""
+        wants_prompt = self.params.prompt_logprobs is not None
+        if wants_prompt and self.num_told_tokens < self.num_prompt_tokens:
+            return self.num_told_tokens - 1
+        return self.num_tokens - 1
+
+    @property
     def is_prefilling(self) -> bool:
         """More than its newest token is missing from the cache."""
         return self.num_uncomputed_tokens > 1
-
-    @property
-    def order(self) -> tuple[int, int]:
-        """Sort key: priority, then arrival."""
-        return (self.priority, self.arrival)

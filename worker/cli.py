@@ -95,6 +95,13 @@ def _auto(value: str) -> int | None:
     default=Policy.SPLITFUSE.value,
     help="How a step is filled; the others are for comparison.",
 )
+@_option(
+    "--prefix-caching/--no-prefix-caching",
+    envvar="TOKENMILL_PREFIX_CACHING",
+    default=True,
+    show_default=True,
+    help="Compute a prefix that prompts share once.",
+)
 @_option("--threads", envvar="TOKENMILL_THREADS", type=int, help="CPU threads of the model.")
 @_option(
     "--lease",
@@ -142,6 +149,7 @@ def worker(
     max_model_len: int | None,
     kv_cache_memory: str | None,
     policy: str,
+    prefix_caching: bool,
     lease_s: float,
     verbose: bool,
     as_json: bool,
@@ -164,6 +172,7 @@ def worker(
             max_model_len=max_model_len,
             kv_cache_memory=None if kv_cache_memory is None else parse_bytes(kv_cache_memory),
             policy=Policy(policy),
+            prefix_caching=prefix_caching,
         ),
         **settings,
     )

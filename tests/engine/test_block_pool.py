@@ -1,10 +1,10 @@
-"""BlockPool: what is allocated is distinct, what is freed comes back, errors are found."""
+"""BlockPool: what is allocated is distinct, freed comes back, known is found, errors are seen."""
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tokenmill.engine.block_pool import BlockPool
+from tokenmill.engine.block_pool import BlockPool, extend_hashes
 
 
 @given(st.lists(st.integers(0, 6), max_size=60))
@@ -40,3 +40,81 @@ def test_integrity_sees_broken_books(tables: list[list[int]], freed: list[int]) 
 
 def test_blocks_for_rounds_up() -> None:
     assert [BlockPool(1, 16).blocks_for(n) for n in (0, 1, 16, 17)] == [0, 1, 1, 2]
+
+
+def hashes_of(tokens: list[int], block_size: int = 2) -> list[bytes]:
+    hashes: list[bytes] = []
+    extend_hashes(hashes, tokens, block_size)
+    return hashes
+
+
+def test_a_hash_stands_for_everything_before_it() -> None:
+    first, other = hashes_of([1, 2, 3, 4, 5]), hashes_of([9, 2, 3, 4])
+    assert len(first) == 2, "the last block is not full"
+    assert not set(first) & set(other)
+    assert hashes_of([1, 2, 3, 4, 7, 8])[:2] == first
+
+
+def test_hashes_grow_with_the_tokens() -> None:
+    hashes = hashes_of([1, 2, 3])
+    extend_hashes(hashes, [1, 2, 3, 4, 5, 6], 2)
+    assert hashes == hashes_of([1, 2, 3, 4, 5, 6])
+
+
+def fill(pool: BlockPool, hashes: list[bytes]) -> list[int]:
+    """Compute a sequence of full blocks and let it go."""
+    blocks = pool.allocate(len(hashes))
+    for block, block_hash in zip(blocks, hashes, strict=True):
+        pool.remember(block, block_hash)
+    pool.free(blocks)
+    return blocks
+
+
+def test_the_longest_known_prefix_is_found_and_shared() -> None:
+    pool = BlockPool(8, 2)
+    blocks = fill(pool, hashes_of([1, 2, 3, 4, 5, 6]))
+    assert pool.num_free == 8
+    found = pool.match(hashes_of([1, 2, 3, 4, 7, 7]))
+    assert found == blocks[:2]
+    pool.share(found)
+    pool.share(found)
+    pool.check_integrity([found, found])
+    pool.free(found)
+    assert pool.num_free == 6
+    pool.free(found)
+    assert pool.num_free == 8
+    pool.check_integrity([])
+
+
+def test_the_longest_unused_is_evicted_first_and_the_end_of_a_prefix_before_its_begin() -> None:
+    pool = BlockPool(6, 2)
+    old, new = hashes_of([1, 2, 3, 4]), hashes_of([5, 6, 7, 8])
+    fill(pool, old)
+    kept = fill(pool, new)
+    held = pool.allocate(2)  # the blank ones
+    assert (pool.match(old), pool.match(new)) != ([], [])
+    held += pool.allocate(1)
+    assert len(pool.match(old)) == 1
+    held += pool.allocate(1)
+    assert pool.match(old) == []
+    assert pool.match(new) == kept
+    pool.check_integrity([held])
+
+
+def test_the_first_of_equal_blocks_is_kept() -> None:
+    pool = BlockPool(4, 2)
+    (block_hash,) = hashes_of([1, 2])
+    first, second = pool.allocate(2)
+    pool.remember(first, block_hash)
+    pool.remember(second, block_hash)
+    assert pool.match([block_hash]) == [first]
+    pool.free([first, second])
+    pool.check_integrity([])
+    assert pool.num_cached == 1
+
+
+def test_without_caching_nothing_is_known() -> None:
+    pool = BlockPool(4, 2, is_caching=False)
+    hashes = hashes_of([1, 2, 3, 4])
+    fill(pool, hashes)
+    assert pool.match(hashes) == []

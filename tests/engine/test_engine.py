@@ -1,6 +1,11 @@
 """The engine: resume at the exact token, aborts, ends, refusals, capacity."""
 
+import gc
+import os
+import tracemalloc
+from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +21,15 @@ from tokenmill.engine.sequence import FinishReason
 from tokenmill.engine.tokenizer import Tokenizer
 from tokenmill.producer.errors import InvalidRequest
 from tokenmill.producer.params import SamplingParams
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Tiny operations are not worth handing to a second thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +129,7 @@ def test_preempted_sequences_give_the_same_tokens(tiny: LoadedModel) -> None:
     params = SamplingParams(max_tokens=20, temperature=1.0, ignore_eos=True)
 
     def tokens_of(engine: Engine) -> dict[str, tuple[list[int], FinishReason | None]]:
-        engine.scheduler._expected_output = 1  # admit all at once
+        engine.scheduler.output_lengths.record(1)  # admit all at once
         for number in range(4):
             engine.add(str(number), [number + 1, *PROMPT[1:]], params, seed=number)
         return run(engine)
@@ -170,6 +184,74 @@ def test_the_context_ends_a_sequence(tiny: LoadedModel) -> None:
     engine.add("a", PROMPT, SamplingParams(max_tokens=500, ignore_eos=True), seed=0)
     tokens, reason = run(engine)["a"]
     assert (len(PROMPT) + len(tokens), reason) == (10, FinishReason.LENGTH)
+
+
+def test_a_shared_prefix_is_computed_once(tiny: LoadedModel) -> None:
+    """40 prompts of 64 shared and 8 own tokens: over 85% are not computed, nothing else changes."""
+    shared = [(7 * n) % 96 + 1 for n in range(64)]
+    params = SamplingParams(max_tokens=6, temperature=0.5, ignore_eos=True)
+
+    def answers(engine: Engine) -> dict[str, tuple[list[int], FinishReason | None]]:
+        for number in range(40):
+            own = [(number * n) % 96 + 1 for n in range(1, 9)]
+            engine.add(str(number), shared + own, params, seed=number)
+        return run(engine)
+
+    on, off = make_engine(tiny), make_engine(tiny, prefix_caching=False)
+    assert answers(on) == answers(off)
+    assert on.stats().num_cached_tokens == 39 * 64
+    assert off.stats().num_computed_tokens == 40 * (72 + 5)
+    assert on.stats().num_computed_tokens == off.stats().num_computed_tokens - 39 * 64
+    assert on.stats().hit_rate > 0.85
+
+
+def test_prompt_logprobs_are_told_although_the_prompt_is_cached(tiny: LoadedModel) -> None:
+    engine = make_engine(tiny)
+    prompt = [(7 * n) % 96 + 1 for n in range(40)]
+    params = SamplingParams(max_tokens=2, ignore_eos=True)
+    engine.add("warm", prompt, params, seed=0)
+    run(engine)
+    engine.add("a", prompt, replace(params, prompt_logprobs=0), seed=0)
+    told = 0
+    while engine.has_work:
+        told += sum(len(output.prompt_logprobs) for output in engine.step())
+    assert told == 39
+
+
+def test_capacity_counts_what_is_only_remembered_as_free(tiny: LoadedModel) -> None:
+    engine = make_engine(tiny)
+    idle = engine.capacity()
+    engine.add("a", [1] * 60, SamplingParams(max_tokens=4, ignore_eos=True), seed=0)
+    run(engine)
+    assert engine.stats().num_cached_blocks > 0
+    assert engine.capacity() == idle
+
+
+def test_two_thousand_requests_leave_every_block_free_and_memory_flat(tiny: LoadedModel) -> None:
+    engine = make_engine(tiny, token_budget=128, max_num_seqs=64)
+    params = SamplingParams(max_tokens=3, ignore_eos=True)
+
+    def serve(first: int, last: int) -> tuple[int, int]:
+        """Bytes of Python's objects and of the process, after it."""
+        for start in range(first, last, 100):
+            for number in range(start, start + 100):
+                prompt = [number % 97, number // 97, *PROMPT] * 2
+                engine.add(str(number), prompt, params, seed=number)
+            assert len(run(engine)) == 100
+        gc.collect()
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return tracemalloc.get_traced_memory()[0], pages * os.sysconf("SC_PAGE_SIZE")
+
+    tracemalloc.start()
+    try:
+        python, process = serve(0, 1000)
+        python_after, process_after = serve(1000, 2000)
+    finally:
+        tracemalloc.stop()
+    pool = engine.scheduler.pool
+    assert pool.num_free == pool.num_blocks
+    assert python_after - python < 200 * 1000, "200 bytes a request are a leak"
+    assert process_after - process < 16 << 20
 
 
 @pytest.mark.parametrize(

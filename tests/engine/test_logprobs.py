@@ -88,7 +88,7 @@ def test_a_recomputed_prompt_is_told_once(both: tuple[LoadedModel, Any]) -> None
         token_budget=16, max_num_seqs=4, block_size=4, kv_cache_memory=13 * block_bytes
     )
     engine = Engine(both[0], config)
-    engine.scheduler._expected_output = 1  # admit all at once
+    engine.scheduler.output_lengths.record(1)  # admit all at once
     prompts = [[number + 3, 9, 31, 4, 77, 12, 60] for number in range(4)]
     got = run(engine, prompts, max_tokens=20, prompt_logprobs=0)
     assert engine.scheduler.num_preemptions > 0

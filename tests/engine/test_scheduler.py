@@ -1,24 +1,31 @@
-"""The scheduler's contract, one property each, over random traffic."""
+"""The scheduler's contract by example; test_scheduler_properties.py has random traffic."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from itertools import count
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from tokenmill.engine.block_pool import BlockPool
-from tokenmill.engine.scheduler import MAX_PASSES, Policy, Scheduler, SchedulerOutput
+from tokenmill.engine.scheduler import (
+    HEAD_START,
+    MAX_PASSES,
+    Policy,
+    Scheduler,
+    SchedulerOutput,
+)
 from tokenmill.engine.sequence import Sequence, SequenceStatus
 from tokenmill.producer.params import SamplingParams
 
+_contents = count()
+
 
 def make_sequence(
-    name: str, prompt: int, output: int, *, priority: int = 1, resumed: int = 0
+    name: str, prompt: int, output: int, *, priority: int = 1, content: int | None = None
 ) -> Sequence:
+    """A sequence of its own content, or of one that others share."""
     return Sequence(
         seq_id=name,
-        token_ids=[1] * (prompt + resumed),
+        token_ids=[next(_contents) if content is None else -content] * prompt,
         num_prompt_tokens=prompt,
         params=SamplingParams(max_tokens=max(output, 1)),
         seed=0,
@@ -42,9 +49,9 @@ def make_scheduler(
 def compute(scheduler: Scheduler, plan: SchedulerOutput) -> list[Sequence]:
     """Play the engine: mark chunks computed, give each caught-up sequence a token; the ended."""
     ended = []
+    scheduler.mark_computed(plan.chunks)
     for chunk in plan.chunks:
         seq = chunk.seq
-        seq.num_computed_tokens += chunk.length
         if seq.num_uncomputed_tokens == 0:
             seq.token_ids.append(1)
             if seq.num_tokens >= seq.max_num_tokens:
@@ -63,80 +70,6 @@ def run(
         yield plan, compute(scheduler, plan)
         steps += 1
         assert steps < limit, "the work does not end"
-
-
-@dataclass(frozen=True)
-class Traffic:
-    """Sequences as (arrival step, prompt, output, priority), and the scheduler they meet."""
-
-    arrivals: list[tuple[int, int, int, int]]
-    blocks: int
-    block_size: int
-    budget: int
-    rows: int
-    cancel_every: int
-
-
-@st.composite
-def traffics(draw: st.DrawFn) -> Traffic:
-    block_size = draw(st.integers(1, 8))
-    blocks = draw(st.integers(2, 24))
-    room = blocks * block_size
-    rows = draw(st.integers(1, 6))
-    prompt = st.integers(1, max(1, room - 1))
-    arrival = st.tuples(st.integers(0, 30), prompt, st.integers(1, 40), st.integers(0, 2))
-    raw = draw(st.lists(arrival, min_size=1, max_size=12))
-    arrivals = [(t, p, min(o, room - p) or 1, q) for t, p, o, q in raw if p < room]
-    return Traffic(
-        sorted(arrivals),
-        blocks,
-        block_size,
-        rows + draw(st.integers(0, 32)),
-        rows,
-        draw(st.sampled_from([0, 0, 3, 7])),
-    )
-
-
-@given(traffics(), st.sampled_from(["splitfuse", "prefill_first", "static"]))
-@settings(max_examples=400, deadline=None)
-def test_contract_holds_on_random_traffic(traffic: Traffic, policy: str) -> None:
-    """Rules 1, 4, 5 and 7: limits kept, no block lost or shared, everything ends."""
-    scheduler = make_scheduler(
-        blocks=traffic.blocks,
-        block_size=traffic.block_size,
-        budget=traffic.budget,
-        rows=traffic.rows,
-        policy=policy,
-    )
-    pending = [
-        (when, make_sequence(str(n), prompt, output, priority=priority))
-        for n, (when, prompt, output, priority) in enumerate(traffic.arrivals)
-    ]
-    alive = {seq.seq_id for _, seq in pending}
-    step = 0
-    while alive:
-        while pending and pending[0][0] <= step:
-            scheduler.add(pending.pop(0)[1])
-        step += 1
-        assert step < 20_000, "the work does not end"
-        if traffic.cancel_every and step % traffic.cancel_every == 0 and scheduler.running:
-            victim = scheduler.running[step % len(scheduler.running)]
-            scheduler.finish(victim)
-            alive.discard(victim.seq_id)
-        plan = scheduler.schedule()
-        whole_alone = policy == "prefill_first" and len(plan.chunks) == 1
-        assert plan.num_tokens <= traffic.budget or whole_alone
-        assert plan.num_tokens == sum(c.length for c in plan.chunks)
-        assert len(scheduler.running) <= traffic.rows
-        assert plan.chunks or not (scheduler.running or scheduler.waiting)
-        for chunk in plan.chunks:
-            assert chunk.seq.status is SequenceStatus.RUNNING
-            assert chunk.start == chunk.seq.num_computed_tokens
-            assert len(chunk.seq.block_table) * traffic.block_size >= chunk.start + chunk.length
-        scheduler.check_integrity()
-        alive -= {seq.seq_id for seq in compute(scheduler, plan)}
-    assert scheduler.pool.num_free == traffic.blocks
-    scheduler.check_integrity()
 
 
 def test_decodes_come_first_then_unfinished_prompts_then_new_ones() -> None:
@@ -176,6 +109,20 @@ def test_higher_priority_overtakes_what_waits() -> None:
         scheduler.add(make_sequence(name, 4, 1, priority=priority))
     ended = [seq.seq_id for _, done in run(scheduler) for seq in done]
     assert ended == ["high", "normal", "low"]
+
+
+def test_the_lowest_priority_is_overtaken_and_not_starved() -> None:
+    """Whatever the load of the highest: after its head start is used up, the lowest is next."""
+    scheduler = make_scheduler(blocks=1000, budget=4, rows=1)
+    low = make_sequence("low", 4, 1, priority=2)
+    scheduler.add(make_sequence("first", 4, 1, priority=0))
+    scheduler.add(low)
+    ended = 0
+    while low.status is not SequenceStatus.FINISHED:
+        scheduler.add(make_sequence("high", 4, 1, priority=0))
+        ended += len(compute(scheduler, scheduler.schedule()))
+        assert ended <= 2 * HEAD_START + 2
+    assert ended >= 2 * HEAD_START
 
 
 def test_admission_waits_for_the_expected_output() -> None:
@@ -277,6 +224,69 @@ def test_prefill_first_never_mixes_prompts_with_decodes() -> None:
     for plan, _ in run(scheduler):
         prefills = {c.start == 0 for c in plan.chunks}
         assert len(prefills) == 1
+
+
+def test_what_is_cached_is_not_computed_again_but_for_the_last_token() -> None:
+    """Blocks of 4: of the same 16 tokens 12 are cached, of 18 with the same begin 16."""
+    scheduler = make_scheduler(blocks=100, budget=64)
+    scheduler.add(make_sequence("a", 16, 1, content=1))
+    list(run(scheduler))
+    same, longer = (
+        make_sequence("same", 16, 1, content=1),
+        make_sequence("longer", 18, 1, content=1),
+    )
+    scheduler.add(same)
+    scheduler.add(longer)
+    plan = scheduler.schedule()
+    assert [(c.start, c.length) for c in plan.chunks] == [(12, 4), (16, 2)]
+    assert same.block_table[:3] == longer.block_table[:3]
+    assert (scheduler.num_admitted_tokens, scheduler.num_cached_tokens) == (16 + 34, 12 + 16)
+
+
+def test_equal_prompts_of_one_step_are_computed_once() -> None:
+    """The others wait for the first, while what shares nothing with it goes on beside it."""
+    scheduler = make_scheduler(blocks=100, budget=64)
+    for number in range(4):
+        scheduler.add(make_sequence(str(number), 18, 5, content=1))
+    scheduler.add(make_sequence("other", 18, 5))
+    plans = [plan for plan, _ in run(scheduler)]
+    assert [(c.seq.seq_id, c.length) for c in plans[0].chunks] == [("0", 18), ("other", 18)]
+    assert [(c.start, c.length) for c in plans[1].chunks[2:]] == [(16, 2)] * 3
+
+
+def test_a_preempted_sequence_finds_its_own_blocks() -> None:
+    scheduler = make_scheduler(blocks=20, budget=64)
+    scheduler.output_lengths.record(1)
+    first, second = make_sequence("first", 20, 40), make_sequence("second", 30, 20)
+    scheduler.add(first)
+    scheduler.add(second)
+    starts = [
+        chunk.start
+        for plan, _ in run(scheduler)
+        for chunk in plan.chunks
+        if chunk.seq is second and chunk.length > 1
+    ]
+    assert scheduler.num_preemptions == 1
+    assert starts[0] == 0
+    assert starts[1] > 0
+
+
+def test_without_caching_everything_is_computed() -> None:
+    pool = BlockPool(100, 4, is_caching=False)
+    scheduler = Scheduler(pool, token_budget=64, max_num_seqs=8, policy=Policy.SPLITFUSE)
+    for number in range(3):
+        scheduler.add(make_sequence(str(number), 16, 1, content=1))
+    assert scheduler.schedule().num_tokens == 48
+
+
+def test_a_cancelled_sequence_teaches_nothing_about_lengths() -> None:
+    scheduler = make_scheduler()
+    seq = make_sequence("a", 4, 60)
+    scheduler.add(seq)
+    before = scheduler.output_lengths.expect()
+    compute(scheduler, scheduler.schedule())
+    scheduler.abort(seq)
+    assert scheduler.output_lengths.expect() == before
 
 
 def test_a_budget_below_the_rows_is_refused() -> None:

@@ -1,0 +1,208 @@
+"""The scheduler's contract as properties of random traffic, and under adversarial traffic.
+
+`TOKENMILL_SCHEDULES` sets how many schedules are drawn; `make properties` draws 12,000.
+"""
+
+import os
+from dataclasses import dataclass
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tokenmill.engine.block_pool import BlockPool
+from tokenmill.engine.scheduler import Policy, Scheduler, SchedulerOutput
+from tokenmill.engine.sequence import Sequence, SequenceStatus
+from tokenmill.producer.params import SamplingParams
+
+SCHEDULES = int(os.environ.get("TOKENMILL_SCHEDULES", "2000"))
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """A sequence that comes before step `step`; equal contents are equal prompts."""
+
+    step: int
+    content: int
+    prompt: int
+    output: int
+    priority: int
+    #: Cancelled this many steps later; 0: never.
+    cancel_after: int
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Sequences, and the scheduler they meet."""
+
+    arrivals: list[Arrival]
+    blocks: int
+    block_size: int
+    budget: int
+    rows: int
+    is_caching: bool
+    #: Output lengths that the scheduler believes in at first: wrong ones make it preempt.
+    believed: int
+
+
+@st.composite
+def traffics(draw: st.DrawFn) -> Traffic:
+    block_size = draw(st.integers(1, 8))
+    blocks = draw(st.integers(2, 24))
+    room = blocks * block_size
+    rows = draw(st.integers(1, 6))
+    arrival = st.builds(
+        Arrival,
+        step=st.integers(0, 30),
+        content=st.integers(0, 3),
+        prompt=st.integers(1, room - 1),
+        output=st.integers(1, 40),
+        priority=st.integers(0, 2),
+        cancel_after=st.sampled_from([0, 0, 0, 1, 5]),
+    )
+    return Traffic(
+        sorted(draw(st.lists(arrival, min_size=1, max_size=12)), key=lambda a: a.step),
+        blocks,
+        block_size,
+        rows + draw(st.integers(0, 32)),
+        rows,
+        draw(st.booleans()),
+        draw(st.sampled_from([1, 4, 256])),
+    )
+
+
+class Simulation:
+    """Plays the engine, and knows for every cache slot which prefix was written to it."""
+
+    def __init__(self, traffic: Traffic, policy: str = "splitfuse") -> None:
+        self.traffic = traffic
+        pool = BlockPool(traffic.blocks, traffic.block_size, is_caching=traffic.is_caching)
+        self.scheduler = Scheduler(
+            pool,
+            token_budget=traffic.budget,
+            max_num_seqs=traffic.rows,
+            policy=Policy(policy),
+        )
+        self.scheduler.output_lengths.record(traffic.believed)
+        self.policy = policy
+        self.step = 0
+        self.num_computed = 0
+        self.coming = [(a, self._sequence(n, a)) for n, a in enumerate(traffic.arrivals)]
+        self.alive: dict[str, Sequence] = {}
+        self.cancels: list[tuple[int, Sequence]] = []
+        self.slots: dict[tuple[int, int], tuple[int, ...]] = {}
+
+    def _sequence(self, number: int, arrival: Arrival) -> Sequence:
+        room = self.traffic.blocks * self.traffic.block_size
+        return Sequence(
+            seq_id=str(number),
+            token_ids=[arrival.content] * arrival.prompt,
+            num_prompt_tokens=arrival.prompt,
+            params=SamplingParams(max_tokens=arrival.output),
+            seed=0,
+            max_num_tokens=min(arrival.prompt + arrival.output, room),
+            priority=arrival.priority,
+        )
+
+    def run(self, limit: int = 20_000) -> None:
+        while self.coming or self.alive:
+            self.turn()
+            assert self.step < limit, "the work does not end"
+        assert self.scheduler.pool.num_free == self.traffic.blocks
+        assert not self.scheduler.running
+        assert not self.scheduler.waiting
+
+    def turn(self) -> None:
+        scheduler = self.scheduler
+        while self.coming and self.coming[0][0].step <= self.step:
+            arrival, seq = self.coming.pop(0)
+            scheduler.add(seq)
+            self.alive[seq.seq_id] = seq
+            if arrival.cancel_after:
+                self.cancels.append((self.step + arrival.cancel_after, seq))
+        for when, seq in self.cancels:
+            if when == self.step and seq.seq_id in self.alive:
+                scheduler.abort(seq)
+                del self.alive[seq.seq_id]
+        self.step += 1
+        plan = scheduler.schedule()
+        self.check(plan)
+        self.compute(plan)
+        scheduler.check_integrity()
+
+    def check(self, plan: SchedulerOutput) -> None:
+        scheduler, traffic = self.scheduler, self.traffic
+        whole_alone = self.policy == "prefill_first" and len(plan.chunks) == 1
+        assert plan.num_tokens <= traffic.budget or whole_alone
+        assert plan.num_tokens == sum(c.length for c in plan.chunks)
+        assert len(scheduler.running) <= traffic.rows
+        assert plan.chunks or not self.alive, "a step with work to do computed nothing"
+        first = min((s for s in scheduler.running), key=lambda s: s.order, default=None)
+        assert first not in plan.preempted
+        assert len({id(c.seq) for c in plan.chunks}) == len(plan.chunks)
+        for chunk in plan.chunks:
+            assert chunk.seq.status is SequenceStatus.RUNNING
+            assert chunk.length > 0
+            assert chunk.start == chunk.seq.num_computed_tokens
+            assert chunk.start + chunk.length <= chunk.seq.num_tokens
+            assert len(chunk.seq.block_table) * traffic.block_size >= chunk.start + chunk.length
+        scheduler.check_integrity()
+
+    def compute(self, plan: SchedulerOutput) -> None:
+        """All of a step's keys and values are written, then everything before is read."""
+        size = self.traffic.block_size
+        for chunk in plan.chunks:
+            for position in range(chunk.start, chunk.start + chunk.length):
+                slot = (chunk.seq.block_table[position // size], position % size)
+                self.slots[slot] = tuple(chunk.seq.token_ids[: position + 1])
+        for chunk in plan.chunks:
+            for position in range(chunk.start + chunk.length):
+                slot = (chunk.seq.block_table[position // size], position % size)
+                assert self.slots[slot] == tuple(chunk.seq.token_ids[: position + 1])
+        self.num_computed += plan.num_tokens
+        self.scheduler.mark_computed(plan.chunks)
+        for chunk in plan.chunks:
+            seq = chunk.seq
+            if seq.num_uncomputed_tokens == 0:
+                seq.token_ids.append(100 + seq.num_tokens)
+                if seq.num_tokens >= seq.max_num_tokens:
+                    self.scheduler.finish(seq)
+                    del self.alive[seq.seq_id]
+
+
+@given(traffics(), st.sampled_from(["splitfuse"] * 4 + ["prefill_first", "static"]))
+@settings(max_examples=SCHEDULES, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@pytest.mark.timeout(1200)
+def test_contract_holds_on_random_traffic(traffic: Traffic, policy: str) -> None:
+    """Limits are kept, every slot holds what its readers need, the first is safe, all end."""
+    Simulation(traffic, policy).run()
+
+
+def traffic_of(arrivals: list[Arrival], **changes: int) -> Traffic:
+    defaults: dict[str, int] = {"blocks": 64, "block_size": 4, "budget": 16, "rows": 8}
+    return Traffic(arrivals, **(defaults | changes), is_caching=True, believed=1)
+
+
+def test_all_prompts_at_the_context_limit() -> None:
+    """A prompt of all but one token of the cache, and eight of them."""
+    arrivals = [Arrival(0, n, 255, 1, 1, 0) for n in range(8)]
+    Simulation(traffic_of(arrivals)).run()
+
+
+def test_a_cache_of_two_blocks_more_than_one_sequence_needs() -> None:
+    arrivals = [Arrival(n // 3, n % 5, 20, 20, n % 3, 0) for n in range(40)]
+    Simulation(traffic_of(arrivals, blocks=12)).run()
+
+
+def test_a_storm_of_cancels() -> None:
+    arrivals = [Arrival(n // 20, n % 7, 5 + n % 50, 30, n % 3, n % 4) for n in range(400)]
+    Simulation(traffic_of(arrivals)).run()
+
+
+def test_eight_copies_of_a_prompt_with_preemption() -> None:
+    """Their prompt is computed once; what is recomputed is what was preempted behind it."""
+    arrivals = [Arrival(0, 1, 41, 60, 1, 0) for _ in range(8)]
+    simulation = Simulation(traffic_of(arrivals, blocks=40))
+    simulation.run()
+    assert simulation.scheduler.num_preemptions > 0
+    assert simulation.num_computed < 8 * 100 + 41
