@@ -1,6 +1,8 @@
 """`Client`: submit requests, follow their tokens, gather results, cancel."""
 
+import math
 import os
+import secrets
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,6 +25,7 @@ from tokenmill.producer.errors import (
 from tokenmill.producer.follower import Follower, check_position
 from tokenmill.producer.keys import Keys
 from tokenmill.producer.params import SamplingParams
+from tokenmill.producer.replies import Replies, ended_result
 from tokenmill.producer.request_id import new_request_id
 from tokenmill.producer.scripts import Script
 from tokenmill.producer.window import Window
@@ -95,9 +98,13 @@ class Client:
         request_id: str | None = None,
         deadline_s: float = 86_400,
         metadata: Mapping[str, str] | None = None,
+        reply_to: str = "",
         **sampling: Any,
     ) -> Request:
         """Build and check a request without sending it; `sampling` are fields of SamplingParams.
+
+        With `reply_to` its whole output becomes one entry of `replies(reply_to)`, which costs a
+        fraction of a stream of deltas; it cannot be followed.
 
         Raises:
             InvalidRequest: a field out of bounds.
@@ -115,6 +122,7 @@ class Client:
                 "priority": priority,
                 "deadline_ms": int((time.time() + deadline_s) * 1000),
                 "metadata": metadata or {},
+                "reply_to": reply_to,
             }
         )
         _check_shard(request.request_id)
@@ -152,15 +160,19 @@ class Client:
         Blocks between them, and goes on by itself after a lost connection.
 
         Raises:
-            NotFound: no such request. InvalidRequest: it ended before `start`.
+            NotFound: no such request. InvalidRequest: it ended before `start`, or has a `reply_to`.
             OutputChanged: the server has lost part of what was read, and it came out otherwise.
         """
         follower = self.follower()
         follower.add(request_id, start)
         with self._reaching():
             record = Keys.of(self.queue, request_id).record(request_id)
-            row: Any = self._server.hmget(record, "state", "offset")
-        check_position(request_id, start, *row)
+            row: Any = self._server.hmget(record, "state", "offset", "reply")
+        state, offset, reply_to = row
+        check_position(request_id, start, state, offset)
+        if reply_to:
+            remedy = "read its result, or the replies of that name"
+            raise InvalidRequest("reply_to", "'' to be followed", reply_to.decode(), remedy)
         return _deltas(follower)
 
     def follow_many(self, request_ids: Iterable[str]) -> Iterator[Delta]:
@@ -174,15 +186,23 @@ class Client:
         """A new, empty `Follower` on this client's connection."""
         return Follower(self._blocking, self.queue)
 
+    def replies(self, name: str) -> Replies:
+        """A reader of the outputs of all requests with this `reply_to`."""
+        return Replies(self._blocking, self.queue, name, self.forget)
+
     def result(self, request_id: str, *, timeout_s: float | None = None) -> Result:
         """Wait for the whole output, however it ends.
 
         Raises:
-            NotFound: no such request. TimeoutError: it has not ended within `timeout_s`.
+            NotFound: no such request, or its reply was taken by a reader of its stream.
+            TimeoutError: it has not ended within `timeout_s`.
         """
-        if timeout_s is None:
-            return Result.of(list(self.follow(request_id)))
-        ends_at = time.monotonic() + timeout_s
+        keys = Keys.of(self.queue, request_id)
+        with self._reaching():
+            reply_to: Any = self._server.hget(keys.record(request_id), "reply")
+        if reply_to:
+            return self._replied(request_id, keys.reply(reply_to.decode()), timeout_s)
+        ends_at = math.inf if timeout_s is None else time.monotonic() + timeout_s
         self.follow(request_id)  # checks the id
         follower = self.follower()
         follower.add(request_id)
@@ -192,9 +212,25 @@ class Client:
             polled = follower.poll(max(left, 0.0))
             # One read takes a part of a long output: only an empty one shows that there is no more.
             if left <= 0 and not polled:
-                raise TimeoutError(f"request {request_id} has not ended within {timeout_s:g} s")
+                raise _late(request_id, timeout_s)
             deltas += polled
         return Result.of(deltas)
+
+    def _replied(self, request_id: str, replies: str, timeout_s: float | None) -> Result:
+        ends_at = math.inf if timeout_s is None else time.monotonic() + timeout_s
+        while True:
+            with self._reaching():
+                newest: Any = self._server.xrevrange(replies, count=1)
+                keys = Keys.of(self.queue, request_id)
+                result = ended_result(self._server, keys, request_id)
+                left = ends_at - time.monotonic()
+                if result is not None:
+                    return result
+                if left <= 0:
+                    raise _late(request_id, timeout_s)
+                block_ms = max(int(min(left, MAX_BLOCK_S) * 1000), 1)
+                after = {replies: newest[0][0] if newest else "0-0"}
+                self._blocking.xread(after, count=1, block=block_ms)  # type: ignore[arg-type]
 
     def map(
         self,
@@ -210,8 +246,10 @@ class Client:
         """
         if window < 1:
             raise InvalidRequest("window", "at least 1", window)
-        requests = (self.new_request(prompt, **fields) for prompt in prompts)
-        return Window(self, requests, size=window, ordered=ordered).results()
+        name = f"map-{secrets.token_hex(8)}"
+        requests = (self.new_request(prompt, reply_to=name, **fields) for prompt in prompts)
+        replies = self.replies(name)
+        return Window(self, requests, replies, size=window, ordered=ordered).results()
 
     def cancel(self, request_id: str) -> bool:
         """Stop a request; False if it had ended otherwise. A running one stops within a flush.
@@ -256,15 +294,18 @@ class Client:
         for request, payload in batch:
             arguments += (request.request_id, request.fingerprint, payload, request.tenant)
             arguments += (request.priority, request.deadline_ms, request.prompt_cost)
-            arguments.append(request.params.max_tokens)
+            arguments += (request.params.max_tokens, request.reply_to)
         with self._reaching():
             *replies, retry_ms = _ENQUEUE(self._server, self._keys.tag, arguments)
         for index, (reply, (request, _)) in enumerate(zip(replies, batch, strict=True)):
             if reply == b"CONFLICT":
                 expected = "a new id, or that of a request with the same content"
                 raise Conflict("request_id", expected, request.request_id, "choose another id")
-            if reply == b"BUSY":
-                raise _busy(self.queue, before + index, retry_ms / 1000)
+            if reply in (b"BUSY", b"QUOTA"):
+                what = f"queue {self.queue}"
+                if reply == b"QUOTA":
+                    what = f"the quota of tenant {request.tenant} in {what}"
+                raise _busy(what, before + index, retry_ms / 1000)
 
     @contextmanager
     def _reaching(self) -> Iterator[None]:
@@ -278,10 +319,14 @@ class Client:
             raise Busy(text, 5.0) from error
 
 
-def _busy(queue: str, accepted: int, retry_after_s: float) -> Busy:
-    text = f"queue {queue} is full: {accepted} requests of this call were accepted"
-    remedy = f"repeat the call after {retry_after_s:.1f} s, or raise max_live"
+def _busy(what: str, accepted: int, retry_after_s: float) -> Busy:
+    text = f"{what} is full: {accepted} requests of this call were accepted"
+    remedy = f"repeat the call after {retry_after_s:.1f} s, or have the limit raised"
     return Busy(f"{text}; {remedy}", retry_after_s)
+
+
+def _late(request_id: str, timeout_s: float | None) -> TimeoutError:
+    return TimeoutError(f"request {request_id} has not ended within {timeout_s or 0:g} s")
 
 
 def _check_shard(request_id: str) -> None:

@@ -22,6 +22,8 @@ class InvalidRequest(TokenmillError):
     def __init__(self, field: str, expected: str, got: object, remedy: str = "") -> None:
         shown = repr(got)
         shown = shown if len(shown) <= 60 else shown[:57] + "..."
+        # Names come from outside too: whatever they hold must be fit to be sent and printed.
+        field = field[:100].encode("utf-8", "backslashreplace").decode()
         text = f"{field} must be {expected}, got {shown}"
         super().__init__(f"{text}; {remedy}" if remedy else text)
         self.field = field

@@ -22,6 +22,27 @@ _BACKOFF_S = (0.05, 2.0)
 log = logging.getLogger(__name__)
 
 
+class Silence:
+    """The server does not answer a reader: said once, and the tries grow rarer."""
+
+    def __init__(self) -> None:
+        self._failures = 0
+
+    def lost(self, error: Exception, timeout_s: float) -> None:
+        """A read failed: sleep before the next, up to `timeout_s`."""
+        if not self._failures:
+            log.warning("%s: %s; retrying until it is back", SERVER_LOST, error)
+        low, high = _BACKOFF_S
+        time.sleep(min(low * 2 ** min(self._failures, 10), high, max(timeout_s, 0.0)))
+        self._failures += 1
+
+    def back(self) -> None:
+        """A read was answered."""
+        if self._failures:
+            self._failures = 0
+            log.warning(SERVER_BACK)
+
+
 class Follower:
     """A set of followed requests; each leaves the set with its last delta. One thread at a time.
 
@@ -40,7 +61,7 @@ class Follower:
         self._digests: dict[str, str | None] = {}
         #: Where an output no longer goes on from what was read: told by the next poll.
         self._changed: list[OutputChanged] = []
-        self._failures = 0
+        self._silence = Silence()
         self._heard = time.monotonic()
 
     def __len__(self) -> int:
@@ -80,11 +101,9 @@ class Follower:
             if not deltas and time.monotonic() - self._heard >= MAX_BLOCK_S:
                 self._check_silence()
         except (RedisConnectionError, RedisTimeoutError) as error:
-            self._lost(error, timeout_s)
+            self._silence.lost(error, timeout_s)
             return []
-        if self._failures:
-            self._failures = 0
-            log.warning(SERVER_BACK)
+        self._silence.back()
         if self._changed and not deltas:
             raise self._changed.pop(0)
         return deltas
@@ -146,13 +165,6 @@ class Follower:
         self._ids.pop(key, None)
         self._cursors.pop(key, None)
         self._digests.pop(key, None)
-
-    def _lost(self, error: Exception, timeout_s: float) -> None:
-        if not self._failures:
-            log.warning("%s: %s; retrying until it is back", SERVER_LOST, error)
-        low, high = _BACKOFF_S
-        time.sleep(min(low * 2 ** min(self._failures, 10), high, max(timeout_s, 0.0)))
-        self._failures += 1
 
 
 def check_position(request_id: str, start: int, state: bytes | None, offset: bytes | None) -> None:

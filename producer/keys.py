@@ -4,15 +4,23 @@ All carry the tag `T = {<queue>:<shard>}`, so that one shard lives in one cluste
 may touch everything in it. The shard is part of a request id: a reader finds it without a look-up.
 
     key                     type     content
-    T:settings              hash     max_live, result_ttl_ms: read by the scripts, set by operators
+    T:settings              hash     max_live, result_ttl_ms, dead_ttl_ms, paused, weight:<tenant>,
+                                     quota:<tenant>: read by the scripts, set by operators
+    T:inbox                 stream   requests as one field, json or msgpack, from any language;
+                                     an entry is deleted in the step that enqueues or refuses it
     T:in:<prio>:<tenant>    stream   waiting and running references; fields id, cost, most. Group
                                      `g` at 0 with the one consumer `workers`: who runs what is in
                                      the records. Deleted when empty
-    T:lanes:<prio>          zset     tenant -> virtual time (tokens); lanes that may have work
+    T:lanes:<prio>          zset     tenant -> virtual time (tokens / weight); lanes that may have
+                                     work
+    T:aged                  hash     priority -> tokens that its betters were served while it waited
+    T:tenants               hash     tenant -> requests that have not ended
     T:r:<id>                hash     the record: fields below
     T:o:<id>                stream   output. `<tokens so far>-0`: e epoch, t token ids, x text,
                                      h digest. One terminal `<n>-1`: the same, and f finish reason,
                                      y why, p prompt tokens, c completion tokens
+    T:reply:<name>          stream   whole outputs of the requests that name it: id, and the fields
+                                     of a terminal entry of `T:o:<id>`. Its reader deletes them
     T:live                  zset     id -> deadline, of every request that has not ended
     T:park                  zset     id -> not before: released, failed and orphaned requests
     T:workers               zset     worker -> lease expiry
@@ -20,13 +28,14 @@ may touch everything in it. The shard is part of a request id: a reader finds it
     T:w:<worker>            hash     registration (model, host, pid, started_ms, version) and the
                                      last claim (claim_seq, claim_ids), for a repeated call
     T:ctl                   stream   t wake | cancel: what idle workers block on; trimmed
-    T:dead                  stream   dead letters: id, reason, attempts; trimmed
+    T:dead                  stream   dead letters: id, tenant, attempts, reason; trimmed
 
 Record: `state` wait | run | park | end; `epoch` rises with every change of owner; `offset` of
 committed tokens; `digest` of those; `attempts`; `worker`; `tenant`, `priority`, `entry` (where its
 reference is); `deadline`; `cost` prompt tokens, `most` new tokens; `print` fingerprint; `payload`;
-`cancel` asked for; `finish` and `reason`; `created`, `claimed`, `ended` in ms. Times are the
-server's.
+`cancel` asked for; `finish` and `reason`; `dead`, its entry in `T:dead`; `created`, `claimed`,
+`ended` in ms. With a `reply` stream also `tokens` and `text` committed so far, and in the end `at`,
+its entry there. Times are the server's.
 """
 
 from dataclasses import dataclass
@@ -77,6 +86,21 @@ class Keys:
 
     def output(self, request_id: str) -> str:
         return f"{self.tag}:o:{request_id}"
+
+    def reply(self, name: str) -> str:
+        return f"{self.tag}:reply:{name}"
+
+    @property
+    def inbox(self) -> str:
+        return f"{self.tag}:inbox"
+
+    @property
+    def tenants(self) -> str:
+        return f"{self.tag}:tenants"
+
+    @property
+    def aged(self) -> str:
+        return f"{self.tag}:aged"
 
     @property
     def live(self) -> str:

@@ -68,6 +68,9 @@ class Request:
     priority: int = 1
     #: Unix time in ms after which the request ends as "expired" with what it has.
     deadline_ms: int
+    #: "" streams tokens as they come. A name delivers the whole output at the end instead, as one
+    #: entry of the reply stream of that name, which costs far less: see `producer.replies`.
+    reply_to: str = ""
     #: Carried along for the producer's own use; the worker does not read it.
     metadata: Mapping[str, str] = field(default_factory=dict)
 
@@ -79,6 +82,8 @@ class Request:
         if not isinstance(self.model, str) or len(self.model) > MAX_MODEL:
             raise InvalidRequest("model", f"a name of up to {MAX_MODEL} characters", self.model)
         check_name("tenant", self.tenant)
+        if self.reply_to != "":
+            check_name("reply_to", self.reply_to)
         if not _is_int(self.priority) or self.priority not in PRIORITIES:
             raise InvalidRequest("priority", "0 (high), 1 (normal) or 2 (low)", self.priority)
         if not _is_int(self.deadline_ms) or not 0 < self.deadline_ms <= MAX_TIME_MS:
@@ -129,6 +134,7 @@ class Request:
         optional = {
             "params": self.params.to_mapping(),
             "model": self.model,
+            "reply_to": self.reply_to,
             "metadata": dict(self.metadata),
         }
         values.update({name: value for name, value in optional.items() if value})

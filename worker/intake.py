@@ -153,11 +153,12 @@ class Intake:
         self._outage.back()
         for claim in claims:
             self._prepare(claim)
-        if claims or not was_idle:
+        was_fed = bool(self._queue.num_inbox) and self._queue.admit() > 0
+        if claims or was_fed or not was_idle:
             self._idle_since = None
         elif self._idle_since is None:
             self._idle_since = self._clock()
-        if not claims:
+        if not claims and not was_fed:
             self._await_work(is_idle=was_idle)
 
     def _keep_up(self) -> None:

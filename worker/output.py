@@ -14,6 +14,9 @@ from tokenmill.engine.detokenizer import Decodes, Detokenizer
 from tokenmill.producer.wire import Usage, chain_digest
 from tokenmill.worker.queue import Append, Claim, Finish
 
+#: With a reply stream nobody waits for a token: they are committed in pieces of so many.
+CHECKPOINT_TOKENS = 256
+
 
 def seq_id_of(claim: Claim) -> str:
     """The engine's id of a claim: a request claimed again by this worker is another sequence."""
@@ -32,6 +35,7 @@ class Output:
         #: Set once: the word on the wire, and why.
         self.finish_reason = ""
         self.reason = ""
+        self._is_streamed = not claim.request.reply_to
         self._prompt_tokens = prompt_tokens
         self._resumed_at = self.start
         self._digest = chain_digest("", claim.token_ids)
@@ -50,9 +54,14 @@ class Output:
         return bool(self._token_ids)
 
     @property
+    def is_due(self) -> bool:
+        """Whether what is unsent is to be written with the next flush."""
+        return len(self._token_ids) >= (1 if self._is_streamed else CHECKPOINT_TOKENS)
+
+    @property
     def is_urgent(self) -> bool:
         """Whether it has its first tokens, for which somebody waits."""
-        return bool(self._token_ids) and self.start == self._resumed_at
+        return self._is_streamed and bool(self._token_ids) and self.start == self._resumed_at
 
     def feed(self, token_ids: Sequence[int]) -> None:
         """Take new tokens; those after a complete stop string are not kept."""
@@ -65,14 +74,25 @@ class Output:
         self.finish_reason, self.reason = finish_reason, reason
         self._text += self._detokenizer.finish()
 
+    def to_question(self) -> Append:
+        """No tokens: it only asks for the verdict."""
+        return Append(
+            request_id=self.request_id,
+            epoch=self.epoch,
+            start=self.start,
+            token_ids=(),
+            text="",
+            digest=self._digest,
+        )
+
     def to_append(self) -> Append:
-        """What is unsent; without tokens, only a question for the verdict."""
+        """What is unsent."""
         return Append(
             request_id=self.request_id,
             epoch=self.epoch,
             start=self.start,
             token_ids=tuple(self._token_ids),
-            text=self._text if self._token_ids else "",
+            text=self._text,
             digest=chain_digest(self._digest, self._token_ids),
         )
 

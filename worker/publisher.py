@@ -168,8 +168,8 @@ class Publisher:
     def _due_in(self) -> float | None:
         if not self._outputs:
             return None
-        has_unsent = any(output.has_unsent for output in self._outputs.values())
-        due = min(self._flush_at, self._heartbeat_at) if has_unsent else self._heartbeat_at
+        is_due = any(output.is_due for output in self._outputs.values())
+        due = min(self._flush_at, self._heartbeat_at) if is_due else self._heartbeat_at
         return max(due - self._clock(), 0.0)
 
     def _take(self) -> list[Output | Sequence[StepOutput] | _GiveBack]:
@@ -207,18 +207,18 @@ class Publisher:
             self._append(urgent)
         self._finish([o for o in held if o.finish_reason])
         if now >= self._flush_at:
-            unsent = [o for o in held if o.has_unsent]
-            if unsent:
+            due = [o for o in held if o.is_due]
+            if due:
                 self._flush_at = now + FLUSH_S
-                self._append(unsent)
+                self._append(due)
         if now >= self._heartbeat_at:
             self._heartbeat_at = now + self._heartbeat_s
             if self._is_alive():
-                self._append([o for o in held if not o.has_unsent])
+                self._append([o for o in held if not o.is_due], is_asking=True)
 
-    def _append(self, outputs: Iterable[Output]) -> None:
+    def _append(self, outputs: Iterable[Output], *, is_asking: bool = False) -> None:
         for batch in _batches(outputs):
-            appends = [output.to_append() for output in batch]
+            appends = [o.to_question() if is_asking else o.to_append() for o in batch]
             verdicts = self._ask(self._queue.append, appends)
             for output, append, verdict in zip(batch, appends, verdicts, strict=True):
                 if verdict is Verdict.OK:

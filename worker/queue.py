@@ -24,6 +24,7 @@ from tokenmill.producer.wire import (
     pack_token_ids,
     unpack_token_ids,
 )
+from tokenmill.worker.plain_inbox import PlainInbox
 
 #: Most requests in one append or finish call: keeps the server blocked for well under 1 ms.
 MAX_BATCH = 64
@@ -128,10 +129,13 @@ class Queue:
         self._info: WorkerInfo | None = None
         #: Number of the next claim; a claim whose answer was lost is repeated under its number.
         self._claim_seq = 1
-        #: Last entry seen of the control stream; "" before the first wait.
+        #: Last entry seen of the control stream; "" before the first claim.
         self._control_id = ""
         #: Server time of the last claim, in ms: what was due by then it has seen.
         self._claimed_ms = 0
+        #: Entries of the inbox at the last claim.
+        self.num_inbox = 0
+        self._plain = PlainInbox(server, keys)
 
     def configure(self, *, max_live: int | None = None, result_ttl_s: float | None = None) -> None:
         """Set, for the whole shard, how many requests may be live and how long results are kept.
@@ -184,7 +188,7 @@ class Queue:
         Renews the lease. If it raises, call it again: nothing is lost.
         """
         while True:
-            more, rows, now_ms = self._run(
+            more, rows, now_ms, num_inbox, control_id = self._run(
                 _CLAIM,
                 self.worker_id,
                 self.lease_ms,
@@ -199,9 +203,14 @@ class Queue:
             )
             claims = [claim for row in rows if (claim := self._checked(row))]
             self._claim_seq += 1  # only now: whatever failed above is claimed again as it was
-            self._claimed_ms = now_ms
+            self._claimed_ms, self.num_inbox = now_ms, num_inbox
+            self._control_id = control_id.decode()
             if claims or not more:
                 return claims
+
+    def admit(self) -> int:
+        """Enqueue or refuse some of what came by the inbox; returns how many were looked at."""
+        return self._plain.take()
 
     def append(self, appends: Sequence[Append]) -> list[Verdict]:
         """Commit tokens of up to `MAX_BATCH` requests, one verdict each. Renews the lease.
@@ -247,7 +256,7 @@ class Queue:
         """Block until something may be claimed, at most `timeout_s`; True: claim now.
 
         What was parked and due at the last claim does not end it: that claim left it behind.
-        The first call returns at once: what came before it was not seen.
+        It begins where the last claim looked; before the first claim it returns at once.
         """
         if not self._control_id:
             newest: Any = self._server.xrevrange(self.keys.control, count=1)
@@ -260,9 +269,14 @@ class Queue:
         if block_ms <= 0:  # to the server, 0 would mean to block for ever
             return True
         streams: dict[Any, Any] = {self.keys.control: self._control_id}
-        reply: Any = self._blocking.xread(streams, count=1000, block=block_ms)
+        streams[self.keys.inbox] = self._plain.seen
+        reply: Any = self._blocking.xread(
+            streams, count=1, block=block_ms
+        )  # inbox entries are large
+        for name, entries in reply or ():
+            if name.decode() == self.keys.control:
+                self._control_id = entries[-1][0].decode()
         if reply:
-            self._control_id = reply[0][1][-1][0].decode()
             return True
         return due_ms is not None and due_ms <= block_ms
 

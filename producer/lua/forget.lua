@@ -1,5 +1,6 @@
 #!lua flags=allow-oom
--- Shorten the time that ended requests are kept; errors keep theirs, as dead letters need them.
+-- Shorten the time that ended requests are kept, and delete their replies; the records of errors
+-- keep their time, as dead letters need them.
 --
 -- KEYS[1]  T, the tag of the shard
 -- ARGV     time to live in ms; ids
@@ -12,8 +13,15 @@ local T, ttl = KEYS[1], ARGV[1]
 local count = 0
 for i = 2, #ARGV do
   local record = record_of(T, ARGV[i])
-  local f = redis.call('HMGET', record, 'state', 'finish')
+  local f = redis.call('HMGET', record, 'state', 'finish', 'reply', 'at')
   -- After a server rolled back, what was read to its end may run again.
+  if f[1] == 'end' and f[4] then
+    local replies = T .. ':reply:' .. f[3]
+    redis.call('XDEL', replies, f[4])
+    if redis.call('XLEN', replies) == 0 then
+      redis.call('DEL', replies)
+    end
+  end
   if f[1] == 'end' and f[2] ~= 'error' then
     redis.call('PEXPIRE', record, ttl, 'LT')
     redis.call('PEXPIRE', T .. ':o:' .. ARGV[i], ttl, 'LT')

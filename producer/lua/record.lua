@@ -1,4 +1,5 @@
 -- Shared by the scripts: server time, settings, and the one way a request ends.
+-- `T` is the tag of the shard, `r` what `load` gave.
 
 local GROUP = 'g'
 local DEAD_KEPT = 10000
@@ -38,7 +39,8 @@ end
 -- The fields of a record that decide what may happen to it, or nil if there is no record.
 local function load(T, id)
   local f = try('HMGET', record_of(T, id), 'state', 'epoch', 'offset', 'attempts', 'worker',
-    'tenant', 'priority', 'entry', 'deadline', 'cost', 'most', 'cancel', 'finish', 'digest')
+    'tenant', 'priority', 'entry', 'deadline', 'cost', 'most', 'cancel', 'finish', 'digest',
+    'reply')
   if not f or not f[1] then
     return nil
   end
@@ -46,7 +48,7 @@ local function load(T, id)
     id = id, state = f[1], epoch = tonumber(f[2]), offset = tonumber(f[3]),
     attempts = tonumber(f[4]), worker = f[5], tenant = f[6], priority = f[7], entry = f[8],
     deadline = tonumber(f[9]), cost = tonumber(f[10]), most = tonumber(f[11]),
-    cancel = f[12] == '1', finish = f[13], digest = f[14] or '',
+    cancel = f[12] == '1', finish = f[13], digest = f[14] or '', reply = f[15] or '',
   }
 end
 
@@ -67,6 +69,58 @@ local function wake(T, kind)
   redis.call('XADD', T .. ':ctl', 'MAXLEN', '~', CONTROL_KEPT, '*', 't', kind)
 end
 
+local function ttl_of(T, name, default)
+  return int(setting(T, name, default))
+end
+
+-- Lanes are charged for the most that a request may take; what it did not take is given back.
+local function give_back(T, r, total)
+  local unused = r.most - total
+  if unused > 0 and r.attempts > 0 then
+    local weight = setting(T, 'weight:' .. r.tenant, 1)
+    redis.call('ZADD', T .. ':lanes:' .. r.priority, 'XX', 'INCR', -unused / weight, r.tenant)
+  end
+end
+
+local function count_tenant(T, tenant, by)
+  if redis.call('HINCRBY', T .. ':tenants', tenant, by) <= 0 then
+    redis.call('HDEL', T .. ':tenants', tenant)
+  end
+end
+
+-- The last entry of a request's own stream: its last tokens with the finish. 
+local function end_output(T, r, total, last, digest, ttl)
+  local output = T .. ':o:' .. r.id
+  if redis.call('TYPE', output).ok ~= 'stream' then
+    redis.call('DEL', output) -- nobody could read it
+  end
+  redis.call('XADD', output, int(total) .. '-1', 'e', int(r.epoch), 't', last.tokens or '',
+    'x', last.text or '', 'h', digest, 'f', last.finish, 'y', last.reason or '',
+    'p', int(last.prompt or 0), 'c', int(total))
+  redis.call('PEXPIRE', output, ttl)
+end
+
+-- The whole output as one entry of the stream that its producer reads.
+local function reply(T, r, total, last, digest, ttl)
+  local record, replies = record_of(T, r.id), T .. ':reply:' .. r.reply
+  local f = redis.call('HMGET', record, 'tokens', 'text')
+  local at = redis.call('XADD', replies, '*', 'id', r.id, 'e', int(r.epoch),
+    't', (f[1] or '') .. (last.tokens or ''), 'x', (f[2] or '') .. (last.text or ''), 'h', digest,
+    'f', last.finish, 'y', last.reason or '', 'p', int(last.prompt or 0), 'c', int(total))
+  redis.call('PEXPIRE', replies, ttl)
+  redis.call('HSET', record, 'at', at)
+  redis.call('HDEL', record, 'tokens', 'text')
+end
+
+-- An error keeps its payload, so that it may be tried again.
+local function bury(T, r, last)
+  local record = record_of(T, r.id)
+  local entry = redis.call('XADD', T .. ':dead', 'MAXLEN', '~', DEAD_KEPT, '*', 'id', r.id,
+    'tenant', r.tenant, 'attempts', int(r.attempts), 'reason', last.reason or '')
+  redis.call('HSET', record, 'dead', entry)
+  redis.call('PEXPIRE', record, ttl_of(T, 'dead_ttl_ms', 7 * 86400000))
+end
+
 -- End a request: terminal entry, references, indexes and time-to-live in one step.
 -- last: finish, reason, tokens, text, digest, count (of tokens), prompt (tokens). Whoever ends
 -- what a worker runs raises the epoch first, so that the worker is fenced.
@@ -74,30 +128,32 @@ end
 -- unknown. The claim that comes to it finds the record ended, or gone, and drops it.
 local function finish_record(T, r, now, last)
   local total = r.offset + (last.count or 0)
-  local output, record = T .. ':o:' .. r.id, record_of(T, r.id)
-  local digest = last.digest or r.digest
-  if redis.call('TYPE', output).ok ~= 'stream' then
-    redis.call('DEL', output) -- nobody could read it
+  local record, digest = record_of(T, r.id), last.digest or r.digest
+  local ttl = ttl_of(T, 'result_ttl_ms', 86400000)
+  if r.reply == '' then
+    end_output(T, r, total, last, digest, ttl)
+  else
+    reply(T, r, total, last, digest, ttl)
   end
-  redis.call('XADD', output, int(total) .. '-1', 'e', int(r.epoch), 't', last.tokens or '',
-    'x', last.text or '', 'h', digest, 'f', last.finish, 'y', last.reason or '',
-    'p', int(last.prompt or 0), 'c', int(total))
   redis.call('HSET', record, 'state', 'end', 'epoch', int(r.epoch), 'offset', int(total),
     'digest', digest, 'finish', last.finish, 'reason', last.reason or '', 'ended', int(now))
-  if last.finish ~= 'error' then
-    redis.call('HDEL', record, 'payload') -- an error keeps it: dead letters may be tried again
+  if last.finish == 'error' then
+    bury(T, r, last)
+  else
+    redis.call('HDEL', record, 'payload')
+    redis.call('PEXPIRE', record, ttl)
   end
-  local ttl = setting(T, 'result_ttl_ms', 86400000)
-  redis.call('PEXPIRE', record, int(ttl))
-  redis.call('PEXPIRE', output, int(ttl))
   redis.call('ZREM', T .. ':live', r.id)
-  redis.call('ZREM', T .. ':park', r.id)
-  if r.state == 'run' then
+  if r.state ~= 'run' then
+    redis.call('ZREM', T .. ':park', r.id)
+  else
     redis.call('SREM', T .. ':own:' .. r.worker, r.id)
   end
   if r.state ~= 'wait' then
     drop_entry(lane_of(T, r), r.entry)
   end
+  give_back(T, r, total)
+  count_tenant(T, r.tenant, -1)
 end
 
 -- Take a request from its worker and park it until `due`; what was to end anyway ends.

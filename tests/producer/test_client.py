@@ -118,7 +118,7 @@ def test_submit_many_goes_in_batches_by_number_and_size(
     enqueue = client_module._ENQUEUE
 
     def counted(server: redis.Redis, tag: str, arguments: list[Any]) -> Any:
-        calls.append(len(arguments) // 8)
+        calls.append(len(arguments) // 9)
         return enqueue(server, tag, arguments)
 
     monkeypatch.setattr(client_module, "_ENQUEUE", counted)

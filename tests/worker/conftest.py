@@ -119,6 +119,10 @@ class SpiedQueue:
         self.calls: list[tuple[str, Any]] = []
         self.faults: list[tuple[Exception, bool]] = []
 
+    @property
+    def num_inbox(self) -> int:
+        return self._queue.num_inbox
+
     def __getattr__(self, name: str) -> Any:
         method = getattr(self._queue, name)
 

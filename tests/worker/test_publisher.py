@@ -404,3 +404,32 @@ def _params() -> Any:
     from tokenmill.producer.params import SamplingParams
 
     return SamplingParams(max_tokens=1000)
+
+
+def test_with_a_reply_stream_tokens_are_committed_in_checkpoints(
+    client: Client, make_parts: MakeParts
+) -> None:
+    parts = make_parts()
+    request_id = client.submit("hello", max_tokens=600, reply_to="mine")
+    parts.claim()
+    offsets = set()
+    for _ in range(599):
+        parts.step()
+        offsets.add(int(client._server.hget(Keys().record(request_id), "offset") or 0))  # type: ignore[arg-type]
+    assert offsets == {0, 256, 512}
+    parts.step(3)
+    (result,) = client.replies("mine").poll(1)
+    assert len(result.token_ids) == 600
+
+
+def test_a_cancel_is_seen_between_checkpoints(client: Client, make_parts: MakeParts) -> None:
+    parts = make_parts()
+    request_id = client.submit("hello", max_tokens=200, reply_to="mine")
+    parts.claim()
+    parts.step(5)
+    client.cancel(request_id)
+    parts.clock.sleep(2)
+    parts.step(2)
+    (result,) = client.replies("mine").poll(1)
+    assert result.finish_reason == "cancelled"
+    assert result.token_ids

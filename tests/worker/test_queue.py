@@ -525,7 +525,7 @@ def test_empty_lanes_count_as_scanned(server: redis.Redis, make_queue: MakeQueue
         server.zadd(KEYS.lanes(1), {f"gone{number}": number})
     queue = make_queue()
     arguments: list[Any] = ["w1", 15_000, 1, 8, 100, 100, 8, 5, 5, 0]  # five references at most
-    more, claims, _ = queue._run(worker_queue._CLAIM, *arguments)
+    more, claims, *_ = queue._run(worker_queue._CLAIM, *arguments)
     assert (more, claims, server.zcard(KEYS.lanes(1))) == (1, [], 15)
 
 
@@ -539,7 +539,6 @@ def test_wait_sleeps_while_what_is_due_does_not_fit(
     assert ids(claims) == [first, big]
     queue.release(big, claims[1].epoch, undo=True)
     assert queue.claim(**{**AMPLE, "kv_tokens": 50}) == []
-    assert queue.wait(5) is True  # the wake of the release
     started = time.monotonic()
     assert queue.wait(0.2) is False
     assert time.monotonic() - started >= 0.15

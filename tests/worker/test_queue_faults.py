@@ -265,6 +265,7 @@ class Mill:
         for item in batch:
             arguments += [item.request_id, item.fingerprint, item.pack(), item.tenant]
             arguments += [item.priority, item.deadline_ms, item.prompt_cost, item.params.max_tokens]
+            arguments.append(item.reply_to)
         try:
             *replies, _ = ENQUEUE(self.flaky, KEYS.tag, arguments)
         except LOST:

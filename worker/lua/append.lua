@@ -7,7 +7,8 @@
 -- Twice    the second run finds the offset already there: OK
 --
 -- Three guards against a repeated or lost delta: the epoch, the offset, and the entry id, which
--- must grow and is the number of tokens so far.
+-- must grow and is the number of tokens so far. With a reply stream the record keeps the tokens
+-- until the end, and its offset is the guard.
 
 -- @include record
 
@@ -16,7 +17,8 @@ local FIELDS = 7
 local verdicts = {}
 
 local function append(id, epoch, start, count, tokens, text, digest)
-  local r = redis.call('HMGET', record_of(T, id), 'state', 'epoch', 'offset', 'cancel')
+  local r = redis.call('HMGET', record_of(T, id), 'state', 'epoch', 'offset', 'cancel',
+    'reply')
   if r[1] ~= 'run' or tonumber(r[2]) ~= epoch then
     return 'FENCED'
   end
@@ -31,6 +33,12 @@ local function append(id, epoch, start, count, tokens, text, digest)
     return 'GAP'
   end
   local stop = int(start + count)
+  if r[5] and r[5] ~= '' then
+    local kept = redis.call('HMGET', record_of(T, id), 'tokens', 'text')
+    redis.call('HSET', record_of(T, id), 'offset', stop, 'digest', digest,
+      'tokens', (kept[1] or '') .. tokens, 'text', (kept[2] or '') .. text)
+    return 'OK'
+  end
   redis.call('XADD', T .. ':o:' .. id, stop .. '-0', 'e', int(epoch), 't', tokens, 'x', text,
     'h', digest)
   redis.call('HSET', record_of(T, id), 'offset', stop, 'digest', digest)

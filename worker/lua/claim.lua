@@ -5,15 +5,18 @@
 -- ARGV     worker, lease ms, number of this claim, sequences, tokens, kv tokens, most requests,
 --          most ended references to pass over, most attempts, kv tokens of the worker when it
 --          runs nothing (0: not known)
--- Returns  {more, claims, now}: more is 1 if it stopped at the references, not at the budget; a
---          claim is {id, epoch, attempts, payload, committed token ids packed as uint32}; what is
---          parked until `now` in ms or earlier was looked at
+-- Returns  {more, claims, now, inbox, control}: more is 1 if it stopped at the references, not at
+--          the budget; a claim is {id, epoch, attempts, payload, committed token ids packed as
+--          uint32}; what is parked until `now` in ms or earlier was looked at; the entries in the
+--          inbox; the last entry of the control stream, to wait from
 -- Twice    under the same number it returns the same requests, as far as the worker still runs
 --          them, and takes no others
 --
--- Order: parked requests that are due; then the priorities; inside one the lane of least virtual
--- time. The first that does not fit ends the claim: smaller ones may not overtake it for ever. One
--- that never fits this worker is claimed at once, for the engine to refuse it in its own words.
+-- Order: parked requests that are due; then the priorities, of which one that waits gets a token
+-- for every AGE of its betters; inside one the lane of least virtual time, which is tokens over
+-- the tenant's weight. The first that does not fit ends the claim: smaller ones may not overtake it
+-- for ever. One that never fits this worker is claimed at once, for the engine to refuse it in its
+-- own words. A paused shard gives nothing.
 --
 -- allow-oom: claiming is how a full server is drained.
 
@@ -28,6 +31,8 @@ local now = now_ms()
 local own, self = T .. ':own:' .. worker, T .. ':w:' .. worker
 -- New tokens that must find room in the KV cache beside the prompt; the rest may preempt.
 local RESERVE = 256
+-- Tokens that a priority may be served while a lower one waits for one token.
+local AGE = 16
 local holds = redis.call('SCARD', own)
 local claims, taken = {}, {}
 
@@ -37,6 +42,9 @@ redis.call('ZADD', T .. ':workers', int(now + lease), worker)
 local function committed(r)
   if r.offset == 0 then
     return ''
+  end
+  if r.reply ~= '' then
+    return redis.call('HGET', record_of(T, r.id), 'tokens') or ''
   end
   local parts = {}
   for _, entry in ipairs(redis.call('XRANGE', T .. ':o:' .. r.id, '-', '+')) do
@@ -91,7 +99,7 @@ local function ended(r)
     finish_record(T, r, now, { finish = 'expired', reason = 'deadline passed' })
     return true
   end
-  if r.offset > 0 and redis.call('TYPE', T .. ':o:' .. r.id).ok ~= 'stream' then
+  if r.offset > 0 and r.reply == '' and redis.call('TYPE', T .. ':o:' .. r.id).ok ~= 'stream' then
     r.epoch = r.epoch + 1
     finish_record(T, r, now, { finish = 'error', reason = 'the tokens written so far are gone' })
     return true
@@ -102,8 +110,6 @@ local function ended(r)
   local why = redis.call('HGET', record_of(T, r.id), 'reason') or ''
   why = 'given up after ' .. int(r.attempts) .. ' attempts: '
     .. (why == '' and 'its worker died each time' or why)
-  redis.call('XADD', T .. ':dead', 'MAXLEN', '~', DEAD_KEPT, '*', 'id', r.id, 'reason', why,
-    'attempts', int(r.attempts))
   r.epoch = r.epoch + 1
   finish_record(T, r, now, { finish = 'error', reason = why })
   return true
@@ -149,13 +155,13 @@ local function last_delivered(lane)
   return delivered[lane]
 end
 
--- The next waiting reference of a lane: {entry id, request id}, or nil.
+-- The next waiting reference of a lane: {entry id, fields}, or nil.
 local function peek(lane)
   if redis.call('EXISTS', lane) == 0 then
     return nil
   end
   local ahead = redis.call('XRANGE', lane, '(' .. last_delivered(lane), '+', 'COUNT', 1)[1]
-  return ahead and { ahead[1], ahead[2][2] }
+  return ahead and { ahead[1], ahead[2] }
 end
 
 local function deliver(lane, entry)
@@ -163,49 +169,107 @@ local function deliver(lane, entry)
   delivered[lane] = entry
 end
 
--- Claim the head of a lane. False: it does not fit.
-local function claim_head(lanes, tenant, lane, head)
-  local r = load(T, head[2])
-  if not r or r.state ~= 'wait' or r.entry ~= head[1] then
-    deliver(lane, head[1]) -- ended while it waited
-    drop_entry(lane, head[1])
-    scans = scans - 1
-    return true
-  end
-  if r.deadline > now and not fits(r) then
-    return false
-  end
-  deliver(lane, head[1])
-  r.state = 'park' -- delivered, owned by nobody: ending it drops the reference too
-  if ended(r) then
-    scans = scans - 1
-    return true
-  end
-  redis.call('ZINCRBY', lanes, r.cost + r.most, tenant)
-  take(r)
-  return true
-end
+-- priority -> the next to be claimed: tenant, lane, entry id, request id, charge; false: none waits.
+local heads = {}
 
-local function claim_waiting(priority)
+local function head_of(priority)
   local lanes = T .. ':lanes:' .. priority
-  while room() do
+  while heads[priority] == nil do
     local tenant = redis.call('ZRANGE', lanes, 0, 0)[1]
-    if not tenant then
-      return true
-    end
-    local lane = T .. ':in:' .. priority .. ':' .. tenant
-    local head = peek(lane)
-    if not head then
+    local lane = tenant and T .. ':in:' .. priority .. ':' .. tenant
+    local head = tenant and peek(lane)
+    if head then
+      heads[priority] = { tenant = tenant, lane = lane, entry = head[1], id = head[2][2],
+        charge = tonumber(head[2][4]) + tonumber(head[2][6]) }
+    elseif tenant and scans > 0 then
       -- Forgetting the lane of least virtual time costs nothing: it would start there again.
       redis.call('ZREM', lanes, tenant)
       scans = scans - 1
-    elseif not claim_head(lanes, tenant, lane, head) then
-      return false
+    else
+      heads[priority] = false
     end
   end
-  return false
+  return heads[priority]
 end
 
+-- Claim the head of a priority. Returns what it takes, 0 for a reference that had ended, or nil if
+-- it does not fit.
+local function claim_head(priority, head)
+  local r = load(T, head.id)
+  local is_live = r and r.state == 'wait' and r.entry == head.entry
+  if is_live and r.deadline > now and not fits(r) then
+    return nil
+  end
+  deliver(head.lane, head.entry)
+  heads[priority] = nil
+  if not is_live then -- ended while it waited
+    drop_entry(head.lane, head.entry)
+    scans = scans - 1
+    return 0
+  end
+  r.state = 'park' -- delivered, owned by nobody: ending it drops the reference too
+  if ended(r) then
+    scans = scans - 1
+    return 0
+  end
+  local charge, weight = r.cost + r.most, setting(T, 'weight:' .. head.tenant, 1)
+  redis.call('ZINCRBY', T .. ':lanes:' .. priority, charge / weight, head.tenant)
+  take(r)
+  return charge
+end
+
+-- Tokens that the betters of a waiting priority were served.
+local passed = {}
+
+-- The priority to claim from next, or nil if nothing waits.
+local function next_priority()
+  local first
+  for priority = 2, 0, -1 do
+    local head = head_of(priority)
+    if not head then
+      passed[priority] = 0
+    elseif passed[priority] >= AGE * head.charge then
+      return priority
+    else
+      first = priority
+    end
+  end
+  return first
+end
+
+local function served(priority, charge)
+  passed[priority] = math.max(passed[priority] - AGE * charge, 0)
+  for below = priority + 1, 2 do
+    if head_of(below) then
+      passed[below] = passed[below] + charge
+    end
+  end
+end
+
+local function claim_waiting()
+  local aged = T .. ':aged'
+  local before = redis.call('HMGET', aged, 1, 2)
+  passed = { [0] = 0, tonumber(before[1] or 0), tonumber(before[2] or 0) }
+  while room() do
+    local priority = next_priority()
+    local charge = priority and claim_head(priority, head_of(priority))
+    if not charge then
+      break
+    end
+    served(priority, charge)
+  end
+  for priority = 1, 2 do
+    if passed[priority] > 0 then
+      redis.call('HSET', aged, priority, int(passed[priority]))
+    elseif before[priority] then
+      redis.call('HDEL', aged, priority)
+    end
+  end
+end
+
+local inbox = redis.call('XLEN', T .. ':inbox')
+local newest = redis.call('XREVRANGE', T .. ':ctl', '+', '-', 'COUNT', 1)[1]
+local control = newest and newest[1] or '0-0'
 local last = redis.call('HMGET', self, 'claim_seq', 'claim_ids')
 if last[1] == seq then
   for id in string.gmatch(last[2], '%S+') do
@@ -214,11 +278,10 @@ if last[1] == seq then
       give(r)
     end
   end
-  return { 0, claims, now }
+  return { 0, claims, now, inbox, control }
 end
-local go_on = claim_parked()
-for priority = 0, 2 do
-  go_on = go_on and claim_waiting(priority)
+if setting(T, 'paused', 0) == 0 and claim_parked() then
+  claim_waiting()
 end
 redis.call('HSET', self, 'claim_seq', seq, 'claim_ids', table.concat(taken, ' '))
-return { scans <= 0 and 1 or 0, claims, now }
+return { scans <= 0 and 1 or 0, claims, now, inbox, control }
