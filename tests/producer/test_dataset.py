@@ -179,7 +179,7 @@ def test_openai_completions(tmp_path: Path) -> None:
     ("line", "field"),
     [
         (batch_line(n=2), "body.n"),
-        (batch_line(frequency_penalty=0.5), "body.frequency_penalty"),
+        (batch_line(frequency_penalty=5), "body.frequency_penalty"),
         (batch_line(made_up=1), "body.made_up"),
         (batch_line(max_tokens=0), "body.max_tokens"),
         (batch_line(max_completion_tokens="x"), "body.max_completion_tokens"),
