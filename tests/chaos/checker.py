@@ -1,8 +1,6 @@
 """`check`: everything that a run left behind, held against what was promised."""
 
-import json
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,6 +36,8 @@ class Report:
     reordered: int = 0
     #: Tokens, text or digests that nobody should have written.
     foreign: int = 0
+    #: Written under an epoch after a later one had been claimed, or an epoch claimed twice.
+    stale: int = 0
     #: Ended in a way that nothing asked for.
     wrong_ends: int = 0
     #: A worker was told that its end of a request was written, and it was not.
@@ -79,6 +79,7 @@ WRONG = (
     "duplicated",
     "reordered",
     "foreign",
+    "stale",
     "wrong_ends",
     "false_ends",
     "forked",
@@ -105,9 +106,7 @@ def check(report: Report, server: redis.Redis, queue: str, seed: str, home: Path
     journals = [line for path in home.glob("producer-*") for line in read_journal(path)]
     sent = sorted({line["sent"] for line in journals if "sent" in line})
     refused_cancels = {line["cancel"] for line in journals if line.get("ok") is False}
-    ends: dict[str, list[tuple[int, str]]] = {}
-    for request_id, epoch, finish in _ends(home, report):
-        ends.setdefault(request_id, []).append((epoch, finish))
+    logs = _read_logs(home, report)
     seen = _read_by_readers(home, report)
     has_readers = any(home.glob("reader-*"))
     terminals: Counter[int] = Counter()
@@ -119,9 +118,11 @@ def check(report: Report, server: redis.Redis, queue: str, seed: str, home: Path
         tokens = _check_order(report, f"output of {number}", pieces)
         _check_content(report, item, pieces, tokens, epochs)
         _check_end(report, item, pieces, len(tokens), number in refused_cancels)
+        _check_fences(report, item, tokens, epochs, logs.claims.get(item.request_id, []))
         if pieces:
             finished[pieces[-1].finish] += 1
-            _check_claimed_end(report, number, pieces[-1], epochs[-1], ends.get(item.request_id))
+            told = logs.ends.get(item.request_id, [])
+            _check_claimed_end(report, number, pieces[-1], epochs[-1], told)
         if has_readers:
             _check_order(report, f"reader of {number}", seen.get(number, []))
             _compare(report, number, pieces, seen.get(number, []))
@@ -206,29 +207,54 @@ def _check_end(
         report.note("lost", f"{item.number} has {total} of {item.max_tokens} tokens")
 
 
-def _ends(home: Path, report: Report) -> Iterator[tuple[str, int, str]]:
-    """Request id, epoch and reason of each end that a worker was told was written."""
-    for path in home.glob("worker-*"):
-        for line in path.read_bytes().splitlines():
-            try:
-                values = json.loads(line)
-            except ValueError:
-                continue
-            event = values.get("event")
-            report.fenced += event == "request_fenced"
-            report.gaps += event == "request_gap"
-            if event == "request_refused":
-                report.note("refused", values["reason"])
-            if event == "thread_failed":
-                report.note("crashed", f"{path.name}: {values['error']}")
-            if event == "request_finished":
-                yield values["request_id"], values["epoch"], values["finish_reason"]
+@dataclass
+class Logs:
+    """What the workers said, by request id."""
+
+    #: Epoch and reason of each end that a worker was told was written.
+    ends: dict[str, list[tuple[int, str]]] = field(default_factory=dict)
+    #: Epoch of each claim, and how many tokens were committed then.
+    claims: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
+
+
+def _read_logs(home: Path, report: Report) -> Logs:
+    logs = Logs()
+    for line in (line for path in home.glob("worker-*") for line in read_journal(path)):
+        event = line.get("event")
+        report.fenced += event == "request_fenced"
+        report.gaps += event == "request_gap"
+        if event == "request_refused":
+            report.note("refused", line["reason"])
+        if event == "thread_failed":
+            report.note("crashed", line["error"])
+        if event == "request_finished":
+            end = (line["epoch"], line["finish_reason"])
+            logs.ends.setdefault(line["request_id"], []).append(end)
+        if event == "request_claimed":
+            claim = (line["epoch"], line["committed"])
+            logs.claims.setdefault(line["request_id"], []).append(claim)
+    return logs
+
+
+def _check_fences(
+    report: Report, item: Job, tokens: list[int], epochs: list[int], claims: list[tuple[int, int]]
+) -> None:
+    """From a claim on, nothing is written under an earlier epoch; and no epoch is given twice."""
+    if len({epoch for epoch, _ in claims}) < len(claims):
+        report.note("stale", f"{item.number}: claimed as {claims}")
+    for epoch, committed in claims:
+        before = [epoch_of(token) for token in tokens[:committed]]
+        after = [*(epoch_of(token) for token in tokens[committed:]), *epochs[-1:]]
+        if any(e >= epoch for e in before) or any(e < epoch for e in after):
+            report.note(
+                "stale", f"{item.number}: claimed at {committed} as {epoch}; {before} {after}"
+            )
 
 
 def _check_claimed_end(
-    report: Report, number: int, last: Piece, epoch: int, told: list[tuple[int, str]] | None
+    report: Report, number: int, last: Piece, epoch: int, told: list[tuple[int, str]]
 ) -> None:
-    for claimed in told or ():
+    for claimed in told:
         if claimed != (epoch, last.finish):
             what = f"{claimed[1]} under epoch {claimed[0]}"
             report.note("false_ends", f"{number}: {what}, it is {last.finish} under {epoch}")

@@ -78,7 +78,7 @@ def producer(
                 time.sleep(0.02)
                 continue
             numbers = [n for n in range(following, following + BATCH * of, of) if n < count]
-            _submit(client, [job(seed, number) for number in numbers])
+            submit(client, [job(seed, number) for number in numbers])
         except (ServerUnreachable, Busy):
             time.sleep(0.05)
             continue
@@ -175,7 +175,8 @@ def _is_cancelled(item: Job) -> bool:
     return item.cancel_after_s is not None
 
 
-def _submit(client: Client, jobs: list[Job]) -> None:
+def submit(client: Client, jobs: list[Job]) -> None:
+    """Enqueue them; some twice."""
     requests = []
     for item in jobs:
         client.tenant = item.tenant

@@ -23,6 +23,7 @@ from typing import Any
 
 from redis.exceptions import RedisError
 
+from audit import audit
 from checker import Report, check
 from faults import Faults
 from proxy import Proxy
@@ -201,15 +202,6 @@ class Run:
         self._audit_at = time.monotonic() + AUDIT_S
         for text in audit(self._direct, self._keys.tag):
             self.report.note("contradictions", text)
-
-
-def audit(server: Any, tag: str) -> list[str]:
-    """What contradicts itself in a shard right now; nothing if the server is down."""
-    try:
-        wrong: Any = server.eval((HERE / "audit.lua").read_text(), 1, tag)
-    except RedisError:
-        return []
-    return [text.decode() for text in wrong]
 
 
 def main(arguments: Sequence[str]) -> int:
