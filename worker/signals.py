@@ -33,8 +33,9 @@ class StopSignals:
     def __enter__(self) -> Self:
         self._read_end, self._write_end = os.pipe()
         os.set_blocking(self._write_end, False)
-        self._before = {number: signal.signal(number, _ignore) for number in SIGNALS}
+        # Before the handlers: a signal between the two would be heard by nobody.
         self._wakeup_before = signal.set_wakeup_fd(self._write_end, warn_on_full_buffer=False)
+        self._before = {number: signal.signal(number, _ignore) for number in SIGNALS}
         self._thread = threading.Thread(target=self._listen, name="signals", daemon=True)
         self._thread.start()
         return self
@@ -45,9 +46,9 @@ class StopSignals:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        signal.set_wakeup_fd(self._wakeup_before)
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(self._wakeup_before)
         os.close(self._write_end)  # the thread reads the end of file
         self._thread.join()
         os.close(self._read_end)

@@ -13,6 +13,20 @@ with StopSignals() as signals:
     print("ready", flush=True)
     time.sleep(60)
 """
+#: A signal comes at the instant at which the handler is in place.
+AT_ONCE = """
+import os, signal, time
+from tokenmill.worker.signals import StopSignals
+install = signal.signal
+def install_and_be_hit(number, handler):
+    before = install(number, handler)
+    os.kill(os.getpid(), number)
+    return before
+signal.signal = install_and_be_hit
+print("ready", flush=True)
+with StopSignals():
+    time.sleep(60)
+"""
 SERVING = """
 import threading
 from tokenmill.worker.signals import StopSignals, exit_status
@@ -42,6 +56,12 @@ def test_before_there_is_anything_to_put_in_order_it_leaves(
     with start(BEFORE) as process:
         process.send_signal(number)
         assert process.wait(10) == status
+
+
+def test_a_signal_is_not_lost_while_the_handlers_are_set_up() -> None:
+    with start(AT_ONCE) as process:
+        # Both are hit; the second may already quit.
+        assert process.wait(10) in (0, 130, 128 + signal.SIGINT)
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
