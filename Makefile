@@ -24,7 +24,7 @@ demo: $(READY)   ## answer examples/questions.jsonl with a real model, live
 	@examples/demo.sh
 
 test: lint types $(READY)   ## lint, types, and every test that needs no GPU
-	@$(BIN)/pytest -m 'not gpu'
+	@$(BIN)/pytest -m 'not gpu and not slow'
 
 properties: $(READY)  ## 12,000 random schedules instead of 2,000
 	@TOKENMILL_SCHEDULES=12000 $(BIN)/pytest -q tests/engine/test_scheduler_properties.py

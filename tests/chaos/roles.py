@@ -41,7 +41,7 @@ def worker(
     """A whole worker around the scripted engine."""
     configure(as_json=True, level=logging.DEBUG)
     plant(mutant)
-    vars(process)["Queue"] = functools.partial(Queue, max_attempts=max_attempts)
+    allow_attempts(max_attempts)
     config = WorkerConfig(model="scripted", redis_url=url, queue=queue, lease_ms=lease_ms)
 
     def make_engine(_: WorkerConfig) -> ScriptedEngine:
@@ -137,6 +137,11 @@ def reader(url: str, queue: str, seed: str, directory: str, index: int, of: int)
                     "finish": delta.finish_reason,
                 }
             )
+
+
+def allow_attempts(most: int) -> None:
+    """Workers of this process give a request up only after so many."""
+    vars(process)["Queue"] = functools.partial(Queue, max_attempts=most)
 
 
 class Journal:

@@ -58,7 +58,7 @@ class Stage:
         settings = {"lease_ms": LEASE_MS, "step_ms": 5, "mutant": self.mutant, **options}
         log = self.home / f"worker-{len(self.workers)}"
         address = {"url": url or self.server.url, "queue": self.queue}
-        self.workers.append(self.zygote.fork("worker", log, **address, **settings))
+        self.workers.append(self.zygote.fork("roles.worker", log, **address, **settings))
         return self.workers[-1]
 
     def until(self, condition: Callable[[], bool]) -> bool:

@@ -162,7 +162,7 @@ class Run:
             self._born += 1
             self.workers.append(
                 self._zygote.fork(
-                    "worker",
+                    "roles.worker",
                     self.home / f"worker-{self._born}",
                     url=self.proxy.url,
                     queue=QUEUE,
@@ -185,7 +185,7 @@ class Run:
             self.report.note("crashed", f"{role} {index} ended with {status}")
         more = {"window": WINDOW, "count": self.count} if role == "producer" else {}
         children[index] = self._zygote.fork(
-            role,
+            f"roles.{role}",
             self.home / f"log-{role}-{index}",
             url=self.proxy.url,
             queue=QUEUE,

@@ -1,14 +1,12 @@
 """Each guard of the scripts, taken away, turns the checker red; with all of them it is green."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 
 from mutants import MUTANTS
 from schedules import SCHEDULES
-from server import ChaosServer
 from stage import Stage
-from zygote import Zygote
 
 #: Mutant, the schedule that needs the guard, and what the checker finds.
 PLANTED = [
@@ -28,31 +26,6 @@ PLANTED = [
 ]
 
 pytestmark = pytest.mark.timeout(60)
-
-
-@pytest.fixture(scope="module")
-def zygote() -> Iterator[Zygote]:
-    with Zygote() as zygote:
-        yield zygote
-
-
-@pytest.fixture(scope="module")
-def chaos_server() -> Iterator[ChaosServer]:
-    with ChaosServer() as server:
-        yield server
-
-
-@pytest.fixture
-def make_stage(zygote: Zygote, chaos_server: ChaosServer) -> Iterator[Callable[[str], Stage]]:
-    made: list[Stage] = []
-
-    def make(mutant: str = "") -> Stage:
-        made.append(Stage(zygote, chaos_server, mutant))
-        return made[-1]
-
-    yield make
-    for stage in made:
-        stage.close()
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

@@ -54,8 +54,12 @@ class Zygote:
         )
         self._children: list[Child] = []
 
+    def prepare(self, call: str, **options: Any) -> None:
+        """Run a function, named `module.function`, in the zygote: its children find it done."""
+        self.ask({"role": call, "options": options})
+
     def fork(self, role: str, log: Path, **options: Any) -> Child:
-        """Run a function of `roles` in a process of its own; it writes to `log`."""
+        """Run a function, named `module.function`, in a new process that writes to `log`."""
         pid = self.ask({"role": role, "log": str(log), "options": options})
         self._children.append(Child(self, pid))
         return self._children[-1]
@@ -89,15 +93,19 @@ class Zygote:
 
 
 def _serve() -> None:
-    roles = importlib.import_module("roles")
+    importlib.import_module("roles")
     for line in sys.stdin:
         command = json.loads(line)
         if "wait" in command:
             _, status = os.waitpid(command["wait"], 0)
-            reply = os.waitstatus_to_exitcode(status)
+            print(os.waitstatus_to_exitcode(status), flush=True)
+            continue
+        module, _, name = command["role"].rpartition(".")
+        call = getattr(importlib.import_module(module), name)
+        if "log" in command:
+            print(_fork(call, command["log"], command["options"]), flush=True)
         else:
-            reply = _fork(getattr(roles, command["role"]), command["log"], command["options"])
-        print(reply, flush=True)
+            print(call(**command["options"]), flush=True)
 
 
 def _fork(call: Callable[..., int], log: str, options: Mapping[str, Any]) -> int:

@@ -1,0 +1,443 @@
+"""The scripts against a model of the protocol: every call in any order, stale, repeated or wrong.
+
+Workers here are tickets: every claim that was ever given may still be used, under its epoch, at any
+offset. After each step the whole shard must be what the model says. The server's clock is a key
+that the test moves.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import redis
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from mutants import MUTANTS, planted
+from tokenmill.producer import client as producer_client
+from tokenmill.producer.client import Client
+from tokenmill.producer.errors import Conflict, NotFound
+from tokenmill.producer.keys import Keys
+from tokenmill.producer.params import SamplingParams
+from tokenmill.producer.request_id import request_id_for
+from tokenmill.producer.scripts import Script
+from tokenmill.producer.wire import Request, Usage, chain_digest, unpack_token_ids
+from tokenmill.worker import queue as worker_queue
+from tokenmill.worker.queue import Append, Finish, Queue, Verdict
+
+QUEUE = "machine"
+KEYS = Keys(QUEUE)
+CLOCK = f"{KEYS.tag}:clock"
+LEASE_MS = 1000
+MAX_ATTEMPTS = 3
+MOST = 6
+REQUESTS, WORKERS = 3, 2
+START_MS = 1_000_000
+
+NUMBERS = st.integers(0, REQUESTS - 1)
+NAMES = st.integers(0, WORKERS - 1)
+
+
+@dataclass
+class Model:
+    """What a record must be."""
+
+    variant: int
+    deadline: int
+    state: str = "wait"
+    epoch: int = 0
+    attempts: int = 0
+    worker: str = ""
+    #: When it may be claimed again, if it is parked.
+    due: int = 0
+    is_cancelled: bool = False
+    finish: str = ""
+    tokens: list[int] = field(default_factory=list)
+
+    def end(self, finish: str) -> None:
+        self.state, self.finish = "end", finish
+
+    def park(self, due: int, attempts: int) -> None:
+        self.epoch += 1
+        if self.is_cancelled:
+            self.end("cancelled")
+        else:
+            self.state, self.due, self.attempts = "park", due, attempts
+
+
+@dataclass(frozen=True)
+class Ticket:
+    """A claim, perhaps of long ago."""
+
+    worker: int
+    request_id: str
+    epoch: int
+
+
+class Protocol(RuleBasedStateMachine):
+    """Calls of producers and workers, and time."""
+
+    server: redis.Redis
+    client: Client
+
+    @initialize()
+    def begin(self) -> None:
+        self.server.flushdb()
+        self.now = START_MS
+        self.server.set(CLOCK, self.now)
+        self.queues = [
+            Queue(self.server, KEYS, f"w{name}", lease_ms=LEASE_MS, max_attempts=MAX_ATTEMPTS)
+            for name in range(WORKERS)
+        ]
+        self.models: dict[str, Model] = {}
+        self.leases: dict[str, int] = {}
+        self.tickets: list[Ticket] = []
+
+    @rule(number=NUMBERS, variant=st.sampled_from([0, 0, 0, 1]), life=st.sampled_from([900, 10**6]))
+    def enqueue(self, number: int, variant: int, life: int) -> None:
+        request = Request(
+            request_id=request_id_for(str(number)),
+            prompt=f"variant {variant}",
+            params=SamplingParams(max_tokens=MOST),
+            tenant=f"t{number % 2}",
+            priority=number % 3,
+            deadline_ms=self.now + life,
+        )
+        known = self.models.get(request.request_id)
+        if known and known.variant != variant:
+            with pytest.raises(Conflict):
+                self.client.submit_many([request])
+            return
+        self.client.submit_many([request, request])
+        if not known:
+            self.models[request.request_id] = Model(variant, request.deadline_ms)
+
+    @rule(name=NAMES, sequences=st.integers(1, 3), is_repeated=st.booleans())
+    def claim(self, name: int, sequences: int, is_repeated: bool) -> None:
+        free = {i for i, m in self.models.items() if self._is_claimable(m)}
+        claims = self._claim(name, sequences)
+        for given in claims:
+            model = self.models[given.request_id]
+            assert given.request_id in free
+            assert not self._must_end(model)
+            model.state, model.worker = "run", f"w{name}"
+            model.epoch, model.attempts = model.epoch + 1, model.attempts + 1
+            assert (given.epoch, given.attempts) == (model.epoch, model.attempts)
+            assert list(given.token_ids) == model.tokens
+            self.tickets.append(Ticket(name, given.request_id, given.epoch))
+        rest = free - {given.request_id for given in claims}
+        for request_id in rest:
+            model = self.models[request_id]
+            if self._must_end(model) and self._state_of(request_id) == "end":
+                model.epoch += 1
+                model.end("expired" if model.deadline <= self.now else "error")
+        if len(claims) < sequences:
+            assert not any(self.models[i].state != "end" for i in rest), "left waiting"
+        if is_repeated:
+            self._claim_again(name, sequences, claims)
+
+    @precondition(lambda self: self.tickets)
+    @rule(data=st.data(), shift=st.integers(-2, 2), some=st.integers(0, 3), twice=st.booleans())
+    def append(self, data: st.DataObject, shift: int, some: int, twice: bool) -> None:
+        ticket, model, start = self._draw(data, shift)
+        tokens = self._tokens(ticket, start, some)
+        piece = Append(
+            request_id=ticket.request_id,
+            epoch=ticket.epoch,
+            start=start,
+            token_ids=tokens,
+            text="x" * some,
+            digest=self._digest(model, start, tokens),
+        )
+        expected = self._verdict_on_append(ticket, model, start, some)
+        if expected is Verdict.OK and len(model.tokens) == start:
+            model.tokens += tokens
+        for _ in range(1 + twice):
+            assert self.queues[ticket.worker].append([piece]) == [expected]
+        self.leases[f"w{ticket.worker}"] = self.now + LEASE_MS
+
+    @precondition(lambda self: self.tickets)
+    @rule(
+        data=st.data(),
+        shift=st.sampled_from([0, 0, 0, 1, -1]),
+        some=st.integers(0, 2),
+        finish=st.sampled_from(["length", "stop", "cancelled", "error"]),
+        twice=st.booleans(),
+    )
+    def finish(self, data: st.DataObject, shift: int, some: int, finish: str, twice: bool) -> None:
+        ticket, model, start = self._draw(data, shift)
+        tokens = self._tokens(ticket, start, some)
+        end = Finish(
+            request_id=ticket.request_id,
+            epoch=ticket.epoch,
+            start=start,
+            token_ids=tokens,
+            text="x" * some,
+            digest=self._digest(model, start, tokens),
+            finish_reason=finish,
+            usage=Usage(prompt_tokens=1, completion_tokens=start + some),
+        )
+        expected = self._verdict_on_finish(ticket, model, start)
+        if expected is Verdict.OK and model.state == "run":
+            model.tokens += tokens
+            model.end(finish)
+        for _ in range(1 + twice):
+            assert self.queues[ticket.worker].finish([end]) == [expected]
+        self.leases[f"w{ticket.worker}"] = self.now + LEASE_MS
+
+    @precondition(lambda self: self.tickets)
+    @rule(
+        data=st.data(),
+        undo=st.booleans(),
+        delay=st.sampled_from([0, 700]),
+        twice=st.booleans(),
+    )
+    def release(self, data: st.DataObject, undo: bool, delay: int, twice: bool) -> None:
+        ticket, model, _ = self._draw(data, 0)
+        expected = Verdict.FENCED
+        if model.state == "park" and model.epoch == ticket.epoch + 1:
+            expected = Verdict.OK
+        elif model.state == "run" and model.epoch == ticket.epoch:
+            expected = Verdict.OK
+            attempts = max(model.attempts - undo, 0)
+            model.park(self.now + delay, attempts)
+            if not undo and not delay:
+                model.due = -1  # the script's own backoff: taken from the server below
+        queue = self.queues[ticket.worker]
+        verdict = queue.release(ticket.request_id, ticket.epoch, undo=undo, delay_ms=delay)
+        assert verdict is expected
+        if model.state == "park" and model.due == -1:
+            model.due = self._due_of(ticket.request_id)
+            full = 1000 * 2 ** (model.attempts - 1)
+            assert full // 2 <= model.due - self.now <= full
+        if twice and model.state == "park":
+            again = queue.release(ticket.request_id, ticket.epoch, undo=undo, delay_ms=delay)
+            assert again is expected
+
+    @precondition(lambda self: self.models)
+    @rule(number=NUMBERS, twice=st.booleans())
+    def cancel(self, number: int, twice: bool) -> None:
+        request_id = request_id_for(str(number))
+        model = self.models.get(request_id)
+        if model is None:
+            with pytest.raises(NotFound):
+                self.client.cancel(request_id)
+            return
+        expected = model.state != "end" or model.finish == "cancelled"
+        if model.state == "run":
+            model.is_cancelled = True
+        elif model.state != "end":
+            model.epoch += 1
+            model.end("cancelled")
+        for _ in range(1 + twice):
+            assert self.client.cancel(request_id) is expected
+
+    @precondition(lambda self: self.leases)
+    @rule(name=NAMES)
+    def renew(self, name: int) -> None:
+        self.queues[name].renew()
+        self.leases[f"w{name}"] = self.now + LEASE_MS
+
+    @rule(name=NAMES, twice=st.booleans())
+    def reap(self, name: int, twice: bool) -> None:
+        dead = [worker for worker, until in self.leases.items() if until <= self.now]
+        for worker in dead:
+            del self.leases[worker]
+        for model in self.models.values():
+            if model.state == "run" and model.worker in dead:
+                model.park(self.now, model.attempts)
+            if model.state != "end" and model.deadline <= self.now:
+                model.epoch += 1
+                model.end("expired")
+        for _ in range(1 + twice):
+            self.queues[name].reap()
+
+    @precondition(lambda self: self.leases)
+    @rule(name=NAMES)
+    def retire(self, name: int) -> None:
+        self.leases[f"w{name}"] = 0
+        self.queues[name]._lease(0)
+
+    @rule(ms=st.sampled_from([1, 400, LEASE_MS, 5000]))
+    def wait(self, ms: int) -> None:
+        self.now += ms
+        self.server.set(CLOCK, self.now)
+
+    @invariant()
+    def records_are_the_model(self) -> None:
+        for request_id, model in getattr(self, "models", {}).items():
+            row: Any = self.server.hmget(
+                KEYS.record(request_id), "state", "epoch", "offset", "attempts", "finish"
+            )
+            state, epoch, offset, attempts, finish = (item or b"" for item in row)
+            assert state.decode() == model.state
+            assert int(epoch) == model.epoch
+            assert int(attempts) == model.attempts
+            assert int(offset) == len(model.tokens)
+            assert finish.decode() == model.finish
+            self._check_output(request_id, model)
+
+    @invariant()
+    def indexes_are_the_model(self) -> None:
+        models = getattr(self, "models", {})
+        live = {i: float(m.deadline) for i, m in models.items() if m.state != "end"}
+        assert _scores(self.server, KEYS.live) == live
+        parked = {i: float(m.due) for i, m in models.items() if m.state == "park"}
+        assert _scores(self.server, KEYS.park) == parked
+        leases = {worker: float(until) for worker, until in getattr(self, "leases", {}).items()}
+        assert _scores(self.server, KEYS.workers) == leases
+        for name in range(WORKERS):
+            owned: Any = self.server.smembers(KEYS.own(f"w{name}"))
+            runs = {i for i, m in models.items() if m.state == "run" and m.worker == f"w{name}"}
+            assert {item.decode() for item in owned} == runs
+        for request_id, model in models.items():
+            self._check_reference(request_id, model)
+
+    def _check_output(self, request_id: str, model: Model) -> None:
+        entries: Any = self.server.xrange(KEYS.output(request_id))
+        tokens: list[int] = []
+        for index, (name, fields) in enumerate(entries):
+            tokens += unpack_token_ids(fields[b"t"])
+            is_end = model.state == "end" and index == len(entries) - 1
+            assert (b"f" in fields) == is_end
+            assert name.decode() == f"{len(tokens)}-{int(is_end)}"
+            assert fields[b"h"].decode() == chain_digest("", tokens)
+        assert tokens == model.tokens
+        if model.state == "end":
+            assert entries
+
+    def _check_reference(self, request_id: str, model: Model) -> None:
+        record: Any = self.server.hmget(KEYS.record(request_id), "entry", "priority", "tenant")
+        entry, priority, tenant = (item.decode() for item in record)
+        found: Any = self.server.xrange(KEYS.lane(int(priority), tenant), entry, entry)
+        if model.state != "end":
+            assert found
+        elif model.epoch > 1 or model.attempts:  # it was delivered: nothing is left of it
+            assert not found
+
+    def _is_claimable(self, model: Model) -> bool:
+        return model.state == "wait" or (model.state == "park" and model.due <= self.now)
+
+    def _must_end(self, model: Model) -> bool:
+        return model.deadline <= self.now or model.attempts >= MAX_ATTEMPTS
+
+    def _claim(self, name: int, sequences: int) -> list[worker_queue.Claim]:
+        self.leases[f"w{name}"] = self.now + LEASE_MS
+        return self.queues[name].claim(sequences=sequences, tokens=10**6, kv_tokens=10**6)
+
+    def _claim_again(self, name: int, sequences: int, before: list[worker_queue.Claim]) -> None:
+        """The answer was lost, and the call is made again: the same claims, and no others."""
+        queue = self.queues[name]
+        queue._claim_seq -= 1
+        assert self._claim(name, sequences) == before
+
+    def _draw(self, data: st.DataObject, shift: int) -> tuple[Ticket, Model, int]:
+        valid = [item for item in self.tickets if self._is_valid(item)]
+        ticket = data.draw(st.sampled_from([*valid, *valid, *self.tickets[-4:]]))
+        model = self.models[ticket.request_id]
+        return ticket, model, max(len(model.tokens) + shift, 0)
+
+    def _is_valid(self, ticket: Ticket) -> bool:
+        model = self.models[ticket.request_id]
+        return model.state == "run" and model.epoch == ticket.epoch
+
+    def _tokens(self, ticket: Ticket, start: int, some: int) -> tuple[int, ...]:
+        return tuple(1000 * ticket.epoch + start + n for n in range(some))
+
+    def _digest(self, model: Model, start: int, tokens: tuple[int, ...]) -> str:
+        return chain_digest("", [*model.tokens[:start], *tokens])
+
+    def _verdict_on_append(self, ticket: Ticket, model: Model, start: int, some: int) -> Verdict:
+        if model.state != "run" or model.epoch != ticket.epoch:
+            return Verdict.FENCED
+        if model.is_cancelled:
+            return Verdict.CANCEL
+        if len(model.tokens) >= start + some:
+            return Verdict.OK
+        return Verdict.OK if len(model.tokens) == start else Verdict.GAP
+
+    def _verdict_on_finish(self, ticket: Ticket, model: Model, start: int) -> Verdict:
+        if model.epoch != ticket.epoch or model.state not in ("run", "end"):
+            return Verdict.FENCED
+        if model.state == "end":
+            return Verdict.OK
+        return Verdict.OK if len(model.tokens) == start else Verdict.GAP
+
+    def _state_of(self, request_id: str) -> str:
+        state: Any = self.server.hget(KEYS.record(request_id), "state")
+        return str(state.decode())
+
+    def _due_of(self, request_id: str) -> int:
+        due: Any = self.server.zscore(KEYS.park, request_id)
+        return int(due)
+
+
+def _scores(server: redis.Redis, key: str) -> dict[str, float]:
+    pairs: Any = server.zrange(key, 0, -1, withscores=True)
+    return {name.decode(): score for name, score in pairs}
+
+
+@pytest.fixture
+def _moved_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scripts take the time from a key."""
+    clock = f"redis.call('GET', '{CLOCK}')"
+    for module in (producer_client, worker_queue):
+        for script in [item for item in vars(module).values() if isinstance(item, Script)]:
+            time = f"{{ math.floor({clock} / 1000), {clock} % 1000 * 1000 }}"
+            patched = script.source.replace("redis.call('TIME')", time)
+            monkeypatch.setattr(script, "source", patched)
+            monkeypatch.setattr(script, "_sha", "")
+
+
+@pytest.fixture
+def check_model(
+    _moved_clock: None, server: redis.Redis, server_url: str
+) -> Iterator[Callable[..., None]]:
+    """`check_model(examples)`: run the machine; it always takes the same steps."""
+    client = Client(server_url, queue=QUEUE)
+
+    class Machine(Protocol):
+        pass
+
+    Machine.server, Machine.client = server, client
+
+    def check(examples: int, phases: Sequence[Phase] = tuple(Phase)) -> None:
+        run_state_machine_as_test(
+            Machine,
+            settings=settings(
+                max_examples=examples,
+                stateful_step_count=40,
+                deadline=None,
+                derandomize=True,
+                database=None,
+                phases=phases,
+                report_multiple_bugs=False,
+                suppress_health_check=list(HealthCheck),
+            ),
+        )
+
+    yield check
+    client.close()
+
+
+def test_the_scripts_do_what_the_model_says(check_model: Callable[..., None]) -> None:
+    check_model(60)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mutant", MUTANTS)
+@pytest.mark.parametrize("server_kind", ["valkey"])
+def test_the_model_finds_planted_faults(
+    check_model: Callable[..., None], mutant: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with planted(mutant), pytest.raises((AssertionError, redis.exceptions.ResponseError)):
+        check_model(200, [Phase.generate])
