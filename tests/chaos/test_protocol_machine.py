@@ -435,7 +435,6 @@ def test_the_scripts_do_what_the_model_says(check_model: Callable[..., None]) ->
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mutant", MUTANTS)
-@pytest.mark.parametrize("server_kind", ["valkey"])
 def test_the_model_finds_planted_faults(
     check_model: Callable[..., None], mutant: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
