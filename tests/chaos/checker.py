@@ -1,21 +1,21 @@
 """`check`: everything that a run left behind, held against what was promised."""
 
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import redis
 
+from journal import read_journal
 from mix import Job, epoch_of, job, letters
-from roles import read_journal
 from tokenmill.producer.keys import Keys
 from tokenmill.producer.wire import chain_digest, unpack_token_ids
 
 #: Of each kind of fault, as many are described.
 SHOWN = 5
 #: Keys that may be left: ended requests until their time is over, and what is trimmed.
-KEPT = ("r", "o", "ctl", "dead", "settings", "reply")
+KEPT = ("r", "o", "ctl", "settings")
 
 
 @dataclass
@@ -23,6 +23,9 @@ class Report:
     """What is wrong is at zero in a correct run; `terminals` is then one for each request."""
 
     requests: int = 0
+    #: Of these, through a reply stream; through the plain inbox.
+    bulk: int = 0
+    plain: int = 0
     tokens: int = 0
     #: How many requests have so many terminal entries.
     terminals: dict[int, int] = field(default_factory=dict)
@@ -111,9 +114,13 @@ def check(report: Report, server: redis.Redis, queue: str, seed: str, home: Path
     has_readers = any(home.glob("reader-*"))
     terminals: Counter[int] = Counter()
     finished: Counter[str] = Counter()
+    bulk = plain = 0
     for number in sent:
         item = job(seed, number)
-        pieces, epochs = _output(server, queue, item)
+        if item.reply_to:
+            pieces, epochs = _reply(server, queue, item, seen.get(number, []))
+        else:
+            pieces, epochs = _output(server, queue, item)
         terminals[sum(bool(piece.finish) for piece in pieces)] += 1
         tokens = _check_order(report, f"output of {number}", pieces)
         _check_content(report, item, pieces, tokens, epochs)
@@ -123,12 +130,14 @@ def check(report: Report, server: redis.Redis, queue: str, seed: str, home: Path
             finished[pieces[-1].finish] += 1
             told = logs.ends.get(item.request_id, [])
             _check_claimed_end(report, number, pieces[-1], epochs[-1], told)
-        if has_readers:
+        if has_readers and not item.reply_to:
             _check_order(report, f"reader of {number}", seen.get(number, []))
             _compare(report, number, pieces, seen.get(number, []))
         report.tokens += len(tokens)
         report.resumes += len({epoch_of(token) for token in tokens}) - bool(tokens)
-    report.requests = len(sent)
+        bulk += bool(item.reply_to)
+        plain += item.is_plain
+    report.requests, report.bulk, report.plain = len(sent), bulk, plain
     report.terminals, report.finished = dict(terminals), dict(finished)
     _check_left_over(report, server, queue)
     return report
@@ -152,6 +161,16 @@ def _output(server: redis.Redis, queue: str, item: Job) -> tuple[list[Piece], li
         )
         epochs.append(int(fields[b"e"]))
     return pieces, epochs
+
+
+def _reply(
+    server: redis.Redis, queue: str, item: Job, kept: list[Piece]
+) -> tuple[list[Piece], list[int]]:
+    """What a collector kept, with what the record says of it."""
+    record: Any = server.hmget(Keys(queue).record(item.request_id), "epoch", "digest", "finish")
+    epoch, digest, finish = (value.decode() if value else "" for value in record)
+    stored = [replace(piece, digest=digest) for piece in kept if piece.finish == finish]
+    return stored, [int(epoch)] * len(stored)
 
 
 def _check_order(report: Report, where: str, pieces: list[Piece]) -> list[int]:
@@ -181,7 +200,7 @@ def _check_content(
     if tokens != item.tokens([epoch_of(token) for token in tokens]):
         report.note("foreign", f"output of {item.number}: a token that no right run generates")
     for piece, epoch in zip(pieces, epochs, strict=True):
-        if any(epoch_of(token) != epoch for token in piece.tokens):
+        if not item.reply_to and any(epoch_of(token) != epoch for token in piece.tokens):
             report.note("foreign", f"output of {item.number}: token and entry differ in epoch")
         if letters(piece.tokens) != piece.text:
             report.note("foreign", f"output of {item.number}: text of other tokens")
@@ -262,13 +281,20 @@ def _check_claimed_end(
 
 def _read_by_readers(home: Path, report: Report) -> dict[int, list[Piece]]:
     seen: dict[int, list[Piece]] = {}
-    for path in home.glob("reader-*"):
+    for path in [*home.glob("reader-*"), *home.glob("collector-*")]:
         for line in read_journal(path):
+            if "again" in line:
+                report.note("duplicated", f"reply of {line['again']} came twice")
+                continue
             if "changed" in line:
                 report.note("forked", f"reader of {line['changed']}: the output changed")
                 continue
             piece = Piece(
-                line["start"], tuple(line["tokens"]), line["text"], line["digest"], line["finish"]
+                line.get("start", 0),
+                tuple(line["tokens"]),
+                line["text"],
+                line.get("digest", ""),
+                line["finish"],
             )
             seen.setdefault(line["n"], []).append(piece)
     return seen
@@ -292,5 +318,7 @@ def _check_left_over(report: Report, server: redis.Redis, queue: str) -> None:
     tag = Keys(queue).tag
     for key in server.scan_iter(match=f"{tag}:*", count=1000):
         name = key.decode().removeprefix(f"{tag}:")
+        if name == "inbox" and not server.xlen(key):
+            continue
         if name.partition(":")[0] not in KEPT:
             report.note("left_over", name)

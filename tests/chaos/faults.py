@@ -128,7 +128,7 @@ class Faults:
         return self._kill_one(self._run.producers)
 
     def _do_reader_kills(self) -> bool:
-        return self._kill_one(self._run.readers)
+        return self._kill_one({**self._run.readers, -1: self._run.collectors[0]})
 
     def _kill_one(self, children: dict[int, Child]) -> bool:
         child: Any = self._rng.choice(list(children.values()))

@@ -20,6 +20,8 @@ from tokenmill.producer.request_id import request_id_for
 EPOCH_BITS = 12
 EPOCHS, HASHES = 1 << EPOCH_BITS, 1 << 19
 TENANTS = 5
+#: The one reply stream of a run.
+REPLIES = "bulk"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +40,10 @@ class Job:
     deadline_s: float
     #: Seconds after the submit, or None.
     cancel_after_s: float | None
+    #: The reply stream of the whole output; "": a stream of deltas.
+    reply_to: str
+    #: Sent as JSON by a plain XADD.
+    is_plain: bool
 
     @property
     def may_expire(self) -> bool:
@@ -66,6 +72,8 @@ def job(seed: str, number: int) -> Job:
         seed=rng.randrange(1000) if rng.random() < 0.5 else None,
         deadline_s=rng.uniform(0.2, 4.0) if kind < 0.05 else 86_400,
         cancel_after_s=rng.uniform(0.0, 2.0) if 0.05 <= kind < 0.13 else None,
+        reply_to=REPLIES if rng.random() < 0.3 else "",
+        is_plain=rng.random() < 0.1,
     )
 
 

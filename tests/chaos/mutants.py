@@ -40,7 +40,9 @@ MUTANTS: dict[str, tuple[Edit, ...]] = {
     "append_beyond": (_IS_NEXT,),
     "finish_anywhere": (Edit("finish", "if r.offset ~= start then", "if false then"),),
     # Acknowledged, or forgotten, before the end.
-    "ack_at_claim": (Edit("claim", _DELIVERED, f"  drop_entry(lane, head[1])\n{_DELIVERED}"),),
+    "ack_at_claim": (
+        Edit("claim", _DELIVERED, f"  drop_entry(head.lane, head.entry)\n{_DELIVERED}"),
+    ),
     "disown_at_claim": (Edit("claim", _OWN, ""),),
     "drop_at_claim": (Edit("claim", _OWN, f"{_OWN}  redis.call('ZREM', T .. ':live', r.id)\n"),),
     "end_unwritten": (

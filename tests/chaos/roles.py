@@ -1,7 +1,6 @@
-"""What the forked processes do: `worker`, `producer`, `reader`. Each may be killed at any instant.
+"""What the forked processes do: `worker`, `producer`, `reader`, `collector`.
 
-Producers and readers keep a journal, a file of JSON lines: what is in it has happened, and a new
-process goes on from it. Torn lines, left by a kill, count for nothing.
+Each may be killed at any instant; all but workers keep a journal from which the next one goes on.
 """
 
 import functools
@@ -9,21 +8,27 @@ import heapq
 import json
 import logging
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mix import Job, job
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import TimeoutError as RedisTimeoutError
+
+from journal import Journal, news
+from mix import REPLIES, Job, job
 from mutants import plant
 from scripted_engine import ScriptedEngine
 from tokenmill.producer.client import Client
-from tokenmill.producer.errors import Busy, OutputChanged, ServerUnreachable
-from tokenmill.worker import process
+from tokenmill.producer.errors import Busy, NotFound, OutputChanged, ServerUnreachable
+from tokenmill.producer.keys import Keys
+from tokenmill.worker import output, process
 from tokenmill.worker.config import WorkerConfig
 from tokenmill.worker.log import configure
 from tokenmill.worker.queue import Queue
 
 BATCH = 5
+#: Outputs here are short: so that they have checkpoints at all.
+CHECKPOINT_TOKENS = 16
 #: A request that was caught by this many deaths is no poison here.
 MAX_ATTEMPTS = 1000
 
@@ -41,7 +46,7 @@ def worker(
     """A whole worker around the scripted engine."""
     configure(as_json=True, level=logging.DEBUG)
     plant(mutant)
-    allow_attempts(max_attempts)
+    adapt(max_attempts)
     config = WorkerConfig(model="scripted", redis_url=url, queue=queue, lease_ms=lease_ms)
 
     def make_engine(_: WorkerConfig) -> ScriptedEngine:
@@ -105,24 +110,26 @@ def reader(url: str, queue: str, seed: str, directory: str, index: int, of: int)
             offsets[line["n"]] = line["start"] + len(line["tokens"])
             if line["finish"]:
                 ended.add(line["n"])
-    news = _news(home)
+    sent = news(home)
     numbers: dict[str, int] = {}
     follower = _client(url, queue).follower()
     while True:
         is_over = False
-        for number, is_over in iter(lambda: next(news), (-1, False)):
+        for number, is_over in iter(lambda: next(sent), (-1, False)):
             if is_over:
                 break
-            if number % of == index and number not in ended:
-                request_id = job(seed, number).request_id
-                numbers[request_id] = number
-                follower.add(request_id, offsets.get(number, 0))
+            item = job(seed, number)
+            if number % of == index and number not in ended and not item.reply_to:
+                numbers[item.request_id] = number
+                follower.add(item.request_id, offsets.get(number, 0))
         if is_over and not len(follower):
             return 0
         try:
             deltas = follower.poll(0.1)
         except OutputChanged as error:
             journal.write({"changed": numbers[error.request_id]})
+            continue
+        except NotFound:  # it waits in the inbox; if it was lost, there will be no end of this
             continue
         if not deltas and not len(follower):
             time.sleep(0.02)
@@ -139,33 +146,53 @@ def reader(url: str, queue: str, seed: str, directory: str, index: int, of: int)
             )
 
 
-def allow_attempts(most: int) -> None:
-    """Workers of this process give a request up only after so many."""
-    vars(process)["Queue"] = functools.partial(Queue, max_attempts=most)
+def collector(url: str, queue: str, seed: str, directory: str, index: int, of: int) -> int:
+    """Keep every output of the reply stream, and delete what is kept.
 
-
-class Journal:
-    """Lines of JSON, each written at once."""
-
-    def __init__(self, path: Path) -> None:
-        self.lines = list(read_journal(path))
-        self._file = path.open("ab", buffering=0)
-        if path.stat().st_size:  # after a torn line: it becomes a line by itself, and is dropped
-            self._file.write(b"\n")
-
-    def write(self, values: dict[str, Any]) -> None:
-        self._file.write(json.dumps(values).encode() + b"\n")
-
-
-def read_journal(path: Path) -> Iterator[dict[str, Any]]:
-    """What was written whole."""
-    if not path.exists():
-        return
-    for line in path.read_bytes().splitlines():
+    Journal: `{"n": number, "tokens":, "text":, "finish":}`, once for each request: what was kept
+    and not deleted comes again to a new collector. `{"again": number}`: it came twice to one.
+    """
+    home = Path(directory)
+    journal = Journal(home / f"collector-{index}")
+    kept = {line["n"] for line in journal.lines if "n" in line}
+    client = _client(url, queue)
+    replies = client.replies(REPLIES)
+    sent = news(home)
+    numbers: dict[str, int] = {}
+    met: set[int] = set()
+    undeleted: list[str] = []
+    is_over = False
+    while not (is_over and met | kept >= set(numbers.values()) and not undeleted):
+        for number, is_over in iter(lambda: next(sent), (-1, False)):
+            if is_over:
+                break
+            item = job(seed, number)
+            if item.reply_to:
+                numbers[item.request_id] = number
+        for result in replies.poll(0.1):
+            number = numbers.get(result.request_id, -1)
+            if number < 0:  # sent just now: look again at what was sent, then read on
+                number = _number_of(result.request_id, seed, numbers)
+            if number in met:
+                journal.write({"again": number})
+            met.add(number)
+            if number not in kept:
+                line = {"n": number, "tokens": result.token_ids, "text": result.text}
+                journal.write({**line, "finish": result.finish_reason})
+                kept.add(number)
+            undeleted.append(result.request_id)
         try:
-            yield json.loads(line)
-        except ValueError:
+            replies.done(undeleted)
+            undeleted.clear()
+        except ServerUnreachable:
             continue
+    return 0
+
+
+def adapt(max_attempts: int = MAX_ATTEMPTS) -> None:
+    """Suit a worker of this process to short outputs and many deaths."""
+    vars(process)["Queue"] = functools.partial(Queue, max_attempts=max_attempts)
+    vars(output)["CHECKPOINT_TOKENS"] = CHECKPOINT_TOKENS
 
 
 def _client(url: str, queue: str) -> Client:
@@ -176,14 +203,23 @@ def _client(url: str, queue: str) -> Client:
             time.sleep(0.05)
 
 
+def _number_of(request_id: str, seed: str, numbers: dict[str, int]) -> int:
+    """Of a request whose producer has not said yet that it was sent."""
+    following = max(numbers.values(), default=0)
+    near = range(max(following - 1000, 0), following + 1000)
+    return next(n for n in near if job(seed, n).request_id == request_id)
+
+
 def _is_cancelled(item: Job) -> bool:
     return item.cancel_after_s is not None
 
 
 def submit(client: Client, jobs: list[Job]) -> None:
-    """Enqueue them; some twice."""
+    """Enqueue them; some twice, some through the plain inbox."""
+    for item in [item for item in jobs if item.is_plain]:
+        _add_to_inbox(client, item)
     requests = []
-    for item in jobs:
+    for item in [item for item in jobs if not item.is_plain]:
         client.tenant = item.tenant
         requests.append(
             client.new_request(
@@ -191,8 +227,8 @@ def submit(client: Client, jobs: list[Job]) -> None:
                 request_id=item.request_id,
                 priority=item.priority,
                 deadline_s=item.deadline_s,
-                max_tokens=item.max_tokens,
-                seed=item.seed,
+                reply_to=item.reply_to,
+                **_sampling(item),
             )
         )
     client.submit_many(requests)
@@ -200,37 +236,38 @@ def submit(client: Client, jobs: list[Job]) -> None:
         client.submit_many(requests)
 
 
+def _add_to_inbox(client: Client, item: Job) -> None:
+    values = {
+        "request_id": item.request_id,
+        "prompt": item.prompt,
+        "params": _sampling(item),
+        "tenant": item.tenant,
+        "priority": item.priority,
+        "deadline_s": item.deadline_s,
+        "reply_to": item.reply_to,
+    }
+    try:
+        client._server.xadd(Keys(client.queue).inbox, {"json": json.dumps(values)})
+    except (RedisConnectionError, RedisTimeoutError) as error:
+        raise ServerUnreachable(str(error)) from error
+
+
+def _sampling(item: Job) -> dict[str, Any]:
+    return {"max_tokens": item.max_tokens, "seed": item.seed}
+
+
 def _cancel_due(
     client: Client, seed: str, journal: Journal, pending: list[tuple[float, int]]
 ) -> None:
     while pending and pending[0][0] <= time.monotonic():
         number = pending[0][1]
-        is_cancelled = client.cancel(job(seed, number).request_id)
-        journal.write({"cancel": number, "ok": is_cancelled})
         heapq.heappop(pending)
-
-
-def _news(home: Path) -> Iterator[tuple[int, bool]]:
-    """Numbers that producers have sent; (-1, False) when there are no more for now.
-
-    (-1, True) when there will be no more.
-    """
-    files: dict[Path, Any] = {}
-    rest: dict[Path, bytes] = {}
-    ended: set[Path] = set()
-    while True:
-        for path in home.glob("producer-*"):
-            files.setdefault(path, path.open("rb"))
-        for path, file in files.items():
-            *lines, rest[path] = (rest.get(path, b"") + file.read()).split(b"\n")
-            for line in lines:
-                try:
-                    values = json.loads(line)
-                except ValueError:
-                    continue
-                if "sent" in values:
-                    yield values["sent"], False
-                if "end" in values:
-                    ended.add(path)
-        is_over = len(files) == len(ended) > 0 and (home / "producers-done").exists()
-        yield -1, is_over
+        try:
+            is_cancelled = client.cancel(job(seed, number).request_id)
+        except NotFound:  # it waits in the inbox
+            heapq.heappush(pending, (time.monotonic() + 0.2, number))
+            continue
+        except ServerUnreachable:
+            heapq.heappush(pending, (time.monotonic(), number))
+            raise
+        journal.write({"cancel": number, "ok": is_cancelled})

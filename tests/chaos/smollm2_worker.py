@@ -3,7 +3,7 @@
 import logging
 import os
 
-from roles import MAX_ATTEMPTS, allow_attempts
+from roles import adapt
 from tokenmill.worker import process
 from tokenmill.worker.config import WorkerConfig
 from tokenmill.worker.log import configure
@@ -28,7 +28,7 @@ def load_model() -> int:
 
 def worker(url: str, queue: str, lease_ms: int) -> int:
     configure(as_json=True, level=logging.DEBUG)
-    allow_attempts(MAX_ATTEMPTS)
+    adapt()
     config = WorkerConfig(model="smollm2", redis_url=url, queue=queue, lease_ms=lease_ms)
 
     def make_engine(_: WorkerConfig) -> EngineLike:

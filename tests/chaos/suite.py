@@ -33,13 +33,15 @@ from zygote import Child, Zygote
 
 HERE = Path(__file__).parent
 QUEUE = "chaos"
-LEASE_MS = 1000
+LEASE_MS, STEP_MS = 1000, 15
 WORKERS, PRODUCERS, READERS = 3, 2, 2
 #: Requests that are live at once.
 WINDOW = 120
 #: Longest from the last fault to the end of the last request.
 REST_S = 60.0
 AUDIT_S = 0.5
+#: Tenants differ in weight, and one meets its quota.
+SETTINGS: dict[Any, Any] = {"weight:t1": 3, "weight:t2": 0.5, "quota:t3": 20}
 
 
 class Run:
@@ -65,6 +67,7 @@ class Run:
         self.workers: list[Child] = []
         self.producers: dict[int, Child] = {}
         self.readers: dict[int, Child] = {}
+        self.collectors: dict[int, Child] = {}
         self._born = 0
         self._keys = Keys(QUEUE)
         self._audit_at = 0.0
@@ -81,6 +84,7 @@ class Run:
             self._direct = self.server.connect()
             stack.callback(self._direct.close)
             self.version = self._direct.info("server")
+            self._direct.hset(self._keys.settings, mapping=SETTINGS)
             faults = Faults(self, random.Random(self.seed))
             self._suffer(faults)
             self._rest(faults)
@@ -134,7 +138,8 @@ class Run:
             self._audit()
             if self._is_done():
                 (self.home / "producers-done").touch()
-            if all(child.poll() == 0 for child in [*self.readers.values()]):
+            ending = [*self.readers.values(), *self.collectors.values()]
+            if all(child.poll() == 0 for child in ending):
                 break
             time.sleep(0.02)
         else:
@@ -167,12 +172,13 @@ class Run:
                     url=self.proxy.url,
                     queue=QUEUE,
                     lease_ms=LEASE_MS,
-                    step_ms=5,
+                    step_ms=STEP_MS,
                 )
             )
         for role, children, of in (
             ("producer", self.producers, PRODUCERS),
             ("reader", self.readers, READERS),
+            ("collector", self.collectors, 1),
         ):
             for index in range(of):
                 self._staff_one(role, children, index, of)

@@ -5,8 +5,9 @@ offset. After each step the whole shard must be what the model says. The server'
 that the test moves.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from model import MAX_ATTEMPTS, Model
 from mutants import MUTANTS, planted
 from tokenmill.producer import client as producer_client
 from tokenmill.producer.client import Client
@@ -32,46 +34,20 @@ from tokenmill.producer.request_id import request_id_for
 from tokenmill.producer.scripts import Script
 from tokenmill.producer.wire import Request, Usage, chain_digest, unpack_token_ids
 from tokenmill.worker import queue as worker_queue
-from tokenmill.worker.queue import Append, Finish, Queue, Verdict
+from tokenmill.worker.queue import Append, Finish, Queue
 
 QUEUE = "machine"
 KEYS = Keys(QUEUE)
 CLOCK = f"{KEYS.tag}:clock"
 LEASE_MS = 1000
-MAX_ATTEMPTS = 3
 MOST = 6
 REQUESTS, WORKERS = 3, 2
 START_MS = 1_000_000
+#: Where the request number 1 is answered.
+REPLIES = "bulk"
 
 NUMBERS = st.integers(0, REQUESTS - 1)
 NAMES = st.integers(0, WORKERS - 1)
-
-
-@dataclass
-class Model:
-    """What a record must be."""
-
-    variant: int
-    deadline: int
-    state: str = "wait"
-    epoch: int = 0
-    attempts: int = 0
-    worker: str = ""
-    #: When it may be claimed again, if it is parked.
-    due: int = 0
-    is_cancelled: bool = False
-    finish: str = ""
-    tokens: list[int] = field(default_factory=list)
-
-    def end(self, finish: str) -> None:
-        self.state, self.finish = "end", finish
-
-    def park(self, due: int, attempts: int) -> None:
-        self.epoch += 1
-        if self.is_cancelled:
-            self.end("cancelled")
-        else:
-            self.state, self.due, self.attempts = "park", due, attempts
 
 
 @dataclass(frozen=True)
@@ -111,6 +87,7 @@ class Protocol(RuleBasedStateMachine):
             tenant=f"t{number % 2}",
             priority=number % 3,
             deadline_ms=self.now + life,
+            reply_to=REPLIES if number == 1 else "",
         )
         known = self.models.get(request.request_id)
         if known and known.variant != variant:
@@ -119,48 +96,47 @@ class Protocol(RuleBasedStateMachine):
             return
         self.client.submit_many([request, request])
         if not known:
-            self.models[request.request_id] = Model(variant, request.deadline_ms)
+            model = Model(variant, request.deadline_ms, request.tenant, request.reply_to)
+            self.models[request.request_id] = model
 
     @rule(name=NAMES, sequences=st.integers(1, 3), is_repeated=st.booleans())
     def claim(self, name: int, sequences: int, is_repeated: bool) -> None:
-        free = {i for i, m in self.models.items() if self._is_claimable(m)}
+        free = {i for i, model in self.models.items() if model.is_claimable(self.now)}
         claims = self._claim(name, sequences)
         for given in claims:
             model = self.models[given.request_id]
             assert given.request_id in free
-            assert not self._must_end(model)
-            model.state, model.worker = "run", f"w{name}"
-            model.epoch, model.attempts = model.epoch + 1, model.attempts + 1
+            assert not model.ends_at_claim(self.now)
+            model.claim(f"w{name}")
             assert (given.epoch, given.attempts) == (model.epoch, model.attempts)
             assert list(given.token_ids) == model.tokens
             self.tickets.append(Ticket(name, given.request_id, given.epoch))
         rest = free - {given.request_id for given in claims}
         for request_id in rest:
             model = self.models[request_id]
-            if self._must_end(model) and self._state_of(request_id) == "end":
-                model.epoch += 1
-                model.end("expired" if model.deadline <= self.now else "error")
+            finish = model.ends_at_claim(self.now)
+            if finish and self._state_of(request_id) == "end":
+                model.end_from_outside(finish)
         if len(claims) < sequences:
-            assert not any(self.models[i].state != "end" for i in rest), "left waiting"
-        if is_repeated:
-            self._claim_again(name, sequences, claims)
+            assert all(self.models[i].state == "end" for i in rest), "left waiting"
+        if is_repeated:  # its answer was lost: the same claims, and no others
+            self.queues[name]._claim_seq -= 1
+            assert self._claim(name, sequences) == claims
 
     @precondition(lambda self: self.tickets)
     @rule(data=st.data(), shift=st.integers(-2, 2), some=st.integers(0, 3), twice=st.booleans())
     def append(self, data: st.DataObject, shift: int, some: int, twice: bool) -> None:
         ticket, model, start = self._draw(data, shift)
-        tokens = self._tokens(ticket, start, some)
+        tokens = _tokens(ticket, start, some)
         piece = Append(
             request_id=ticket.request_id,
             epoch=ticket.epoch,
             start=start,
             token_ids=tokens,
             text="x" * some,
-            digest=self._digest(model, start, tokens),
+            digest=_digest(model, start, tokens),
         )
-        expected = self._verdict_on_append(ticket, model, start, some)
-        if expected is Verdict.OK and len(model.tokens) == start:
-            model.tokens += tokens
+        expected = model.append(ticket.epoch, start, tokens)
         for _ in range(1 + twice):
             assert self.queues[ticket.worker].append([piece]) == [expected]
         self.leases[f"w{ticket.worker}"] = self.now + LEASE_MS
@@ -175,69 +151,47 @@ class Protocol(RuleBasedStateMachine):
     )
     def finish(self, data: st.DataObject, shift: int, some: int, finish: str, twice: bool) -> None:
         ticket, model, start = self._draw(data, shift)
-        tokens = self._tokens(ticket, start, some)
+        tokens = _tokens(ticket, start, some)
         end = Finish(
             request_id=ticket.request_id,
             epoch=ticket.epoch,
             start=start,
             token_ids=tokens,
             text="x" * some,
-            digest=self._digest(model, start, tokens),
+            digest=_digest(model, start, tokens),
             finish_reason=finish,
             usage=Usage(prompt_tokens=1, completion_tokens=start + some),
         )
-        expected = self._verdict_on_finish(ticket, model, start)
-        if expected is Verdict.OK and model.state == "run":
-            model.tokens += tokens
-            model.end(finish)
+        expected = model.end(ticket.epoch, start, tokens, finish)
         for _ in range(1 + twice):
             assert self.queues[ticket.worker].finish([end]) == [expected]
         self.leases[f"w{ticket.worker}"] = self.now + LEASE_MS
 
     @precondition(lambda self: self.tickets)
-    @rule(
-        data=st.data(),
-        undo=st.booleans(),
-        delay=st.sampled_from([0, 700]),
-        twice=st.booleans(),
-    )
+    @rule(data=st.data(), undo=st.booleans(), delay=st.sampled_from([0, 700]), twice=st.booleans())
     def release(self, data: st.DataObject, undo: bool, delay: int, twice: bool) -> None:
         ticket, model, _ = self._draw(data, 0)
-        expected = Verdict.FENCED
-        if model.state == "park" and model.epoch == ticket.epoch + 1:
-            expected = Verdict.OK
-        elif model.state == "run" and model.epoch == ticket.epoch:
-            expected = Verdict.OK
-            attempts = max(model.attempts - undo, 0)
-            model.park(self.now + delay, attempts)
-            if not undo and not delay:
-                model.due = -1  # the script's own backoff: taken from the server below
-        queue = self.queues[ticket.worker]
-        verdict = queue.release(ticket.request_id, ticket.epoch, undo=undo, delay_ms=delay)
-        assert verdict is expected
-        if model.state == "park" and model.due == -1:
-            model.due = self._due_of(ticket.request_id)
+        was_run = model.is_run_under(ticket.epoch)
+        expected = model.release(ticket.epoch, self.now + delay, undo=undo)
+        for _ in range(1 + (twice and model.state == "park")):
+            verdict = self.queues[ticket.worker].release(
+                ticket.request_id, ticket.epoch, undo=undo, delay_ms=delay
+            )
+            assert verdict is expected
+        if was_run and model.state == "park" and not undo and not delay:
+            model.due = self._due_of(ticket.request_id)  # the script's own backoff
             full = 1000 * 2 ** (model.attempts - 1)
             assert full // 2 <= model.due - self.now <= full
-        if twice and model.state == "park":
-            again = queue.release(ticket.request_id, ticket.epoch, undo=undo, delay_ms=delay)
-            assert again is expected
 
     @precondition(lambda self: self.models)
     @rule(number=NUMBERS, twice=st.booleans())
     def cancel(self, number: int, twice: bool) -> None:
         request_id = request_id_for(str(number))
-        model = self.models.get(request_id)
-        if model is None:
+        if request_id not in self.models:
             with pytest.raises(NotFound):
                 self.client.cancel(request_id)
             return
-        expected = model.state != "end" or model.finish == "cancelled"
-        if model.state == "run":
-            model.is_cancelled = True
-        elif model.state != "end":
-            model.epoch += 1
-            model.end("cancelled")
+        expected = self.models[request_id].cancel()
         for _ in range(1 + twice):
             assert self.client.cancel(request_id) is expected
 
@@ -254,10 +208,9 @@ class Protocol(RuleBasedStateMachine):
             del self.leases[worker]
         for model in self.models.values():
             if model.state == "run" and model.worker in dead:
-                model.park(self.now, model.attempts)
+                model.park(self.now)
             if model.state != "end" and model.deadline <= self.now:
-                model.epoch += 1
-                model.end("expired")
+                model.end_from_outside("expired")
         for _ in range(1 + twice):
             self.queues[name].reap()
 
@@ -284,7 +237,10 @@ class Protocol(RuleBasedStateMachine):
             assert int(attempts) == model.attempts
             assert int(offset) == len(model.tokens)
             assert finish.decode() == model.finish
-            self._check_output(request_id, model)
+            if model.reply_to:
+                self._check_reply(request_id, model)
+            else:
+                self._check_output(request_id, model)
 
     @invariant()
     def indexes_are_the_model(self) -> None:
@@ -299,6 +255,9 @@ class Protocol(RuleBasedStateMachine):
             owned: Any = self.server.smembers(KEYS.own(f"w{name}"))
             runs = {i for i, m in models.items() if m.state == "run" and m.worker == f"w{name}"}
             assert {item.decode() for item in owned} == runs
+        counts: Any = self.server.hgetall(KEYS.tenants)
+        tenants = Counter(model.tenant for model in models.values() if model.state != "end")
+        assert {name.decode(): int(number) for name, number in counts.items()} == tenants
         for request_id, model in models.items():
             self._check_reference(request_id, model)
 
@@ -315,6 +274,15 @@ class Protocol(RuleBasedStateMachine):
         if model.state == "end":
             assert entries
 
+    def _check_reply(self, request_id: str, model: Model) -> None:
+        entries: Any = self.server.xrange(KEYS.reply(REPLIES))
+        assert len(entries) == (model.state == "end")
+        kept: Any = self.server.hmget(KEYS.record(request_id), "tokens", "digest")
+        packed, digest = entries[0][1][b"t"] if entries else kept[0], kept[1]
+        assert list(unpack_token_ids(packed or b"")) == model.tokens
+        assert (digest or b"").decode() == chain_digest("", model.tokens)
+        assert not self.server.exists(KEYS.output(request_id))
+
     def _check_reference(self, request_id: str, model: Model) -> None:
         record: Any = self.server.hmget(KEYS.record(request_id), "entry", "priority", "tenant")
         entry, priority, tenant = (item.decode() for item in record)
@@ -324,53 +292,17 @@ class Protocol(RuleBasedStateMachine):
         elif model.epoch > 1 or model.attempts:  # it was delivered: nothing is left of it
             assert not found
 
-    def _is_claimable(self, model: Model) -> bool:
-        return model.state == "wait" or (model.state == "park" and model.due <= self.now)
-
-    def _must_end(self, model: Model) -> bool:
-        return model.deadline <= self.now or model.attempts >= MAX_ATTEMPTS
-
     def _claim(self, name: int, sequences: int) -> list[worker_queue.Claim]:
         self.leases[f"w{name}"] = self.now + LEASE_MS
         return self.queues[name].claim(sequences=sequences, tokens=10**6, kv_tokens=10**6)
 
-    def _claim_again(self, name: int, sequences: int, before: list[worker_queue.Claim]) -> None:
-        """The answer was lost, and the call is made again: the same claims, and no others."""
-        queue = self.queues[name]
-        queue._claim_seq -= 1
-        assert self._claim(name, sequences) == before
-
     def _draw(self, data: st.DataObject, shift: int) -> tuple[Ticket, Model, int]:
-        valid = [item for item in self.tickets if self._is_valid(item)]
+        valid = [
+            item for item in self.tickets if self.models[item.request_id].is_run_under(item.epoch)
+        ]
         ticket = data.draw(st.sampled_from([*valid, *valid, *self.tickets[-4:]]))
         model = self.models[ticket.request_id]
         return ticket, model, max(len(model.tokens) + shift, 0)
-
-    def _is_valid(self, ticket: Ticket) -> bool:
-        model = self.models[ticket.request_id]
-        return model.state == "run" and model.epoch == ticket.epoch
-
-    def _tokens(self, ticket: Ticket, start: int, some: int) -> tuple[int, ...]:
-        return tuple(1000 * ticket.epoch + start + n for n in range(some))
-
-    def _digest(self, model: Model, start: int, tokens: tuple[int, ...]) -> str:
-        return chain_digest("", [*model.tokens[:start], *tokens])
-
-    def _verdict_on_append(self, ticket: Ticket, model: Model, start: int, some: int) -> Verdict:
-        if model.state != "run" or model.epoch != ticket.epoch:
-            return Verdict.FENCED
-        if model.is_cancelled:
-            return Verdict.CANCEL
-        if len(model.tokens) >= start + some:
-            return Verdict.OK
-        return Verdict.OK if len(model.tokens) == start else Verdict.GAP
-
-    def _verdict_on_finish(self, ticket: Ticket, model: Model, start: int) -> Verdict:
-        if model.epoch != ticket.epoch or model.state not in ("run", "end"):
-            return Verdict.FENCED
-        if model.state == "end":
-            return Verdict.OK
-        return Verdict.OK if len(model.tokens) == start else Verdict.GAP
 
     def _state_of(self, request_id: str) -> str:
         state: Any = self.server.hget(KEYS.record(request_id), "state")
@@ -379,6 +311,14 @@ class Protocol(RuleBasedStateMachine):
     def _due_of(self, request_id: str) -> int:
         due: Any = self.server.zscore(KEYS.park, request_id)
         return int(due)
+
+
+def _tokens(ticket: Ticket, start: int, some: int) -> tuple[int, ...]:
+    return tuple(1000 * ticket.epoch + start + n for n in range(some))
+
+
+def _digest(model: Model, start: int, tokens: tuple[int, ...]) -> str:
+    return chain_digest("", [*model.tokens[:start], *tokens])
 
 
 def _scores(server: redis.Redis, key: str) -> dict[str, float]:

@@ -17,13 +17,15 @@ from zygote import Child, Zygote
 
 LEASE_MS = 400
 MOST = 64
-#: Greedy, sampled with a seed, and sampled with the seed of the id; a stop string, and penalties.
+#: Greedy, sampled with a seed, and sampled with the seed of the id; with penalties, as a whole, and
+#: with a stop string.
 SAMPLING: dict[str, dict[str, Any]] = {
     "Tell me about the sea.": {},
     "Why do cats purr?": {"repetition_penalty": 1.3},
     "Write a story about a miller.": {"temperature": 1.0, "seed": 7},
     "How is bread made?": {"temperature": 0.8, "seed": 8, "top_p": 0.9, "presence_penalty": 0.5},
     "What is a queue?": {"temperature": 1.2},
+    "Name three rivers.": {"temperature": 0.9, "seed": 9, "reply_to": "bulk"},
     "List the days of the week.": {"stop": ["Friday"], "ignore_eos": False},
 }
 
