@@ -10,6 +10,7 @@
 -- @include record
 
 local T, ttl = KEYS[1], ARGV[1]
+local EMPTY_KEPT_MS = 60000
 local count = 0
 for i = 2, #ARGV do
   local record = record_of(T, ARGV[i])
@@ -19,7 +20,8 @@ for i = 2, #ARGV do
     local replies = T .. ':reply:' .. f[3]
     redis.call('XDEL', replies, f[4])
     if redis.call('XLEN', replies) == 0 then
-      redis.call('DEL', replies)
+      -- Kept for a while: a new stream might give the next reply an id that its reader has passed.
+      redis.call('PEXPIRE', replies, EMPTY_KEPT_MS)
     end
   end
   if f[1] == 'end' and f[2] ~= 'error' then

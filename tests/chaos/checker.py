@@ -318,7 +318,7 @@ def _check_left_over(report: Report, server: redis.Redis, queue: str) -> None:
     tag = Keys(queue).tag
     for key in server.scan_iter(match=f"{tag}:*", count=1000):
         name = key.decode().removeprefix(f"{tag}:")
-        if name == "inbox" and not server.xlen(key):
+        if name.startswith(("inbox", "reply:")) and not server.xlen(key):
             continue
         if name.partition(":")[0] not in KEPT:
             report.note("left_over", name)

@@ -82,7 +82,7 @@ class Faults:
     def _victim(self) -> Child | None:
         """A worker that holds something."""
         held = self._run.holders()
-        busy = [child for child in self._run.workers if child.pid in held]
+        busy = [c for c in self._run.workers if c.pid in held and c.poll() is None]
         able = [c for c in busy if c not in self._stopped and c not in self._draining]
         return self._rng.choice(able) if able else None
 

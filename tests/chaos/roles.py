@@ -21,6 +21,7 @@ from scripted_engine import ScriptedEngine
 from tokenmill.producer.client import Client
 from tokenmill.producer.errors import Busy, NotFound, OutputChanged, ServerUnreachable
 from tokenmill.producer.keys import Keys
+from tokenmill.producer.wire import Result
 from tokenmill.worker import output, process
 from tokenmill.worker.config import WorkerConfig
 from tokenmill.worker.log import configure
@@ -159,6 +160,8 @@ def collector(url: str, queue: str, seed: str, directory: str, index: int, of: i
     replies = client.replies(REPLIES)
     sent = news(home)
     numbers: dict[str, int] = {}
+    #: Read, and not known yet: its producer has still to say that it was sent.
+    unknown: list[Result] = []
     met: set[int] = set()
     undeleted: list[str] = []
     is_over = False
@@ -169,10 +172,10 @@ def collector(url: str, queue: str, seed: str, directory: str, index: int, of: i
             item = job(seed, number)
             if item.reply_to:
                 numbers[item.request_id] = number
-        for result in replies.poll(0.1):
-            number = numbers.get(result.request_id, -1)
-            if number < 0:  # sent just now: look again at what was sent, then read on
-                number = _number_of(result.request_id, seed, numbers)
+        results = unknown + replies.poll(0.1)
+        unknown = [result for result in results if result.request_id not in numbers]
+        for result in [result for result in results if result.request_id in numbers]:
+            number = numbers[result.request_id]
             if number in met:
                 journal.write({"again": number})
             met.add(number)
@@ -201,13 +204,6 @@ def _client(url: str, queue: str) -> Client:
             return Client(url, queue=queue)
         except ServerUnreachable:
             time.sleep(0.05)
-
-
-def _number_of(request_id: str, seed: str, numbers: dict[str, int]) -> int:
-    """Of a request whose producer has not said yet that it was sent."""
-    following = max(numbers.values(), default=0)
-    near = range(max(following - 1000, 0), following + 1000)
-    return next(n for n in near if job(seed, n).request_id == request_id)
 
 
 def _is_cancelled(item: Job) -> bool:

@@ -101,7 +101,22 @@ def test_replies_stay_until_done_and_are_read_again(
     again.done(ids[:1])
     assert [result.request_id for result in client.replies("mine").poll(1)] == ids[1:]
     again.done(ids)
-    assert not server.exists(KEYS.reply("mine"))
+    assert server.xlen(KEYS.reply("mine")) == 0
+    assert 0 < server.pttl(KEYS.reply("mine")) <= 60_000
+
+
+def test_a_reply_never_gets_an_id_that_its_reader_has_passed(
+    client: Client, server: redis.Redis, make_queue: MakeQueue
+) -> None:
+    """Within a millisecond of the last one, or by a clock that went back, a new stream would."""
+    queue = make_queue()
+    request_id = client.submit("a", reply_to="mine")
+    for claim in queue.claim(**AMPLE):
+        finish(queue, claim, 0, 1, text="!")
+    entries: Any = server.xrange(KEYS.reply("mine"))
+    client.replies("mine").done([request_id])
+    stream: Any = server.xinfo_stream(KEYS.reply("mine"))
+    assert stream["last-generated-id"] == entries[-1][0]
 
 
 def test_result_waits_for_one_reply(client: Client, make_queue: MakeQueue) -> None:
