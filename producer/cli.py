@@ -28,6 +28,7 @@ from tokenmill.producer.doctor import Status, examine
 from tokenmill.producer.errors import InvalidRequest, RequestFailed
 from tokenmill.producer.generate import generate
 from tokenmill.producer.local_worker import end_with_parent
+from tokenmill.producer.operator_cli import dead_group, queue_group
 from tokenmill.producer.options import (
     given_sampling,
     json_option,
@@ -209,7 +210,8 @@ def doctor(*, model: str, queue: str, url: str | None, as_json: bool) -> None:
     raise click.exceptions.Exit(FAILED if worst is Status.FAIL else OK)
 
 
-tokenmill.add_command(batch)
+for _group in (batch, queue_group, dead_group):
+    tokenmill.add_command(_group)
 
 
 def main() -> NoReturn:

@@ -37,6 +37,7 @@ SECTIONS = (
     ("Generate", ("generate", "batch")),
     ("Requests", ("submit", "follow", "result", "cancel")),
     ("Workers and models", ("worker", "models")),
+    ("Operation", ("queue", "dead")),
     ("Set-up", ("doctor",)),
 )
 _EXIT_CODES: tuple[tuple[type[TokenmillError], int], ...] = (

@@ -137,26 +137,6 @@ class Queue:
         self.num_inbox = 0
         self._plain = PlainInbox(server, keys)
 
-    def configure(self, *, max_live: int | None = None, result_ttl_s: float | None = None) -> None:
-        """Set, for the whole shard, how many requests may be live and how long results are kept.
-
-        Unset, the scripts use 1,000,000 requests and 24 hours.
-
-        Raises:
-            InvalidRequest: a value below 1 (requests) or 0.001 (seconds).
-        """
-        settings: dict[str, int] = {}
-        if max_live is not None:
-            if max_live < 1:
-                raise InvalidRequest("max_live", "at least 1", max_live)
-            settings["max_live"] = max_live
-        if result_ttl_s is not None:
-            if not 0.001 <= result_ttl_s <= 10 * 365 * 86_400:
-                raise InvalidRequest("result_ttl_s", "from 0.001 s to ten years", result_ttl_s)
-            settings["result_ttl_ms"] = int(result_ttl_s * 1000)
-        for name, value in settings.items():
-            self._server.hset(self.keys.settings, name, str(value))
-
     def register(self, info: WorkerInfo) -> None:
         """Say who this worker is and take a lease; `renew` repeats it."""
         self._info = info

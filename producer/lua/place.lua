@@ -23,6 +23,16 @@ local function is_over_quota(tenant)
   return quotas[tenant] > 0 and counts[tenant] >= quotas[tenant]
 end
 
+-- A reference behind all others of its lane; returns its entry id.
+local function line_up(id, priority, tenant, cost, most)
+  local lane = T .. ':in:' .. priority .. ':' .. tenant
+  if redis.call('EXISTS', lane) == 0 then
+    redis.call('XGROUP', 'CREATE', lane, GROUP, 0, 'MKSTREAM')
+  end
+  open_lane(priority, tenant)
+  return redis.call('XADD', lane, '*', 'id', id, 'cost', cost, 'most', most)
+end
+
 -- ARGV from `i`: id, fingerprint, payload, tenant, priority, deadline ms, prompt tokens, most new
 -- tokens, name of the reply stream ('' for a stream of its own).
 -- Returns OK | DUP | CONFLICT | BUSY | QUOTA.
@@ -39,18 +49,13 @@ local function place(i)
   if is_over_quota(tenant) then
     return 'QUOTA'
   end
-  local lane = T .. ':in:' .. priority .. ':' .. tenant
-  if redis.call('EXISTS', lane) == 0 then
-    redis.call('XGROUP', 'CREATE', lane, GROUP, 0, 'MKSTREAM')
-  end
-  local entry = redis.call('XADD', lane, '*', 'id', id, 'cost', cost, 'most', most)
+  local entry = line_up(id, priority, tenant, cost, most)
   redis.call('DEL', T .. ':o:' .. id) -- of a record long expired
   redis.call('HSET', record_of(T, id), 'state', 'wait', 'epoch', 0, 'offset', 0, 'attempts', 0,
     'worker', '', 'tenant', tenant, 'priority', priority, 'entry', entry, 'deadline', deadline,
     'cost', cost, 'most', most, 'print', print, 'payload', payload, 'created', int(now),
     'reply', ARGV[i + 8])
   redis.call('ZADD', T .. ':live', deadline, id)
-  open_lane(priority, tenant)
   live, counts[tenant] = live + 1, counts[tenant] + 1
   count_tenant(T, tenant, 1)
   return 'OK'

@@ -63,7 +63,8 @@ def test_help_is_grouped_and_loads_no_torch() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     sections = [line for line in done.stdout.splitlines() if line and not line.startswith(" ")]
-    assert sections[-4:] == ["Generate:", "Requests:", "Workers and models:", "Set-up:"]
+    groups = ["Generate:", "Requests:", "Workers and models:", "Operation:", "Set-up:"]
+    assert sections[-5:] == groups
     for name in ("generate", "worker", "models", "submit", "doctor"):
         assert f"\n  {name} " in done.stdout
 
@@ -279,8 +280,8 @@ def test_models_list_and_unknown_models(
     assert late_command("no-such") is None
 
 
-def test_a_full_queue_says_so(url: str, run: Run, make_queue: Any) -> None:
-    make_queue().configure(max_live=1)
+def test_a_full_queue_says_so(url: str, run: Run) -> None:
+    assert run("queue", "set", "--max-live", "1").stdout == "max_live = 1\n"
     assert run("submit", "a").exit_code == 0
     result = run("submit", "b")
     assert result.exit_code == 1

@@ -17,6 +17,7 @@ from tokenmill.producer.errors import (
     ServerUnreachable,
 )
 from tokenmill.producer.keys import Keys
+from tokenmill.producer.operator import Operator
 from tokenmill.producer.request_id import new_request_id
 from tokenmill.producer.wire import Request, Usage, chain_digest
 from tokenmill.worker.queue import Append, Claim, Finish, Queue
@@ -101,7 +102,7 @@ def test_a_full_queue_refuses_and_says_when_to_come_back(
     client: Client, server: redis.Redis, make_queue: MakeQueue
 ) -> None:
     queue = make_queue()
-    queue.configure(max_live=2)
+    Operator(server, Keys()).configure(max_live=2)
     requests = [client.new_request(f"{number}") for number in range(3)]
     with pytest.raises(Busy, match="2 requests of this call were accepted") as caught:
         client.submit_many(requests)
@@ -214,10 +215,8 @@ def test_map_keeps_to_its_window_and_cancels_what_it_leaves(
         client.map([], window=0)
 
 
-def test_map_waits_for_a_full_queue(
-    client: Client, make_queue: MakeQueue, echo_worker: None
-) -> None:
-    make_queue().configure(max_live=1)
+def test_map_waits_for_a_full_queue(client: Client, server: redis.Redis, echo_worker: None) -> None:
+    Operator(server, Keys()).configure(max_live=1)
     assert [result.text for result in client.map(["a", "b"], window=2)] == ["a", "b"]
 
 

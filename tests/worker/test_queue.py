@@ -10,6 +10,7 @@ import redis
 from tokenmill.producer.client import Client
 from tokenmill.producer.errors import Busy, InvalidRequest
 from tokenmill.producer.keys import GROUP, Keys
+from tokenmill.producer.operator import Operator
 from tokenmill.producer.params import SamplingParams
 from tokenmill.producer.wire import Request, Usage, WorkerInfo, chain_digest
 from tokenmill.worker import queue as worker_queue
@@ -243,7 +244,7 @@ def test_finish_ends_once_and_leaves_no_index(
 ) -> None:
     client.submit("x")
     queue = make_queue()
-    queue.configure(result_ttl_s=100)
+    Operator(server, KEYS).configure(result_ttl_s=100)
     claim = only(queue.claim(**AMPLE))
     queue.append([piece(claim, 0, 11)])
     assert queue.finish([end(claim, 0, 11, 12)]) == [Verdict.GAP]
@@ -272,9 +273,9 @@ def test_results_are_kept_a_day_unless_configured(
     queue.finish([end(claim, 0)])
     assert 86_390_000 < server.pttl(KEYS.record(claim.request_id)) <= 86_400_000
     with pytest.raises(InvalidRequest, match="result_ttl_s must be"):
-        queue.configure(result_ttl_s=0)
+        Operator(server, KEYS).configure(result_ttl_s=0)
     with pytest.raises(InvalidRequest, match="max_live must be"):
-        queue.configure(max_live=0)
+        Operator(server, KEYS).configure(max_live=0)
 
 
 def test_release_resumes_at_the_committed_tokens(client: Client, make_queue: MakeQueue) -> None:

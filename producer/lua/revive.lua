@@ -1,0 +1,48 @@
+#!lua
+-- Try dead letters again, from their first token, as if they had just been enqueued.
+--
+-- KEYS[1]  T, the tag of the shard
+-- ARGV     earliest deadline in ms from now; ids
+-- Returns  per id: OK | NONE (no error of that id) | GONE (its payload is not kept any more)
+-- Twice    NONE: it waits already
+
+local T = KEYS[1]
+
+-- @include record
+-- @include place
+
+local function revive(id)
+  local record = record_of(T, id)
+  local r = load(T, id)
+  if not r or r.state ~= 'end' or r.finish ~= 'error' then
+    return 'NONE'
+  end
+  local f = redis.call('HMGET', record, 'payload', 'dead', 'at', 'most')
+  if not f[1] or f[1] == '' then
+    return 'GONE'
+  end
+  if f[2] then
+    redis.call('XDEL', T .. ':dead', f[2])
+  end
+  if f[3] then
+    redis.call('XDEL', T .. ':reply:' .. r.reply, f[3])
+  end
+  redis.call('DEL', T .. ':o:' .. id)
+  redis.call('HDEL', record, 'finish', 'reason', 'ended', 'dead', 'at', 'tokens', 'text', 'cancel',
+    'digest', 'claimed')
+  local deadline = int(math.max(r.deadline, now + tonumber(ARGV[1])))
+  local entry = line_up(id, r.priority, r.tenant, int(r.cost), int(r.most))
+  redis.call('HSET', record, 'state', 'wait', 'epoch', int(r.epoch + 1), 'offset', 0, 'attempts', 0,
+    'worker', '', 'entry', entry, 'deadline', deadline)
+  redis.call('PERSIST', record)
+  redis.call('ZADD', T .. ':live', deadline, id)
+  count_tenant(T, r.tenant, 1)
+  return 'OK'
+end
+
+local replies = {}
+for i = 2, #ARGV do
+  replies[#replies + 1] = revive(ARGV[i])
+end
+wake(T, 'wake')
+return replies
