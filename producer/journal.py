@@ -12,7 +12,7 @@ import secrets
 from array import array
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
@@ -59,6 +59,8 @@ class Header:
     input: str
     parameters: Mapping[str, Any]
     model: str = ""
+    #: The stream that whole answers come by, "" for a stream of tokens for each row.
+    reply_to: str = ""
 
 
 class Journal:
@@ -101,15 +103,10 @@ class Journal:
             self._file.close()
             raise
 
-    def start(self, model: str) -> None:
+    def start(self, model: str, *, reply_to: str = "") -> None:
         """Write the header, once the model is settled; without effect when it is there."""
         if self.is_new:
-            self.header = Header(
-                run=self.header.run,
-                input=self.header.input,
-                parameters=self.header.parameters,
-                model=model,
-            )
+            self.header = replace(self.header, model=model, reply_to=reply_to)
             self._write({"tokenmill_journal": FORMAT} | asdict(self.header))
             self.sync()
             self.is_new = False

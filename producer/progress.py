@@ -37,6 +37,9 @@ class Outcome:
 class Report:
     """Who is told about a run; by default it does nothing with it."""
 
+    #: Whether `text` is to be called while answers are being written.
+    wants_text = False
+
     def note(self, text: str) -> None:
         """Something the user should know."""
 
@@ -112,6 +115,7 @@ class HumanReport(Report):
     def __init__(self, *, live: bool = False, bar: bool | None = None) -> None:
         """`bar` draws a progress bar; by default where standard error is a terminal."""
         self._live = Live() if live else None
+        self.wants_text = live
         is_terminal = sys.stderr.isatty()
         self._wants_bar = not live and (is_terminal if bar is None else bar)
         self._bar: Any = None
@@ -224,7 +228,7 @@ class JsonReport(Report):
     """For programs: one JSON object a line on standard output."""
 
     def __init__(self, *, live: bool = False) -> None:
-        self._live = live
+        self._live = self.wants_text = live
         self._rows = self._done = self._failed = self._tokens = 0
         self._since = time.monotonic()
         self._next = 0.0

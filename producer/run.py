@@ -4,10 +4,9 @@ Longer than other files: what a lost server, worker or answer means for a row is
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 from tokenmill.producer.client import Client
 from tokenmill.producer.dataset import BadRow, Dataset, Row
@@ -20,11 +19,14 @@ from tokenmill.producer.errors import (
     ServerUnreachable,
     TokenmillError,
 )
+from tokenmill.producer.follower import Follower
 from tokenmill.producer.journal import Answer, Journal, OutputError
 from tokenmill.producer.local_worker import LocalWorker, is_alive
 from tokenmill.producer.output import json_line, write_lines
 from tokenmill.producer.plan import Plan
 from tokenmill.producer.progress import Outcome, Report
+from tokenmill.producer.replies import Replies
+from tokenmill.producer.sent_row import SentRow, request_id, row_of, title
 from tokenmill.producer.wire import Delta, Request, WorkerInfo
 
 DEFAULT_MODEL = "smollm2"
@@ -34,27 +36,12 @@ DEADLINE_S = 7 * 86_400
 MAX_OPEN_TOKENS = 16 * 2**20
 _POLL_S = 0.5
 _WATCH_S = 1.0
+#: Runs of more rows, which nobody watches, take each answer whole: far less work for the server.
+BULK_ROWS = 1000
 #: After so long without a token the user is told of whoever is served meanwhile.
 _QUIET_S = 3.0
 #: Kept by the server after the row is in the journal: for whoever follows it right then.
 _KEEP_S = 600.0
-
-
-def request_id(run: str, row: int) -> str:
-    """The id of a row's request: the same for every attempt at the same run."""
-    return f"0.{run}-{row:012d}"
-
-
-@dataclass(slots=True, kw_only=True)
-class _Open:
-    """A row that was sent, or is about to be, and what came of it."""
-
-    row: Row
-    request: Request
-    parts: list[str] = field(default_factory=list)
-    tokens: int = 0
-    #: Characters shown already, before the output was read anew.
-    shown: int = 0
 
 
 class Run:
@@ -78,9 +65,11 @@ class Run:
         self._embedded = embedded
         self._worker: LocalWorker | None = None
         self._model = ""
-        self._follower = client.follower()
-        self._open: dict[str, _Open] = {}
-        self._unsent: list[_Open] = []
+        self._reader: Follower | Replies = client.follower()
+        #: Answers to rows that an earlier attempt sent, and this one has not come to.
+        self._early: dict[str, Delta] = {}
+        self._open: dict[str, SentRow] = {}
+        self._unsent: list[SentRow] = []
         self._open_tokens = 0
         self._tokens = 0
         self._send_at = self._watch_at = 0.0
@@ -121,7 +110,11 @@ class Run:
             check_model(self._model)
         for row in self._journal.superseded(self._plan.window):
             self._cancel(request_id(self._journal.superseded_run, row))
-        self._journal.start(self._model)
+        is_bulk = self._dataset.survey.rows > BULK_ROWS and not self._report.wants_text
+        run = self._journal.header.run
+        self._journal.start(self._model, reply_to=run if is_bulk else "")
+        if self._journal.header.reply_to:
+            self._reader = self._client.replies(self._journal.header.reply_to)
 
     def go(self, stop_at: float | None) -> Outcome:
         """Send, read and keep until every row has ended, then write the output."""
@@ -157,23 +150,32 @@ class Run:
 
     def _fill(self, left: Iterator[Row | BadRow]) -> bool:
         """Send rows until the window is full; False when every row has ended."""
+        is_more = True
+        while is_more:
+            is_more = self._take_rows(left)
+            self._send()
+            if self._open or self._unsent:
+                return True
+        return False  # nothing is left: what came early has emptied the window
+
+    def _take_rows(self, left: Iterator[Row | BadRow]) -> bool:
+        """Prepare rows for the room in the window; False when there are no more."""
         while (
             len(self._open) + len(self._unsent) < self._plan.window
             and self._open_tokens < MAX_OPEN_TOKENS
         ):
             row = next(left, None)
             if row is None:
-                break
+                return False
             item = self._prepared(row)
             if isinstance(item, BadRow):
                 self._refuse(item)
             else:
                 self._unsent.append(item)
                 self._open_tokens += item.request.prompt_cost
-        self._send()
-        return bool(self._open or self._unsent)
+        return True
 
-    def _prepared(self, row: Row | BadRow) -> _Open | BadRow:
+    def _prepared(self, row: Row | BadRow) -> SentRow | BadRow:
         if isinstance(row, BadRow):
             return row
         try:
@@ -189,13 +191,14 @@ class Run:
                     # A lane of its own: runs share the workers, rather than wait for each other.
                     "tenant": self._journal.header.run,
                     "priority": self._plan.priority,
+                    "reply_to": self._journal.header.reply_to,
                     "deadline_ms": int((time.time() + DEADLINE_S) * 1000),
                 }
             )
             request.pack()  # its size is checked here, where it fails this row alone
         except InvalidRequest as error:
             return row.refused(error)
-        return _Open(row=row, request=request)
+        return SentRow(row=row, request=request)
 
     def _refuse(self, row: BadRow) -> None:
         answer = Answer(
@@ -224,16 +227,22 @@ class Run:
             return
         for item in self._unsent:
             self._open[item.request.request_id] = item
-            self._follower.add(item.request.request_id)
-            self._report.opened(item.row.index, _title(item.row.prompt))
+            self._reader.add(item.request.request_id)
+            self._report.opened(item.row.index, title(item.row.prompt))
+        sent = [item.request.request_id for item in self._unsent]
         self._unsent.clear()
+        for name in sent:
+            if name in self._early:
+                self._reader.remove(name)
+                self._take(self._early.pop(name))
 
     def _read(self) -> None:
         if not self._open:
             time.sleep(0.1)  # nothing could be sent yet
             return
         try:
-            deltas = self._follower.poll(_POLL_S)
+            polled = self._reader.poll(_POLL_S)
+            deltas = [item if isinstance(item, Delta) else item.as_delta() for item in polled]
         except NotFound:
             # The server has lost what it had: send and read everything again.
             self._resend()
@@ -249,7 +258,13 @@ class Run:
             self._take(delta)
 
     def _take(self, delta: Delta) -> None:
-        item = self._open[delta.request_id]
+        item = self._open.get(delta.request_id)
+        if item is None:
+            if self._journal.has(row_of(delta.request_id)):
+                self._kept.append(delta.request_id)
+            else:
+                self._early[delta.request_id] = delta
+            return
         item.tokens = delta.end
         item.parts.append(delta.text)
         self._tokens += len(delta.token_ids)
@@ -259,7 +274,7 @@ class Run:
         if delta.finish_reason:
             self._end(item, delta)
 
-    def _end(self, item: _Open, delta: Delta) -> None:
+    def _end(self, item: SentRow, delta: Delta) -> None:
         answer = Answer(
             row=item.row.index,
             line=item.row.line,
@@ -276,14 +291,14 @@ class Run:
         self._open_tokens -= item.request.prompt_cost
         self._report.ended(answer)
 
-    def _reread(self, item: _Open) -> None:
+    def _reread(self, item: SentRow) -> None:
         self._report.note(
             f"line {item.row.line}: the server has lost part of the answer; reading it anew"
         )
         item.shown += sum(len(part) for part in item.parts)
         item.parts.clear()
         item.tokens = 0
-        self._follower.add(item.request.request_id)
+        self._reader.add(item.request.request_id)
 
     def _resend(self) -> None:
         """After a server was away: send again what it may have lost, a no-op for what it has."""
@@ -381,9 +396,3 @@ class Run:
                 raise OutputError(f"{self._plan.input} has changed during the run; start anew")
             values = self._dataset.output_row(row, answer, run=header.run, model=header.model)
             yield json_line(values)
-
-
-def _title(prompt: Any) -> str:
-    last = prompt[-1] if isinstance(prompt, list) else prompt
-    content = last.get("content") if isinstance(last, Mapping) else last
-    return content if isinstance(content, str) else f"{len(prompt)} token ids"

@@ -238,6 +238,18 @@ class Result:
             usage=last.usage or Usage(prompt_tokens=0, completion_tokens=len(token_ids)),
         )
 
+    def as_delta(self) -> Delta:
+        """The whole output as its first and last delta."""
+        return Delta(
+            request_id=self.request_id,
+            start=0,
+            token_ids=self.token_ids,
+            text=self.text,
+            finish_reason=self.finish_reason,
+            reason=self.reason,
+            usage=self.usage,
+        )
+
     @property
     def ok(self) -> bool:
         """Whether the model ended it, and not an error, a deadline or a cancel."""

@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,14 @@ from tokenmill.producer.client import Client
 from tokenmill.producer.dataset import InputError
 from tokenmill.producer.embedded import ensure_server, stop_if_idle
 from tokenmill.producer.errors import InvalidRequest, ServerUnreachable
+from tokenmill.producer.follower import Follower
 from tokenmill.producer.generate import generate
 from tokenmill.producer.journal import Answer, Journal, OutputError, journal_path
 from tokenmill.producer.keys import Keys
 from tokenmill.producer.plan import Plan
 from tokenmill.producer.progress import Report
-from tokenmill.producer.run import Run, request_id
+from tokenmill.producer.run import Run
+from tokenmill.producer.sent_row import request_id
 
 GENERATE = """
 import json, sys
@@ -80,10 +83,17 @@ def plan(tmp_path: Path) -> Callable[..., Plan]:
     return make
 
 
+@pytest.fixture(params=["stream", "bulk"])
+def delivery(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answers token by token, and whole through one stream as in large runs."""
+    monkeypatch.setattr("tokenmill.producer.run.BULK_ROWS", 0 if request.param == "bulk" else 1000)
+
+
 def numbered(count: int) -> list[Any]:
     return [{"prompt": f"number {n}", "n": n} for n in range(count)]
 
 
+@pytest.mark.usefixtures("delivery")
 def test_all_rows_in_input_order(
     plan: Any, server_url: str, fake_worker: Any, tmp_path: Path
 ) -> None:
@@ -97,6 +107,7 @@ def test_all_rows_in_input_order(
     assert sorted(item.name for item in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]
 
 
+@pytest.mark.usefixtures("delivery")
 def test_bad_and_refused_rows_do_not_stop_the_others(
     plan: Any, server_url: str, fake_worker: Any, tmp_path: Path
 ) -> None:
@@ -137,6 +148,7 @@ def test_surrogates_are_refused_and_written(
     assert written[1]["note"] == "\ud800é"
 
 
+@pytest.mark.usefixtures("delivery")
 def test_a_killed_run_goes_on(plan: Any, server_url: str, fake_worker: Any, tmp_path: Path) -> None:
     """SIGKILL in the middle: the second run sends nothing twice and loses nothing."""
     worker = fake_worker(limit=30)
@@ -160,6 +172,7 @@ def test_a_killed_run_goes_on(plan: Any, server_url: str, fake_worker: Any, tmp_
     assert not journal.exists()
 
 
+@pytest.mark.usefixtures("delivery")
 def test_interrupted_and_gone_on(
     plan: Any, server_url: str, fake_worker: Any, tmp_path: Path
 ) -> None:
@@ -216,6 +229,7 @@ def test_a_foreign_output_is_not_replaced(plan: Any, server_url: str, tmp_path: 
     assert read_rows(tmp_path / "out.jsonl") == [{"n": 1}]
 
 
+@pytest.mark.usefixtures("delivery")
 def test_overwrite_cancels_what_the_old_run_left_in_the_queue(
     plan: Any, server_url: str, fake_worker: Any, tmp_path: Path
 ) -> None:
@@ -346,6 +360,7 @@ def test_waits_for_a_worker_on_a_named_server(plan: Any, server_url: str, fake_w
     assert "tokenmill worker --model smollm2" in told.notes[0]
 
 
+@pytest.mark.usefixtures("delivery")
 @pytest.mark.parametrize("is_empty", [False, True])
 def test_a_server_that_dies_is_waited_for(
     plan: Any, own_server: Any, fake_worker: Any, tmp_path: Path, is_empty: bool
@@ -462,7 +477,8 @@ def test_an_answer_that_the_server_lost_part_of_is_read_anew(
             runs.append(self)
 
     def opened(row: int, title: str) -> None:
-        follower = runs[0]._follower
+        follower = runs[0]._reader
+        assert isinstance(follower, Follower)
         [key] = follower._cursors
         if in_stream:
             follower._digests[key] = "00" * 8
@@ -487,3 +503,35 @@ def test_the_server_may_forget_what_the_journal_has(
     for request in worker.requests:
         assert 0 < server.pttl(Keys().record(request.request_id)) <= 600_000
         assert 0 < server.pttl(Keys().output(request.request_id)) <= 600_000
+
+
+def test_a_large_run_takes_whole_answers(
+    plan: Any,
+    server_url: str,
+    fake_worker: Any,
+    server: redis.Redis,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("tokenmill.producer.run.BULK_ROWS", 2)
+    worker = fake_worker()
+    generate(plan(numbered(3)), Told(), url=server_url)
+    assert {request.reply_to for request in worker.requests} == {worker.requests[0].tenant}
+    assert not any(server.exists(Keys().output(item.request_id)) for item in worker.requests)
+    assert server.xlen(Keys().reply(worker.requests[0].reply_to)) == 0
+
+
+def test_replies_that_come_before_their_row_is_sent_again_are_kept(
+    plan: Any, server_url: str, fake_worker: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An earlier attempt had sent three rows; this one has a window of one."""
+    monkeypatch.setattr("tokenmill.producer.run.BULK_ROWS", 0)
+    worker = fake_worker(limit=0)
+    begun = generate(
+        plan(numbered(3), window=3), Told(), url=server_url, stop_at=time.monotonic() + 0.2
+    )
+    assert not begun.complete
+    worker.limit = 10**9
+    while len(worker.requests) < 3:
+        time.sleep(0.01)
+    assert generate(plan(numbered(3), window=1), Told(), url=server_url).answered == 3
+    assert len(worker.requests) == 3
