@@ -1,7 +1,8 @@
 """Real servers for every test: Valkey from its wheel, and redis-server where it is installed.
 
 A test with `server_url` runs on one server of each kind. Marked `everywhere` it runs behind
-Sentinels and on a cluster too: on one kind each, and with `--all-servers` on both.
+Sentinels and on a cluster too: on one kind each, and with `--all-servers` on both. Marked
+`placed("sentinel")` or `placed("cluster")` it runs there alone.
 """
 
 import functools
@@ -50,9 +51,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "server_kind" not in metafunc.fixturenames:
         return
+    groups = GROUPS + (OTHER_GROUPS if metafunc.config.getoption("--all-servers") else ())
     kinds: tuple[str, ...] = SINGLE
-    if metafunc.definition.get_closest_marker("everywhere"):
-        kinds += GROUPS + (OTHER_GROUPS if metafunc.config.getoption("--all-servers") else ())
+    if placed := metafunc.definition.get_closest_marker("placed"):
+        kinds = tuple(kind for kind in groups if kind.partition("-")[2] in placed.args)
+    elif metafunc.definition.get_closest_marker("everywhere"):
+        kinds += groups
     marked = [
         pytest.param(kind, marks=_needs_redis if kind.startswith("redis") else ()) for kind in kinds
     ]
@@ -113,6 +117,20 @@ def own_server(server_kind: str) -> Iterator[Server]:
     """A server of this test alone, to be killed and started again."""
     with running(server_kind.partition("-")[0]) as server:
         yield server
+
+
+@pytest.fixture
+def own_sentinels(server_kind: str) -> Iterator[Replicated]:
+    """A primary, replicas and Sentinels of this test alone."""
+    with replicated(server_kind.partition("-")[0]) as servers:
+        yield servers
+
+
+@pytest.fixture
+def own_cluster(server_kind: str) -> Iterator[Cluster]:
+    """A cluster with replicas of this test alone."""
+    with cluster(server_kind.partition("-")[0], replicas=1) as servers:
+        yield servers
 
 
 @pytest.fixture

@@ -31,11 +31,15 @@ class WorkerProcess:
 
     def wait_ready(self) -> None:
         """Read its log until it is registered."""
+        self.wait_for(b'"worker_ready"')
+
+    def wait_for(self, said: bytes) -> None:
+        """Read its log until it says so."""
         assert self.process.stderr is not None
         for line in self.process.stderr:
-            if b'"worker_ready"' in line:
+            if said in line:
                 return
-        pytest.fail("the worker ended before it was ready")
+        pytest.fail(f"the worker ended before it said {said!r}")
 
     def wait(self, timeout_s: float = 20.0) -> int:
         return self.process.wait(timeout_s)
@@ -46,12 +50,13 @@ class WorkerProcess:
 
 
 @pytest.fixture
-def start_worker(server_url: str) -> Iterator[Callable[..., WorkerProcess]]:
-    """`start_worker(lease_ms=, step_ms=)`: returns at once; claims begin some seconds later."""
+def start_worker(request: pytest.FixtureRequest) -> Iterator[Callable[..., WorkerProcess]]:
+    """`start_worker(lease_ms=, step_ms=, url=)`: returns at once; claims begin seconds later."""
     started: list[WorkerProcess] = []
 
-    def start(*, lease_ms: int = 15_000, step_ms: int = 5) -> WorkerProcess:
-        command = [sys.executable, str(SCRIPT), server_url, str(lease_ms), str(step_ms)]
+    def start(*, lease_ms: int = 15_000, step_ms: int = 5, url: str = "") -> WorkerProcess:
+        url = url or request.getfixturevalue("server_url")
+        command = [sys.executable, str(SCRIPT), url, str(lease_ms), str(step_ms)]
         started.append(WorkerProcess(subprocess.Popen(command, stderr=subprocess.PIPE)))
         return started[-1]
 
@@ -72,14 +77,16 @@ class Stream:
 
 
 @pytest.fixture
-def checked_stream(server: redis.Redis) -> Callable[[str, str], Stream]:
-    """Read the stream of a request and compare every token, letter and digest with the script."""
+def checked_stream(request: pytest.FixtureRequest) -> Callable[..., Stream]:
+    """`checked_stream(id, prompt, server=)`: compare every token, letter and digest."""
     script: Any = runpy.run_path(str(SCRIPT))
     decode = script["ScriptedTokenizer"]().decode
 
-    def check(request_id: str, prompt: str) -> Stream:
+    def check(request_id: str, prompt: str, server: redis.Redis | None = None) -> Stream:
+        server = server or request.getfixturevalue("server")
         stream = Stream([], [], [])
         digest = ""
+        assert server is not None
         entries: Any = server.xrange(KEYS.output(request_id))
         for entry_id, fields in entries:
             tokens = unpack_token_ids(fields[b"t"])

@@ -78,6 +78,12 @@ class Server:
         with self.admin() as client:
             client.flushall()
 
+    def replicate(self, primary: "Server") -> None:
+        """Become a replica of another, and be in step with it."""
+        with self.admin() as client:
+            client.replicaof("127.0.0.1", primary.port)
+        _until(lambda: _online(primary) > 0, "the replica")
+
     def kill(self) -> None:
         """SIGKILL: what a crash leaves is in the append-only file."""
         if self.process is not None:
