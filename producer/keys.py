@@ -4,6 +4,7 @@ All carry the tag `T = {<queue>:<shard>}`, so that one shard lives in one cluste
 may touch everything in it. The shard is part of a request id: a reader finds it without a look-up.
 
     key                     type     content
+    T:shards                string   number of shards, in shard 0 alone; absent: 1. Written once
     T:settings              hash     max_live, result_ttl_ms, dead_ttl_ms, paused, weight:<tenant>,
                                      quota:<tenant>: read by the scripts, set by operators
     T:inbox                 stream   requests as one field, json or msgpack, from any language;
@@ -69,6 +70,10 @@ class Keys:
     def tag(self) -> str:
         """What every key begins with."""
         return f"{{{self.queue}:{self.shard}}}"
+
+    @property
+    def shards(self) -> str:
+        return f"{self.tag}:shards"
 
     @property
     def settings(self) -> str:

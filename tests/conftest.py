@@ -106,9 +106,12 @@ def server_kind(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def server_url(_servers: Callable[[str], Server | Replicated | Cluster], server_kind: str) -> str:
-    """Empty servers, shared by the whole run."""
+    """Empty servers, shared by the whole run. The default queue has one shard on a cluster too."""
     servers = _servers(server_kind)
     servers.flush()
+    if isinstance(servers, Cluster):
+        with connect(servers.url, key=Keys().tag) as server:
+            server.set(Keys().shards, 1)
     return servers.url
 
 
