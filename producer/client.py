@@ -14,7 +14,7 @@ from redis.exceptions import OutOfMemoryError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from tokenmill.producer.address import shown_url
-from tokenmill.producer.connection import MAX_BLOCK_S, connect
+from tokenmill.producer.connection import MAX_BLOCK_S
 from tokenmill.producer.errors import (
     Busy,
     Conflict,
@@ -23,11 +23,11 @@ from tokenmill.producer.errors import (
     ServerUnreachable,
 )
 from tokenmill.producer.follower import Follower, check_position
-from tokenmill.producer.keys import Keys
 from tokenmill.producer.params import SamplingParams
 from tokenmill.producer.replies import Replies, ended_result
-from tokenmill.producer.request_id import new_request_id
+from tokenmill.producer.request_id import new_request_id, request_id_for
 from tokenmill.producer.scripts import Script
+from tokenmill.producer.shards import Shards
 from tokenmill.producer.window import Window
 from tokenmill.producer.wire import (
     Delta,
@@ -68,10 +68,8 @@ class Client:
         """Connect to `url`, else to `TOKENMILL_REDIS_URL`, else to the embedded server."""
         self.queue = queue
         self.tenant = check_name("tenant", tenant)
-        self._keys = Keys(queue)
         self.url = url or os.environ.get(REDIS_URL) or _embedded()
-        self._server = connect(self.url, key=self._keys.tag)
-        self._blocking = connect(self.url, blocking=True, key=self._keys.tag)
+        self._shards = Shards(self.url, queue)
 
     def __enter__(self) -> Self:
         return self
@@ -86,8 +84,7 @@ class Client:
 
     def close(self) -> None:
         """Close the connections; submitted requests run on."""
-        self._server.close()
-        self._blocking.close()
+        self._shards.close()
 
     def new_request(
         self,
@@ -114,7 +111,7 @@ class Client:
             raise InvalidRequest("deadline_s", expected, deadline_s)
         request = Request.from_mapping(
             {
-                "request_id": new_request_id() if request_id is None else request_id,
+                "request_id": self._new_id() if request_id is None else request_id,
                 "prompt": prompt,
                 "params": SamplingParams.from_mapping(sampling),
                 "model": model,
@@ -125,9 +122,16 @@ class Client:
                 "reply_to": reply_to,
             }
         )
-        _check_shard(request.request_id)
+        self._shards.number_of(request.request_id)  # checks it
         request.pack()  # its size is checked here rather than among others in submit_many
         return request
+
+    def _new_id(self) -> str:
+        return new_request_id(self._shards.any_number())
+
+    def id_for(self, key: str) -> str:
+        """The request id of an idempotency key of any form: the same key gives the same id."""
+        return request_id_for(key, self._shards.number_for(key))
 
     def submit(self, prompt: AnyPrompt, **fields: Any) -> str:
         """Enqueue one request and return its id; `fields` as for `new_request`.
@@ -149,8 +153,14 @@ class Client:
                 may be.
         """
         ids: list[str] = []
-        for batch in _batches(requests):
-            self._enqueue(batch, len(ids))
+        for batch in _batches(requests, _BATCH * self._shards.count):
+            parts = self._shards.split((item[0].request_id, item) for item in batch)
+            accepted = len(ids)
+            for number, part in parts.items():
+                for first in range(0, len(part), _BATCH):
+                    some = part[first : first + _BATCH]
+                    self._enqueue(number, some, accepted)
+                    accepted += len(some)
             ids += (request.request_id for request, _ in batch)
         return ids
 
@@ -166,8 +176,9 @@ class Client:
         follower = self.follower()
         follower.add(request_id, start)
         with self._reaching():
-            record = Keys.of(self.queue, request_id).record(request_id)
-            row: Any = self._server.hmget(record, "state", "offset", "reply")
+            record = self._shards.keys_of(request_id).record(request_id)
+            server = self._shards.server_of(request_id)
+            row: Any = server.hmget(record, "state", "offset", "reply")
         state, offset, reply_to = row
         check_position(request_id, start, state, offset)
         if reply_to:
@@ -183,12 +194,12 @@ class Client:
         return _deltas(follower)
 
     def follower(self) -> Follower:
-        """A new, empty `Follower` on this client's connection."""
-        return Follower(self._blocking, self.queue)
+        """A new, empty `Follower` on this client's connections."""
+        return Follower(self._shards)
 
     def replies(self, name: str) -> Replies:
         """A reader of the outputs of all requests with this `reply_to`."""
-        return Replies(self._blocking, self.queue, name, self.forget)
+        return Replies(self._shards, name, self.forget)
 
     def result(self, request_id: str, *, timeout_s: float | None = None) -> Result:
         """Wait for the whole output, however it ends.
@@ -197,9 +208,9 @@ class Client:
             NotFound: no such request, or its reply was taken by a reader of its stream.
             TimeoutError: it has not ended within `timeout_s`.
         """
-        keys = Keys.of(self.queue, request_id)
+        keys, server = self._shards.keys_of(request_id), self._shards.server_of(request_id)
         with self._reaching():
-            reply_to: Any = self._server.hget(keys.record(request_id), "reply")
+            reply_to: Any = server.hget(keys.record(request_id), "reply")
         if reply_to:
             return self._replied(request_id, keys.reply(reply_to.decode()), timeout_s)
         ends_at = math.inf if timeout_s is None else time.monotonic() + timeout_s
@@ -218,19 +229,20 @@ class Client:
 
     def _replied(self, request_id: str, replies: str, timeout_s: float | None) -> Result:
         ends_at = math.inf if timeout_s is None else time.monotonic() + timeout_s
+        number = self._shards.number_of(request_id)
+        keys, server = self._shards.keys[number], self._shards.server(number)
         while True:
             with self._reaching():
-                newest: Any = self._server.xrevrange(replies, count=1)
-                keys = Keys.of(self.queue, request_id)
-                result = ended_result(self._server, keys, request_id)
+                newest: Any = server.xrevrange(replies, count=1)
+                result = ended_result(server, keys, request_id)
                 left = ends_at - time.monotonic()
                 if result is not None:
                     return result
                 if left <= 0:
                     raise _late(request_id, timeout_s)
                 block_ms = max(int(min(left, MAX_BLOCK_S) * 1000), 1)
-                after = {replies: newest[0][0] if newest else "0-0"}
-                self._blocking.xread(after, count=1, block=block_ms)  # type: ignore[arg-type]
+                after: Any = {replies: newest[0][0] if newest else "0-0"}
+                self._shards.blocking(number).xread(after, count=1, block=block_ms)
 
     def map(
         self,
@@ -257,9 +269,9 @@ class Client:
         Raises:
             NotFound: no such request.
         """
-        tag = Keys.of(self.queue, request_id).tag
+        tag, server = self._shards.keys_of(request_id).tag, self._shards.server_of(request_id)
         with self._reaching():
-            reply = _CANCEL(self._server, tag, [request_id])
+            reply = _CANCEL(server, tag, [request_id])
         if reply == b"NONE":
             raise NotFound(f"no request {request_id} in queue {self.queue}, or its result expired")
         return bool(reply == b"OK")
@@ -267,36 +279,40 @@ class Client:
     def live(self) -> int:
         """How many requests of the queue, of all producers, have not ended."""
         with self._reaching():
-            return int(self._server.zcard(self._keys.live))
+            return sum(int(server.zcard(keys.live)) for keys, server in self._shards)
 
     def forget(self, request_ids: Sequence[str], *, within_s: float = 600) -> None:
         """Let the server drop outputs that were kept elsewhere, sooner than it would.
 
         Only what has ended other than as error is dropped: dead letters may be tried again.
         """
-        for first in range(0, len(request_ids), _FORGET_BATCH):
-            some = request_ids[first : first + _FORGET_BATCH]
-            with self._reaching():
-                _FORGET(self._server, self._keys.tag, [int(within_s * 1000), *some])
+        for number, ids in self._shards.split((item, item) for item in request_ids).items():
+            tag, server = self._shards.keys[number].tag, self._shards.server(number)
+            for first in range(0, len(ids), _FORGET_BATCH):
+                some = ids[first : first + _FORGET_BATCH]
+                with self._reaching():
+                    _FORGET(server, tag, [int(within_s * 1000), *some])
 
     def workers(self) -> list[WorkerInfo]:
         """The workers whose lease has not run out."""
+        keys, server = self._shards.keys[0], self._shards.server(0)  # each serves all shards
         with self._reaching():
-            seconds, micros = self._server.time()
+            seconds, micros = server.time()
             now_ms = seconds * 1000 + micros // 1000
-            names: Any = self._server.zrangebyscore(self._keys.workers, now_ms, "+inf")
+            names: Any = server.zrangebyscore(keys.workers, now_ms, "+inf")
             ids = [name.decode() for name in names]
-            rows: list[Any] = [self._server.hgetall(self._keys.worker(name)) for name in ids]
+            rows: list[Any] = [server.hgetall(keys.worker(name)) for name in ids]
         return [_worker(name, row) for name, row in zip(ids, rows, strict=True) if b"pid" in row]
 
-    def _enqueue(self, batch: list[tuple[Request, bytes]], before: int) -> None:
+    def _enqueue(self, number: int, batch: list[tuple[Request, bytes]], before: int) -> None:
+        server = self._shards.server(number)
         arguments: list[str | bytes | int] = []
         for request, payload in batch:
             arguments += (request.request_id, request.fingerprint, payload, request.tenant)
             arguments += (request.priority, request.deadline_ms, request.prompt_cost)
             arguments += (request.params.max_tokens, request.reply_to)
         with self._reaching():
-            *replies, retry_ms = _ENQUEUE(self._server, self._keys.tag, arguments)
+            *replies, retry_ms = _ENQUEUE(server, self._shards.keys[number].tag, arguments)
         for index, (reply, (request, _)) in enumerate(zip(replies, batch, strict=True)):
             if reply == b"CONFLICT":
                 expected = "a new id, or that of a request with the same content"
@@ -329,20 +345,12 @@ def _late(request_id: str, timeout_s: float | None) -> TimeoutError:
     return TimeoutError(f"request {request_id} has not ended within {timeout_s or 0:g} s")
 
 
-def _check_shard(request_id: str) -> None:
-    if Keys.of("default", request_id).shard:
-        expected = "an id of shard 0, beginning with `0.`"
-        remedy = "a queue has one shard so far; make the id with request_id_for(your key)"
-        raise InvalidRequest("request_id", expected, request_id, remedy)
-
-
-def _batches(requests: Iterable[Request]) -> Iterator[list[tuple[Request, bytes]]]:
+def _batches(requests: Iterable[Request], most: int) -> Iterator[list[tuple[Request, bytes]]]:
     batch: list[tuple[Request, bytes]] = []
     size = 0
     for request in requests:
-        _check_shard(request.request_id)
         payload = request.pack()
-        if batch and (len(batch) == _BATCH or size + len(payload) > _BATCH_BYTES):
+        if batch and (len(batch) == most or size + len(payload) > _BATCH_BYTES):
             yield batch
             batch, size = [], 0
         batch.append((request, payload))

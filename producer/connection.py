@@ -79,6 +79,7 @@ class Connector:
             options["host"], options["port"] = self.address.members[0]
         pool = redis.ConnectionPool(
             protocol=2,
+            max_connections=2**31,  # one for each thread that uses it
             retry=retry,
             socket_timeout=timeout_s,
             socket_connect_timeout=min(timeout_s, _HELLO_TIMEOUT_S),

@@ -4,13 +4,12 @@ import logging
 import time
 from typing import Any
 
-import redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from tokenmill.producer.connection import MAX_BLOCK_S
 from tokenmill.producer.errors import InvalidRequest, NotFound, OutputChanged
-from tokenmill.producer.keys import Keys
+from tokenmill.producer.shards import Shards
 from tokenmill.producer.wire import Delta, Usage, chain_digest, unpack_token_ids
 
 SERVER_LOST = "server_lost"
@@ -50,10 +49,10 @@ class Follower:
     after a lost connection or in another process.
     """
 
-    def __init__(self, blocking: redis.Redis, queue: str = "default") -> None:
-        """`blocking` comes from `connect(url, blocking=True)`; threads may share it."""
-        self._server = blocking
-        self._queue = queue
+    def __init__(self, shards: Shards) -> None:
+        """Followers may share the `shards`."""
+        self._shards = shards
+        self._reader = shards.reader()
         #: Stream key -> id of the last entry read, "<tokens>-0".
         self._cursors: dict[Any, Any] = {}
         self._ids: dict[str, str] = {}
@@ -71,14 +70,14 @@ class Follower:
         """Follow a request from the token offset `start`, 0 or the `end` of a delta."""
         if start < 0:
             raise InvalidRequest("start", "a token offset of at least 0", start)
-        key = Keys.of(self._queue, request_id).output(request_id)
+        key = self._shards.keys_of(request_id).output(request_id)
         self._ids[key] = request_id
         self._cursors[key] = f"{start}-0"
         self._digests[key] = None if start else ""
 
     def remove(self, request_id: str) -> None:
         """Follow it no longer; an id that is not followed is no error."""
-        self._forget(Keys.of(self._queue, request_id).output(request_id))
+        self._forget(self._shards.keys_of(request_id).output(request_id))
         self._changed = [item for item in self._changed if item.request_id != request_id]
 
     def poll(self, timeout_s: float) -> list[Delta]:
@@ -111,7 +110,7 @@ class Follower:
     def _read(self, timeout_s: float) -> list[Delta]:
         # To the server, 0 would mean to block for ever.
         block_ms = max(int(min(timeout_s, MAX_BLOCK_S) * 1000), 1)
-        reply: Any = self._server.xread(self._cursors, count=_ENTRIES, block=block_ms)
+        reply: Any = self._reader.xread(self._cursors, count=_ENTRIES, block=block_ms)
         deltas = []
         for name, entries in reply or ():
             key = name.decode()
@@ -149,13 +148,15 @@ class Follower:
     def _check_silence(self) -> None:
         """After a silence: whether what is followed is still there, and can still say something."""
         self._heard = time.monotonic()
-        followed = list(self._ids.items())
-        with self._server.pipeline(transaction=False) as pipeline:
-            for _, request_id in followed:
-                record = Keys.of(self._queue, request_id).record(request_id)
-                pipeline.hmget(record, "state", "offset")
-            rows: list[Any] = pipeline.execute()
-        for (key, request_id), (state, offset) in zip(followed, rows, strict=True):
+        followed = self._shards.split((name, (key, name)) for key, name in self._ids.items())
+        rows: list[tuple[tuple[str, str], Any]] = []
+        for number, some in followed.items():
+            with self._shards.server(number).pipeline(transaction=False) as pipeline:
+                for _, request_id in some:
+                    record = self._shards.keys[number].record(request_id)
+                    pipeline.hmget(record, "state", "offset")
+                rows += zip(some, pipeline.execute(), strict=True)
+        for (key, request_id), (state, offset) in rows:
             try:
                 check_position(request_id, self._position(key), state, offset)
             except InvalidRequest:  # it ended before what was read of it

@@ -19,6 +19,7 @@ from tokenmill.producer.connection import MAX_BLOCK_S
 from tokenmill.producer.errors import NotFound
 from tokenmill.producer.follower import Silence
 from tokenmill.producer.keys import Keys
+from tokenmill.producer.shards import Shards
 from tokenmill.producer.wire import Result, Usage, check_name, unpack_token_ids
 
 #: Entries taken by one read.
@@ -30,18 +31,17 @@ class Replies:
 
     def __init__(
         self,
-        blocking: redis.Redis,
-        queue: str,
+        shards: Shards,
         name: str,
         forget: Callable[[Sequence[str]], None],
     ) -> None:
-        """`blocking` comes from `connect(url, blocking=True)`; `forget` is `Client.forget`."""
+        """`forget` is `Client.forget`."""
         self.name = check_name("reply_to", name)
-        self._server = blocking
-        self._queue = queue
-        self._key = Keys(queue).reply(name)
+        self._shards = shards
+        self._reader = shards.reader()
         self._forget = forget
-        self._cursor = "0-0"
+        #: Of each shard's stream, the id of the last entry read.
+        self._cursors: dict[Any, Any] = {keys.reply(name): "0-0" for keys in shards.keys}
         #: Requests whose reply is awaited: looked after in a silence.
         self._awaited: set[str] = set()
         self._silence = Silence()
@@ -87,19 +87,20 @@ class Replies:
 
     def _read(self, timeout_s: float) -> list[Result]:
         block_ms = max(int(min(timeout_s, MAX_BLOCK_S) * 1000), 1)  # 0 would block for ever
-        reply: Any = self._server.xread({self._key: self._cursor}, count=_ENTRIES, block=block_ms)
-        entries = reply[0][1] if reply else []
-        if entries:
-            self._cursor = entries[-1][0].decode()
-        return [result_of(fields) for _, fields in entries]
+        reply: Any = self._reader.xread(self._cursors, count=_ENTRIES, block=block_ms)
+        results: list[Result] = []
+        for name, entries in reply or ():
+            self._cursors[name.decode()] = entries[-1][0].decode()
+            results += (result_of(fields) for _, fields in entries)
+        return results
 
     def _look_after(self) -> list[Result]:
         """After a silence: what is awaited may have ended behind the cursor, or be gone."""
         self._heard = time.monotonic()
         found = []
         for request_id in tuple(self._awaited):
-            keys = Keys.of(self._queue, request_id)
-            result = ended_result(self._server, keys, request_id)
+            keys = self._shards.keys_of(request_id)
+            result = ended_result(self._shards.server_of(request_id), keys, request_id)
             if result is not None:
                 found.append(result)
         return found

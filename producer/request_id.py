@@ -31,7 +31,7 @@ def check_request_id(request_id: object) -> str:
     """
     if not isinstance(request_id, str) or not _REQUEST_ID.fullmatch(request_id):
         expected = "<shard>.<26 to 64 of 0-9 A-Z a-z _ ->"
-        remedy = "leave it out, or make one with request_id_for(your key)"
+        remedy = "leave it out, or make one with Client.id_for(your key)"
         raise InvalidRequest("request_id", expected, request_id, remedy)
     return request_id
 

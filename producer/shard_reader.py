@@ -54,8 +54,10 @@ class _Shard:
     """One shard's connection and the read that was sent on it."""
 
     def __init__(self, number: int, server: redis.Redis) -> None:
+        pool = server.connection_pool
         self.number = number
-        self.connection: Any = server.connection_pool.make_connection()
+        #: Not one of the pool: it stays taken between two calls.
+        self.connection: Any = pool.connection_class(**pool.connection_kwargs)
         self.read: _Read | None = None
         self.changed_at = float("-inf")
         self.retry_at = float("-inf")
@@ -90,27 +92,34 @@ class ShardReader:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`servers` come from `connect(url, blocking=True, key=...)`; `shard_of` takes a key."""
-        self._shards = [_Shard(number, server) for number, server in enumerate(servers)]
+        self._servers = servers
+        self._shards: dict[int, _Shard] = {}
         self._shard_of = shard_of
         self._clock = clock
 
     def close(self) -> None:
         """Close the connections."""
-        for shard in self._shards:
+        for shard in self._shards.values():
             shard.drop()
 
-    def xread(self, streams: Mapping[Any, Any], *, count: int, block: int) -> Rows:
+    def xread(
+        self, streams: Mapping[Any, Any], count: int | None = None, block: int | None = None
+    ) -> Rows:
         """Entries after the given ids, waiting `block` ms for the first; may be empty.
 
-        As on one server, but that a shard that does not answer is no error: the others are read,
-        and that one is tried again. It is logged once.
+        As on one server, but of several shards one that does not answer is no error: the others
+        are read, and that one is tried again. It is logged once.
 
         Raises:
             RedisError: a server answers that it cannot do this.
         """
+        count, block = count or 1, block or 1
         wanted: dict[int, dict[str, str]] = {}
         for key, entry_id in streams.items():
             wanted.setdefault(self._shard_of(key), {})[key] = entry_id
+        if len(wanted) == 1:  # one server can wait by itself
+            reply: Any = self._servers[next(iter(wanted))].xread(dict(streams), count, block)
+            return reply or []
         deadline = self._clock() + max(block, 1) / 1000
         if block <= _AT_ONCE_MS:
             return self._read_at_once(wanted, streams, count)
@@ -139,6 +148,8 @@ class ShardReader:
         self, wanted: Mapping[int, dict[str, str]], count: int, *, is_at_once: bool
     ) -> list[_Shard]:
         for number, streams in wanted.items():
+            if number not in self._shards:
+                self._shards[number] = _Shard(number, self._servers[number])
             self._ask(self._shards[number], streams, count, is_at_once=is_at_once)
         return [self._shards[number] for number in wanted if self._shards[number].read]
 
@@ -190,7 +201,7 @@ class ShardReader:
             poll.register(shard.socket, select.POLLIN)
         now = self._clock()
         # A shard that is to be tried again, or is late, ends the wait too.
-        times = [deadline, *(s.retry_at for s in self._shards if s.retry_at > now)]
+        times = [deadline, *(s.retry_at for s in self._shards.values() if s.retry_at > now)]
         times += [s.read.ends_at + _PATIENCE_S for s in waiting if s.read]
         left_ms = max(min(times) - now, 0.0) * 1000
         return [by_fd[fd] for fd, _ in poll.poll(left_ms + 1 if left_ms else 0)]

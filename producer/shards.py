@@ -7,9 +7,10 @@ elsewhere. Without a number there is one.
 """
 
 import os
+import random
 import zlib
-from collections.abc import Iterable, Sequence
-from typing import Self, TypeVar
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Protocol, Self, TypeVar
 
 import redis
 from redis.exceptions import NoPermissionError, RedisError
@@ -27,6 +28,14 @@ CLUSTER_SHARDS = 8
 MAX_SHARDS = 256
 
 _Item = TypeVar("_Item")
+
+
+class ReadsStreams(Protocol):
+    """Of a client, what reads streams; the entries in the client library's form."""
+
+    def xread(
+        self, streams: dict[Any, Any], count: int | None = None, block: int | None = None
+    ) -> Any: ...
 
 
 class Shards:
@@ -84,6 +93,22 @@ class Shards:
         """The shard of an idempotency key."""
         return zlib.crc32(key.encode()) % self.count
 
+    def any_number(self) -> int:
+        """A shard for a new request."""
+        return random.randrange(self.count) if self.count > 1 else 0
+
+    def keys_of(self, request_id: str) -> Keys:
+        """The keys of the shard of a request."""
+        return self.keys[self.number_of(request_id)]
+
+    def server_of(self, request_id: str) -> redis.Redis:
+        """A connection to the shard of a request."""
+        return self._servers[self.number_of(request_id)]
+
+    def __iter__(self) -> Iterator[tuple[Keys, redis.Redis]]:
+        """The keys of each shard, and a connection to it."""
+        return iter(zip(self.keys, self._servers, strict=True))
+
     def server(self, number: int) -> redis.Redis:
         """A connection for scripts."""
         return self._servers[number]
@@ -92,7 +117,7 @@ class Shards:
         """A connection for reads that wait."""
         return self._blocking[number]
 
-    def reader(self) -> redis.Redis | ShardReader:
+    def reader(self) -> "ReadsStreams":
         """What reads streams of all shards, for one thread."""
         if self.count == 1:
             return self._blocking[0]

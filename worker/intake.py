@@ -30,7 +30,8 @@ from tokenmill.worker.log import CLAIMED, IDLE, REAPED, emit
 from tokenmill.worker.outage import Outage
 from tokenmill.worker.output import Output
 from tokenmill.worker.publisher import Publisher
-from tokenmill.worker.queue import Claim, Queue
+from tokenmill.worker.queue import Claim
+from tokenmill.worker.shards import QueueLike
 
 #: With work in the engine and nothing claimable, look again after this: what did not fit before
 #: fits when something ends, and that wakes nobody.
@@ -71,7 +72,7 @@ class Intake:
 
     def __init__(
         self,
-        queue: Queue,
+        queue: QueueLike,
         inbox: Inbox,
         publisher: Publisher,
         outage: Outage,

@@ -22,13 +22,11 @@ from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from importlib.metadata import version
 
-import redis
 from redis.exceptions import NoPermissionError, RedisError
 
 from tokenmill.producer.address import shown_url
-from tokenmill.producer.connection import connect
 from tokenmill.producer.errors import ServerUnreachable, TokenmillError, WrongServer
-from tokenmill.producer.keys import Keys
+from tokenmill.producer.shards import Shards
 from tokenmill.producer.wire import WorkerInfo
 from tokenmill.worker.config import WorkerConfig
 from tokenmill.worker.health import HealthServer, Pulse
@@ -48,7 +46,7 @@ from tokenmill.worker.log import (
 from tokenmill.worker.loop import EngineLike, Loop
 from tokenmill.worker.outage import Outage, is_about_the_server
 from tokenmill.worker.publisher import Publisher
-from tokenmill.worker.queue import Queue
+from tokenmill.worker.shards import queue_of
 from tokenmill.worker.signals import StopSignals, exit_status
 
 #: The loop gives up the interpreter lock in every tensor operation, and beside a busy thread waits
@@ -106,7 +104,7 @@ def run(
             model=config.model,
         )
         # Before the model is loaded, which takes longer than finding a wrong address.
-        server = _connected(config, waits=waits_for_server)
+        shards = _connected(config, waits=waits_for_server)
         pulse, is_loaded = Pulse(config.stall_limit_s), threading.Event()
         worker: Worker | None = None
         if config.health_port is not None:
@@ -119,22 +117,20 @@ def run(
             stack.enter_context(health)
         engine = make_engine(config)
         is_loaded.set()
-        while server is None:  # a signal ends the process: there is nothing to put in order
+        while shards is None:  # a signal ends the process: there is nothing to put in order
             time.sleep(RETRY_S)
-            server = _connected(config, waits=True, is_first=False)
-        stack.callback(server.close)
-        blocking = connect(config.redis_url, blocking=True, key=Keys(config.queue).tag)
-        stack.callback(blocking.close)
-        worker = Worker(config, worker_id, server, blocking, pulse)
+            shards = _connected(config, waits=True, is_first=False)
+        stack.callback(shards.close)
+        worker = Worker(config, worker_id, shards, pulse)
         signals.on_stop(worker.stop)
         worker.run(engine, load_s=time.monotonic() - began)
         return exit_status(signals.received)
 
 
-def _connected(config: WorkerConfig, *, waits: bool, is_first: bool = True) -> redis.Redis | None:
-    """The server; None if it does not answer and that is to be waited for, which is said once."""
+def _connected(config: WorkerConfig, *, waits: bool, is_first: bool = True) -> Shards | None:
+    """The shards; None if a server does not answer and that is to be waited for, said once."""
     try:
-        return connect(config.redis_url, key=Keys(config.queue).tag)
+        return Shards(config.redis_url, config.queue)
     except ServerUnreachable as error:
         if not waits:
             raise
@@ -150,17 +146,14 @@ class Worker:
         self,
         config: WorkerConfig,
         worker_id: str,
-        server: redis.Redis,
-        blocking: redis.Redis,
+        shards: Shards,
         pulse: Pulse | None = None,
     ) -> None:
         self.worker_id = worker_id
         self.inbox = Inbox()
         self.outage = Outage()
         self.pulse = pulse or Pulse(config.stall_limit_s)
-        self.queue = Queue(
-            server, Keys(config.queue), worker_id, blocking=blocking, lease_ms=config.lease_ms
-        )
+        self.queue = queue_of(shards, worker_id, lease_ms=config.lease_ms)
         self._config = config
         self._is_registered = False
         self._failure: BaseException | None = None

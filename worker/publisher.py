@@ -25,7 +25,8 @@ from tokenmill.worker.inbox import Inbox
 from tokenmill.worker.log import FENCED, FINISHED, GAP, REFUSED, RELEASED, emit
 from tokenmill.worker.outage import Outage, is_about_the_server
 from tokenmill.worker.output import Output
-from tokenmill.worker.queue import MAX_BATCH, Queue, Verdict
+from tokenmill.worker.queue import MAX_BATCH, Verdict
+from tokenmill.worker.shards import QueueLike
 
 FLUSH_S = 0.04
 #: Step outputs that may wait for the server before the loop stops stepping: some ten megabytes.
@@ -63,7 +64,7 @@ class Publisher:
 
     def __init__(
         self,
-        queue: Queue,
+        queue: QueueLike,
         inbox: Inbox,
         outage: Outage,
         *,

@@ -158,6 +158,7 @@ class Queue:
         kv_tokens: int,
         kv_total: int = 0,
         limit: int = MAX_BATCH,
+        holds: int = 0,
     ) -> list[Claim]:
         """Take what fits: at most `sequences` and `limit` requests, while prompt tokens are left.
 
@@ -165,7 +166,8 @@ class Queue:
         overshoot `kv_tokens` (prompt, committed and the next 256 tokens), unless this worker runs
         nothing at all. One that overshoots `kv_total`, the KV tokens of a worker that runs nothing
         (0: unknown), is claimed at once: it would block the queue, so the engine has to refuse it.
-        Renews the lease. If it raises, call it again: nothing is lost.
+        `holds` are the requests that this worker runs of other shards. Renews the lease. If it
+        raises, call it again: nothing is lost.
         """
         while True:
             more, rows, now_ms, num_inbox, control_id = self._run(
@@ -180,6 +182,7 @@ class Queue:
                 MAX_SCAN,
                 self._max_attempts,
                 kv_total,
+                holds,
             )
             claims = [claim for row in rows if (claim := self._checked(row))]
             self._claim_seq += 1  # only now: whatever failed above is claimed again as it was
@@ -238,27 +241,48 @@ class Queue:
         What was parked and due at the last claim does not end it: that claim left it behind.
         It begins where the last claim looked; before the first claim it returns at once.
         """
-        if not self._control_id:
+        if not self.has_claimed:
             newest: Any = self._server.xrevrange(self.keys.control, count=1)
             self._control_id = newest[0][0].decode() if newest else "0-0"
             return True
-        due_ms = self._next_due_ms()
+        due_ms = self.next_due_ms()
         block_ms = int(min(timeout_s, MAX_BLOCK_S) * 1000)
         if due_ms is not None:
             block_ms = min(block_ms, due_ms)
         if block_ms <= 0:  # to the server, 0 would mean to block for ever
             return True
-        streams: dict[Any, Any] = {self.keys.control: self._control_id}
-        streams[self.keys.inbox] = self._plain.seen
-        reply: Any = self._blocking.xread(
-            streams, count=1, block=block_ms
-        )  # inbox entries are large
+        # One entry of each, as those of the inbox are large.
+        reply: Any = self._blocking.xread(self.watched(), count=1, block=block_ms)
         for name, entries in reply or ():
-            if name.decode() == self.keys.control:
-                self._control_id = entries[-1][0].decode()
-        if reply:
-            return True
-        return due_ms is not None and due_ms <= block_ms
+            self.heard(name.decode(), entries[-1][0].decode())
+        return bool(reply) or (due_ms is not None and due_ms <= block_ms)
+
+    @property
+    def has_claimed(self) -> bool:
+        """Whether it is known from where on to wait."""
+        return bool(self._control_id)
+
+    def watched(self) -> dict[Any, Any]:
+        """The streams that something new is heard of by, and the last entries seen."""
+        return {self.keys.control: self._control_id, self.keys.inbox: self._plain.seen}
+
+    def heard(self, key: str, entry_id: str) -> None:
+        """An entry of a watched stream was seen."""
+        if key == self.keys.control:
+            self._control_id = entry_id
+
+    def next_due_ms(self) -> int | None:
+        """Until the next parked request is due; what was due at the last claim does not count."""
+        with self._server.pipeline(transaction=False) as pipeline:
+            pipeline.time()
+            since = f"({self._claimed_ms}"
+            pipeline.zrangebyscore(self.keys.park, since, "+inf", 0, 1, withscores=True)
+            replies: list[Any] = pipeline.execute()
+        (seconds, micros), first = replies
+        if not first:
+            return None
+        now_ms = seconds * 1000 + micros // 1000
+        return max(int(first[0][1] - now_ms), 0)
 
     def retire(self) -> None:
         """Take back the registration; what was not released is parked for others."""
@@ -290,18 +314,6 @@ class Queue:
             attempts=attempts,
             request=request,
         )
-
-    def _next_due_ms(self) -> int | None:
-        with self._server.pipeline(transaction=False) as pipeline:
-            pipeline.time()
-            since = f"({self._claimed_ms}"
-            pipeline.zrangebyscore(self.keys.park, since, "+inf", 0, 1, withscores=True)
-            replies: list[Any] = pipeline.execute()
-        (seconds, micros), first = replies
-        if not first:
-            return None
-        now_ms = seconds * 1000 + micros // 1000
-        return max(int(first[0][1] - now_ms), 0)
 
     def _lease(self, lease_ms: int, *, is_waking: bool = False) -> None:
         fields: list[str] = []

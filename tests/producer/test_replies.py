@@ -160,7 +160,7 @@ def test_a_silence_finds_what_came_behind_the_cursor(
     request_id = client.submit("x", reply_to="mine")
     replies = client.replies("mine")
     replies.add(request_id)
-    replies._cursor = "9999999999999-0"
+    replies._cursors = dict.fromkeys(replies._cursors, "9999999999999-0")
     queue = make_queue()
     (claim,) = queue.claim(**AMPLE)
     finish(queue, claim, 0, 1, text="!")

@@ -100,16 +100,17 @@ def test_an_added_stream_does_not_wait_for_the_others(
     server_url: str, make_reader: MakeReader, add: Callable[..., None]
 ) -> None:
     reader = make_reader(server_url)
-    silent, late = Keys().output("silent"), Keys().output("late")
-    with Shards(server_url, "default") as shards:
-        assert reader.xread({silent: "0-0"}, count=10, block=20) == []
+    late = Keys(QUEUE).output("late")
+    silent = {STREAMS[0]: "0-0", STREAMS[1]: "0-0"}
+    with Shards(server_url, QUEUE, count=COUNT) as shards:
+        assert reader.xread(silent, count=10, block=20) == []
         for number in range(3):
             shards.server(0).xadd(late, {"f": "1"}, id=f"{number + 1}-0")
             began = time.monotonic()
-            rows = reader.xread({silent: "0-0", late: f"{number}-0"}, count=10, block=5000)
+            rows = reader.xread({**silent, late: f"{number}-0"}, count=10, block=5000)
             assert names(rows) == [(late, [f"{number + 1}-0"])]
             assert time.monotonic() - began < 10 * SLICE_MS / 1000
-            assert reader.xread({silent: "0-0"}, count=10, block=20) == []
+            assert reader.xread(silent, count=10, block=20) == []
 
 
 def test_a_stream_that_was_left_or_moved_is_not_answered_for(

@@ -12,9 +12,9 @@ import redis
 from redis.exceptions import OutOfMemoryError, ResponseError
 
 from tokenmill.producer.client import Client
-from tokenmill.producer.connection import connect
 from tokenmill.producer.errors import ServerUnreachable, WrongServer
 from tokenmill.producer.keys import Keys
+from tokenmill.producer.shards import Shards
 from tokenmill.producer.wire import Delta, WorkerInfo
 from tokenmill.worker import process
 from tokenmill.worker.config import WorkerConfig
@@ -41,8 +41,8 @@ class Running:
 def running(url: str, engine: Any, **settings: Any) -> Iterator[Running]:
     config = WorkerConfig(model="scripted", redis_url=url, **settings)
     errors: list[Exception] = []
-    with connect(url) as server, connect(url, blocking=True) as blocking:
-        worker = Worker(config, f"test-{id(errors)}", server, blocking)
+    with Shards(url, "default") as shards:
+        worker = Worker(config, f"test-{id(errors)}", shards)
 
         def target() -> None:
             try:
@@ -233,8 +233,8 @@ def test_a_server_that_comes_later_is_waited_for(
 
 def test_a_worker_that_waits_to_register_is_alive(own_server: Any, script: Any) -> None:
     config = WorkerConfig(model="scripted", redis_url=own_server.url, stall_limit_s=0.01)
-    with connect(own_server.url) as server, connect(own_server.url, blocking=True) as blocking:
-        worker = Worker(config, "w", server, blocking)
+    with Shards(own_server.url, "default") as shards:
+        worker = Worker(config, "w", shards)
         own_server.kill()
         thread = threading.Thread(target=worker.run, args=(script.ScriptedEngine(),))
         thread.start()
@@ -247,8 +247,8 @@ def test_a_worker_that_waits_to_register_is_alive(own_server: Any, script: Any) 
 
 def test_a_full_server_is_waited_for(server_url: str, script: Any) -> None:
     config = WorkerConfig(model="scripted", redis_url=server_url)
-    with connect(server_url) as server:
-        worker = Worker(config, "w", server, server)
+    with Shards(server_url, "default") as shards:
+        worker = Worker(config, "w", shards)
         full = iter([OutOfMemoryError("full"), ResponseError("MISCONF no disk")])
         real = worker.queue.register
 
@@ -268,8 +268,8 @@ def test_a_server_lost_while_the_model_was_loaded_is_waited_for(
 ) -> None:
     caplog.set_level("INFO", "tokenmill.worker")
     config = WorkerConfig(model="scripted", redis_url=own_server.url)
-    with connect(own_server.url) as server, connect(own_server.url, blocking=True) as blocking:
-        worker = Worker(config, "w", server, blocking)
+    with Shards(own_server.url, "default") as shards:
+        worker = Worker(config, "w", shards)
         own_server.kill()
         thread = threading.Thread(target=worker.run, args=(script.ScriptedEngine(),))
         thread.start()
@@ -288,6 +288,7 @@ def test_a_server_that_refuses_workers_is_an_error_with_its_words(
 ) -> None:
     config = WorkerConfig(model="scripted", redis_url=server_url)
     server.set(KEYS.worker("w"), "of another type")
-    worker = Worker(config, "w", server, server)
-    with pytest.raises(WrongServer, match=r"refuses a worker: .*wrong kind of value"):
-        worker.run(script.ScriptedEngine())
+    with Shards(server_url, "default") as shards:
+        worker = Worker(config, "w", shards)
+        with pytest.raises(WrongServer, match=r"refuses a worker: .*wrong kind of value"):
+            worker.run(script.ScriptedEngine())

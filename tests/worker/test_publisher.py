@@ -415,7 +415,7 @@ def test_with_a_reply_stream_tokens_are_committed_in_checkpoints(
     offsets = set()
     for _ in range(599):
         parts.step()
-        offsets.add(int(client._server.hget(Keys().record(request_id), "offset") or 0))
+        offsets.add(int(client._shards.server(0).hget(Keys().record(request_id), "offset") or 0))
     assert offsets == {0, 256, 512}
     parts.step(3)
     (result,) = client.replies("mine").poll(1)

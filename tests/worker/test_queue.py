@@ -75,7 +75,7 @@ def expire_lease(server: redis.Redis, worker_id: str) -> None:
 
 def left_over(server: redis.Redis) -> list[str]:
     """Keys that must be gone once every request has ended and a worker has looked."""
-    kept = ("r", "o", "ctl", "dead", "workers", "w", "settings")
+    kept = ("r", "o", "ctl", "dead", "workers", "w", "settings", "shards")
     names = [key.decode().removeprefix(KEYS.tag + ":") for key in server.scan_iter()]
     return [name for name in names if name.partition(":")[0] not in kept]
 

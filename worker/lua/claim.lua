@@ -4,7 +4,7 @@
 -- KEYS[1]  T, the tag of the shard
 -- ARGV     worker, lease ms, number of this claim, sequences, tokens, kv tokens, most requests,
 --          most ended references to pass over, most attempts, kv tokens of the worker when it
---          runs nothing (0: not known)
+--          runs nothing (0: not known), requests that it runs of other shards
 -- Returns  {more, claims, now, inbox, control}: more is 1 if it stopped at the references, not at
 --          the budget; a claim is {id, epoch, attempts, payload, committed token ids packed as
 --          uint32}; what is parked until `now` in ms or earlier was looked at; the entries in the
@@ -33,7 +33,7 @@ local own, self = T .. ':own:' .. worker, T .. ':w:' .. worker
 local RESERVE = 256
 -- Tokens that a priority may be served while a lower one waits for one token.
 local AGE = 16
-local holds = redis.call('SCARD', own)
+local holds = redis.call('SCARD', own) + tonumber(ARGV[11])
 local claims, taken = {}, {}
 
 redis.call('ZADD', T .. ':workers', int(now + lease), worker)

@@ -1,0 +1,291 @@
+"""A queue of several shards: on one server, and over the nodes of a cluster."""
+
+import functools
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import redis
+from redis.exceptions import ConnectionError as RedisConnectionError
+
+from tokenmill.producer.client import Client
+from tokenmill.producer.errors import InvalidRequest
+from tokenmill.producer.request_id import new_request_id
+from tokenmill.producer.shards import SHARDS, Shards
+from tokenmill.producer.wire import Usage, WorkerInfo, chain_digest
+from tokenmill.worker.queue import Append, Claim, Finish, Queue, Verdict
+from tokenmill.worker.shards import QueueLike, ShardedQueue, queue_of
+
+COUNT = 5
+AMPLE = {"sequences": 100, "tokens": 100_000, "kv_tokens": 1_000_000}
+MakeQueue = Callable[..., ShardedQueue]
+
+pytestmark = pytest.mark.everywhere
+
+
+@pytest.fixture
+def server_url(server_url: str, server: redis.Redis, monkeypatch: pytest.MonkeyPatch) -> str:
+    """With as many shards as these tests want."""
+    monkeypatch.setenv(SHARDS, str(COUNT))
+    for key in server.keys("*:shards"):
+        server.delete(key)
+    return server_url
+
+
+@pytest.fixture
+def make_sharded(server_url: str) -> Iterator[MakeQueue]:
+    opened: list[Shards] = []
+
+    def make(worker_id: str = "w1", **options: Any) -> ShardedQueue:
+        opened.append(Shards(server_url, "default"))
+        queue = queue_of(opened[-1], worker_id, **options)
+        assert isinstance(queue, ShardedQueue)
+        return queue
+
+    yield make
+    for shards in opened:
+        shards.close()
+
+
+def piece(claim: Claim, start: int, *token_ids: int) -> Append:
+    digest = chain_digest("", (*claim.token_ids, *token_ids))
+    text = "".join(map(chr, token_ids))
+    return Append(
+        request_id=claim.request_id,
+        epoch=claim.epoch,
+        start=start,
+        token_ids=token_ids,
+        text=text,
+        digest=digest,
+    )
+
+
+def end(claim: Claim, start: int, finish_reason: str = "stop") -> Finish:
+    usage = Usage(prompt_tokens=1, completion_tokens=start)
+    return Finish(
+        request_id=claim.request_id,
+        epoch=claim.epoch,
+        start=start,
+        finish_reason=finish_reason,
+        usage=usage,
+    )
+
+
+def claim_all(queue: QueueLike, count: int, **room: int) -> list[Claim]:
+    claims: list[Claim] = []
+    while len(claims) < count:
+        given = queue.claim(**{**AMPLE, **room})
+        assert given, f"{len(claims)} of {count}"
+        claims += given
+    return claims
+
+
+def shard_of(request_id: str) -> int:
+    return int(request_id.partition(".")[0])
+
+
+def test_requests_are_spread_and_all_are_served(client: Client, make_sharded: MakeQueue) -> None:
+    ids = client.submit_many(client.new_request(f"p{n}", max_tokens=4) for n in range(200))
+    spread = [sum(shard_of(i) == n for i in ids) for n in range(COUNT)]
+    assert min(spread) > 15
+    assert client.live() == 200
+    queue = make_sharded()
+    claims = claim_all(queue, 200, sequences=1000)
+    assert sorted(claim.request_id for claim in claims) == sorted(ids)
+    assert queue.claim(**AMPLE) == []
+    for first in range(0, 200, 64):
+        some = claims[first : first + 64]
+        assert set(queue.append([piece(c, 0, 65, 66) for c in some])) == {Verdict.OK}
+        assert set(queue.finish([end(c, 2) for c in some])) == {Verdict.OK}
+    results = [client.result(request_id) for request_id in ids]
+    assert {result.text for result in results} == {"AB"}
+    assert client.live() == 0
+
+
+def test_a_repeated_submit_finds_its_shard(client: Client) -> None:
+    ids = [client.id_for(f"row {n}") for n in range(20)]
+    assert len({shard_of(request_id) for request_id in ids}) == COUNT
+    for _ in range(2):
+        for request_id in ids:
+            assert client.submit("x", request_id=request_id) == request_id
+    assert client.live() == 20
+    with pytest.raises(InvalidRequest, match="an id of shard 0 to 4 of queue default"):
+        client.submit("x", request_id=new_request_id(COUNT))
+
+
+def test_claims_take_turns(client: Client, make_sharded: MakeQueue) -> None:
+    for number in range(COUNT):
+        for _ in range(4):
+            client.submit("x", request_id=new_request_id(number))
+    queue = make_sharded()
+    turns = [queue.claim(**AMPLE, limit=2) for _ in range(2 * COUNT)]
+    shards = [[shard_of(claim.request_id) for claim in claims] for claims in turns]
+    assert sorted(shards[:COUNT]) == [[number] * 2 for number in range(COUNT)]
+    assert sorted(shards[COUNT:]) == [[number] * 2 for number in range(COUNT)]
+
+
+def test_what_fits_nobody_waits_until_all_shards_are_idle(
+    client: Client, make_sharded: MakeQueue
+) -> None:
+    small = client.submit([1] * 10, max_tokens=1, request_id=new_request_id(0))
+    queue = make_sharded()
+    (held,) = claim_all(queue, 1, kv_tokens=100)
+    assert held.request_id == small
+    large = client.submit([1] * 1000, max_tokens=1, request_id=new_request_id(3))
+    for _ in range(COUNT):
+        assert queue.claim(sequences=10, tokens=1000, kv_tokens=50) == []
+    queue.finish([end(held, 0)])
+    assert claim_all(queue, 1, kv_tokens=50)[0].request_id == large
+
+
+def test_verdicts_come_in_the_order_of_the_writes(client: Client, make_sharded: MakeQueue) -> None:
+    for number in (2, 0, 4, 2):
+        client.submit("x", request_id=new_request_id(number))
+    queue = make_sharded()
+    claims = claim_all(queue, 4)
+    client.cancel(claims[1].request_id)
+    stale = [claims[2].request_id]
+    queue.release(stale[0], claims[2].epoch, undo=True)
+    verdicts = queue.append([piece(claim, 0, 65) for claim in claims])
+    assert verdicts == [Verdict.OK, Verdict.CANCEL, Verdict.FENCED, Verdict.OK]
+    ends = [end(claims[0], 1), end(claims[1], 0, "cancelled"), end(claims[3], 0)]
+    assert queue.finish(ends) == [Verdict.OK, Verdict.OK, Verdict.GAP]
+
+
+def test_an_idle_worker_hears_of_every_shard(client: Client, make_sharded: MakeQueue) -> None:
+    queue = make_sharded()
+    while queue.wait(0):  # until each has been asked once
+        assert queue.claim(**AMPLE) == []
+    for number in range(COUNT):
+        timer = threading.Timer(0.02, client.submit, ("x",), {"request_id": new_request_id(number)})
+        timer.start()
+        began = time.monotonic()
+        assert queue.wait(5.0)
+        assert time.monotonic() - began < 1.0
+        # The shard that was heard of is asked first.
+        assert [shard_of(claim.request_id) for claim in queue.claim(**AMPLE)] == [number]
+        timer.join()
+        assert queue.claim(**AMPLE) == []
+    began = time.monotonic()
+    assert not queue.wait(0.1)
+    assert 0.05 < time.monotonic() - began < 1.0
+
+
+def test_what_is_parked_ends_the_wait(client: Client, make_sharded: MakeQueue) -> None:
+    request_id = client.submit("x", request_id=new_request_id(3))
+    queue = make_sharded()
+    (claim,) = claim_all(queue, 1)
+    queue.release(request_id, claim.epoch, undo=True, delay_ms=150)
+    deadline = time.monotonic() + 5
+    claims: list[Claim] = []
+    while not claims:
+        assert time.monotonic() < deadline
+        claims = queue.claim(**AMPLE) or (queue.wait(5.0) and []) or []
+    assert claims[0].request_id == request_id
+
+
+def test_a_reader_reads_them_all(client: Client, make_sharded: MakeQueue) -> None:
+    ids = [client.submit("x", request_id=new_request_id(number)) for number in range(COUNT)]
+    queue = make_sharded()
+    claims = claim_all(queue, COUNT)
+    follower = client.follower()
+    for request_id in ids:
+        follower.add(request_id)
+    assert follower.poll(0.02) == []
+    queue.append([piece(claim, 0, 65) for claim in claims])
+    texts = dict.fromkeys(ids, "")
+    while "" in texts.values():
+        for delta in follower.poll(1.0):
+            texts[delta.request_id] += delta.text
+    late = client.submit("late", request_id=new_request_id(0))
+    (claim,) = claim_all(queue, 1)
+    follower.add(late)
+    queue.append([piece(claim, 0, 66)])
+    assert [delta.text for delta in follower.poll(1.0)] == ["B"]
+    queue.finish([end(claim, 1) for claim in [*claims, claim]])
+    ended = set()
+    while len(follower):
+        ended |= {delta.request_id for delta in follower.poll(1.0) if delta.finish_reason}
+    assert ended == {*ids, late}
+
+
+def test_map_goes_over_all_shards(client: Client, make_sharded: MakeQueue) -> None:
+    queue = make_sharded()
+    stopped = threading.Event()
+
+    def serve() -> None:
+        while not stopped.is_set():
+            claims = queue.claim(**AMPLE)
+            for claim in claims:
+                queue.append([piece(claim, 0, *map(ord, str(claim.request.prompt)))])
+            queue.finish([end(c, len(str(c.request.prompt))) for c in claims])
+            if not claims:
+                queue.wait(0.05)
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    try:
+        prompts = [f"prompt {number}" for number in range(100)]
+        results = list(client.map(prompts, window=32, ordered=True, max_tokens=20))
+    finally:
+        stopped.set()
+        thread.join()
+    assert [result.text for result in results] == prompts
+    assert len({shard_of(result.request_id) for result in results}) == COUNT
+
+
+def test_a_lost_worker_is_reaped_on_all_shards(client: Client, make_sharded: MakeQueue) -> None:
+    ids = [client.submit("x", request_id=new_request_id(number)) for number in range(COUNT)]
+    lost, other = make_sharded("lost", lease_ms=1), make_sharded("other")
+    claim_all(lost, COUNT)
+    time.sleep(0.01)  # the lease
+    assert other.reap() == COUNT
+    assert sorted(claim.request_id for claim in claim_all(other, COUNT)) == sorted(ids)
+
+
+def test_a_retired_worker_leaves_all_shards(client: Client, make_sharded: MakeQueue) -> None:
+    queue = make_sharded()
+    info = WorkerInfo(worker_id="w1", model="m", host="h", pid=1, started_ms=1)
+    queue.register(info)
+    assert client.workers() == [info]
+    client.submit("x", request_id=new_request_id(2))
+    claim_all(queue, 1)
+    queue.retire()
+    assert client.workers() == []
+    assert claim_all(make_sharded("w2"), 1)
+
+
+def test_one_shard_that_is_away_keeps_no_other_from_being_served(
+    client: Client, make_sharded: MakeQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = [client.submit("x", request_id=new_request_id(number)) for number in range(COUNT)]
+    queue = make_sharded()
+    away = queue._queues[2]
+
+    def fail(*_: object, **__: object) -> Any:
+        raise RedisConnectionError("away")
+
+    with monkeypatch.context() as patch:
+        for name in ("claim", "append", "renew"):
+            patch.setattr(away, name, fail)
+        claims = claim_all(queue, COUNT - 1)
+        with pytest.raises(RedisConnectionError, match="away"):
+            queue.claim(**AMPLE)
+        renewed: list[Queue] = []
+        for other in queue._queues:
+            if other is not away:
+                patch.setattr(other, "renew", functools.partial(renewed.append, other))
+        with pytest.raises(RedisConnectionError, match="away"):
+            queue.renew()
+        assert len(renewed) == COUNT - 1
+    assert claim_all(queue, 1)[0].request_id == ids[2]
+    assert queue.append([piece(claim, 0, 65) for claim in claims]) == [Verdict.OK] * (COUNT - 1)
+
+
+def test_one_shard_costs_nothing_more(server_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(SHARDS)
+    with Shards(server_url, "alone", count=1) as shards:
+        assert type(queue_of(shards, "w")) is Queue
+        assert isinstance(shards.reader(), redis.Redis)
