@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import redis
 
 from tokenmill.producer.keys import Keys
+from tokenmill.producer.shards import Shards
 from tokenmill.producer.wire import chain_digest, unpack_token_ids
 
 HERE = Path(__file__).parent
@@ -78,16 +78,16 @@ class Stream:
 
 @pytest.fixture
 def checked_stream(request: pytest.FixtureRequest) -> Callable[..., Stream]:
-    """`checked_stream(id, prompt, server=)`: compare every token, letter and digest."""
+    """`checked_stream(id, prompt, shards=)`: compare every token, letter and digest."""
     script: Any = runpy.run_path(str(SCRIPT))
     decode = script["ScriptedTokenizer"]().decode
 
-    def check(request_id: str, prompt: str, server: redis.Redis | None = None) -> Stream:
-        server = server or request.getfixturevalue("server")
+    def check(request_id: str, prompt: str, shards: Shards | None = None) -> Stream:
+        server = shards.server_of(request_id) if shards else request.getfixturevalue("server")
+        keys = shards.keys_of(request_id) if shards else KEYS
         stream = Stream([], [], [])
         digest = ""
-        assert server is not None
-        entries: Any = server.xrange(KEYS.output(request_id))
+        entries: Any = server.xrange(keys.output(request_id))
         for entry_id, fields in entries:
             tokens = unpack_token_ids(fields[b"t"])
             epoch, start = int(fields[b"e"]), len(stream.tokens)

@@ -8,9 +8,9 @@ import pytest
 
 from servers import Cluster, Replicated, Server, free_ports, running
 from tokenmill.producer.client import Client
-from tokenmill.producer.connection import connect
 from tokenmill.producer.errors import OutputChanged
 from tokenmill.producer.keys import Keys
+from tokenmill.producer.shards import Shards
 from tokenmill.producer.wire import Delta
 
 KEYS = Keys()
@@ -72,9 +72,9 @@ def check_failover(
         deltas = follow_through(client, rows, primary.kill, after=100)
         check_reader(rows, deltas, 200)
         assert not client.live()
-        with connect(url, key=KEYS.tag) as server:
+        with Shards(url, "default") as shards:
             for request_id, prompt in rows.items():
-                stream = checked_stream(request_id, prompt, server=server)
+                stream = checked_stream(request_id, prompt, shards=shards)
                 assert stream.finish_reasons == ["length"]
         for worker in workers:
             worker.send(signal.SIGTERM)
@@ -136,8 +136,8 @@ def test_a_reader_is_told_when_a_failover_rolls_back_what_it_read(
             common = next(n for n, (was, is_now) in pairs if was != is_now)
             assert 50 <= common < len(first)  # what had been replicated is as it was
             assert len(again.token_ids) == 600
-            with connect(replica.url) as server:
-                stream = checked_stream(request_id, "to be forked", server=server)
+            with Shards(replica.url, "default") as shards:
+                stream = checked_stream(request_id, "to be forked", shards=shards)
             assert len(set(stream.epochs)) == 2
             worker.send(signal.SIGTERM)
             assert worker.wait() == 0
