@@ -243,7 +243,8 @@ def _add_to_inbox(client: Client, item: Job) -> None:
         "reply_to": item.reply_to,
     }
     try:
-        client._server.xadd(Keys(client.queue).inbox, {"json": json.dumps(values)})
+        server = client._shards.server_of(item.request_id)
+        server.xadd(Keys.of(client.queue, item.request_id).inbox, {"json": json.dumps(values)})
     except (RedisConnectionError, RedisTimeoutError) as error:
         raise ServerUnreachable(str(error)) from error
 
