@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 import click
 import redis
 
+from tokenmill.producer.address import Address, Kind
 from tokenmill.producer.client import REDIS_URL
 from tokenmill.producer.commands import FAILED, check_model
 from tokenmill.producer.connection import connect
 from tokenmill.producer.embedded import ensure_server
+from tokenmill.producer.errors import InvalidRequest
 from tokenmill.producer.options import (
     given_sampling,
     json_option,
@@ -112,7 +114,12 @@ def _show(found: "BatchStatus", *, as_json: bool) -> None:
 
 @contextmanager
 def _server(url: str | None) -> Iterator[redis.Redis]:
-    server = connect(url or os.environ.get(REDIS_URL) or ensure_server())
+    url = url or os.environ.get(REDIS_URL) or ensure_server()
+    address = Address.parse(url)
+    if address.kind is Kind.CLUSTER:
+        remedy = "RQ cannot keep them on a cluster; run: tokenmill generate"
+        raise InvalidRequest("redis url", "one server or Sentinels", address.shown, remedy)
+    server = connect(url)
     try:
         yield server
     finally:

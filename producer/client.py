@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import OutOfMemoryError
+from redis.exceptions import NoPermissionError, OutOfMemoryError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from tokenmill.producer.address import shown_url
@@ -21,9 +21,11 @@ from tokenmill.producer.errors import (
     InvalidRequest,
     NotFound,
     ServerUnreachable,
+    WrongServer,
 )
 from tokenmill.producer.follower import Follower, check_position
 from tokenmill.producer.params import SamplingParams
+from tokenmill.producer.refusals import is_about_the_server
 from tokenmill.producer.replies import Replies, ended_result
 from tokenmill.producer.request_id import new_request_id, request_id_for
 from tokenmill.producer.scripts import Script
@@ -333,6 +335,14 @@ class Client:
         except OutOfMemoryError as error:
             text = f"queue {self.queue}: the server is out of memory; drain it or raise maxmemory"
             raise Busy(text, 5.0) from error
+        except NoPermissionError as error:
+            remedy = "give this user the rights of a producer"
+            raise WrongServer(f"{shown_url(self.url)} refuses us: {error}; {remedy}") from error
+        except ResponseError as error:
+            if not is_about_the_server(error):
+                raise
+            text = f"{shown_url(self.url)} cannot do this now: {error}; repeat the call"
+            raise ServerUnreachable(text) from error
 
 
 def _busy(what: str, accepted: int, retry_after_s: float) -> Busy:

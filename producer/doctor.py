@@ -21,6 +21,7 @@ from tokenmill.producer.commands import check_model
 from tokenmill.producer.connection import connect
 from tokenmill.producer.embedded import ensure_server, stop_if_idle
 from tokenmill.producer.errors import TokenmillError
+from tokenmill.producer.keys import Keys
 
 _PACKAGES = ("tokenmill", "redis", "rq", "msgpack", "click")
 #: Extra -> modules that must be there for it.
@@ -117,7 +118,7 @@ def _served(url: str | None, queue: str) -> Iterator[Check]:
             if url is None:
                 url = ensure_server()
                 stack.callback(stop_if_idle)
-            server = connect(url)
+            server = connect(url, key=Keys(queue).tag)
             stack.callback(server.close)
         except TokenmillError as error:
             text, _, remedy = str(error).rpartition("; ")

@@ -2,7 +2,8 @@
 
 A test with `server_url` runs on one server of each kind. Marked `everywhere` it runs behind
 Sentinels and on a cluster too: on one kind each, and with `--all-servers` on both. Marked
-`placed("sentinel")` or `placed("cluster")` it runs there alone.
+`placed("sentinel")`, `placed("cluster")` or `placed("")` (one server) it runs there alone, on one
+kind, and with `--all-servers` on both.
 """
 
 import functools
@@ -51,10 +52,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "server_kind" not in metafunc.fixturenames:
         return
-    groups = GROUPS + (OTHER_GROUPS if metafunc.config.getoption("--all-servers") else ())
+    is_all = metafunc.config.getoption("--all-servers")
+    groups = GROUPS + (OTHER_GROUPS if is_all else ())
     kinds: tuple[str, ...] = SINGLE
     if placed := metafunc.definition.get_closest_marker("placed"):
-        kinds = tuple(kind for kind in groups if kind.partition("-")[2] in placed.args)
+        choice = (*(SINGLE if is_all else SINGLE[1:]), *groups)
+        kinds = tuple(kind for kind in choice if kind.partition("-")[2] in placed.args)
     elif metafunc.definition.get_closest_marker("everywhere"):
         kinds += groups
     marked = [

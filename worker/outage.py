@@ -4,39 +4,12 @@ import threading
 import time
 from collections.abc import Callable
 
-from redis.exceptions import (
-    ClusterDownError,
-    NoPermissionError,
-    OutOfMemoryError,
-    ReadOnlyError,
-    RedisError,
-    ResponseError,
-    TryAgainError,
-)
+from redis.exceptions import RedisError
 
 from tokenmill.worker.log import SERVER_BACK, SERVER_LOST, emit
 
 #: Wait before the first and at most before any further try, in seconds.
 BACKOFF_S = (0.05, 2.0)
-
-#: Answers about the server, whatever was asked. The rights of a user too are for an operator to
-#: mend, and no fault of a request.
-_SERVER_ERRORS = (
-    ClusterDownError,
-    NoPermissionError,
-    OutOfMemoryError,
-    ReadOnlyError,
-    TryAgainError,
-)
-#: Those that the client library has no class for.
-_SERVER_CODES = ("MISCONF ", "BUSY ", "NOREPLICAS ", "LOADING ")
-
-
-def is_about_the_server(error: RedisError) -> bool:
-    """Whether the same call may succeed later; otherwise what was asked is at fault."""
-    if not isinstance(error, ResponseError) or isinstance(error, _SERVER_ERRORS):
-        return True
-    return str(error).startswith(_SERVER_CODES)
 
 
 class Outage:

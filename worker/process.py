@@ -26,6 +26,7 @@ from redis.exceptions import NoPermissionError, RedisError
 
 from tokenmill.producer.address import shown_url
 from tokenmill.producer.errors import ServerUnreachable, TokenmillError, WrongServer
+from tokenmill.producer.refusals import is_about_the_server
 from tokenmill.producer.shards import Shards
 from tokenmill.producer.wire import WorkerInfo
 from tokenmill.worker.config import WorkerConfig
@@ -44,7 +45,7 @@ from tokenmill.worker.log import (
     emit,
 )
 from tokenmill.worker.loop import EngineLike, Loop
-from tokenmill.worker.outage import Outage, is_about_the_server
+from tokenmill.worker.outage import Outage
 from tokenmill.worker.publisher import Publisher
 from tokenmill.worker.shards import queue_of
 from tokenmill.worker.signals import StopSignals, exit_status

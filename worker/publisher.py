@@ -21,9 +21,10 @@ from redis.exceptions import RedisError, ResponseError
 
 from tokenmill.engine.engine import StepOutput
 from tokenmill.engine.sequence import FinishReason
+from tokenmill.producer.refusals import is_about_the_server
 from tokenmill.worker.inbox import Inbox
 from tokenmill.worker.log import FENCED, FINISHED, GAP, REFUSED, RELEASED, emit
-from tokenmill.worker.outage import Outage, is_about_the_server
+from tokenmill.worker.outage import Outage
 from tokenmill.worker.output import Output
 from tokenmill.worker.queue import MAX_BATCH, Verdict
 from tokenmill.worker.shards import QueueLike

@@ -16,6 +16,7 @@ from tokenmill.producer.client import Client
 from tokenmill.producer.connection import connect
 from tokenmill.producer.errors import ServerUnreachable, WrongServer
 from tokenmill.producer.keys import Keys
+from tokenmill.producer.refusals import is_about_the_server
 from tokenmill.producer.shards import Shards
 from tokenmill.producer.wire import Usage, WorkerInfo, chain_digest
 from tokenmill.worker.queue import Append, Finish, Verdict
@@ -193,8 +194,11 @@ def test_a_role_cannot_do_what_others_do(as_role: Callable[[str], str]) -> None:
                 assert refused(server, *command), (role, command)
     with Shards(as_role("producer"), "default") as shards:
         queue = queue_of(shards, "thief")
-        with pytest.raises(redis.ResponseError, match=r"ACL failure|NOPERM|can't run this command"):
+        with pytest.raises(
+            redis.ResponseError, match=r"ACL failure|NOPERM|can't run this command"
+        ) as caught:
             queue.claim(**AMPLE)
+        assert is_about_the_server(caught.value)  # no request is given up for it
 
 
 def test_wrong_words_are_told(as_role: Callable[[str], str], guarded: Server) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from servers import Cluster, Replicated, Server, free_ports, running
 from tokenmill.producer.client import Client
-from tokenmill.producer.errors import OutputChanged
+from tokenmill.producer.errors import OutputChanged, ServerUnreachable
 from tokenmill.producer.keys import Keys
 from tokenmill.producer.shards import Shards
 from tokenmill.producer.wire import Delta
@@ -109,6 +109,7 @@ def read_to(follower: Any, tokens: int) -> list[int]:
     return read
 
 
+@pytest.mark.placed("")
 def test_a_reader_is_told_when_a_failover_rolls_back_what_it_read(
     server_kind: str, start_worker: StartWorker, checked_stream: CheckedStream
 ) -> None:
@@ -143,6 +144,7 @@ def test_a_reader_is_told_when_a_failover_rolls_back_what_it_read(
             assert worker.wait() == 0
 
 
+@pytest.mark.placed("")
 def test_writes_wait_for_enough_replicas(
     server_kind: str, start_worker: StartWorker, checked_stream: CheckedStream
 ) -> None:
@@ -162,6 +164,8 @@ def test_writes_wait_for_enough_replicas(
             with replica.admin() as admin:
                 admin.replicaof("NO", "ONE")
             worker.wait_for(b"NOREPLICAS")
+            with pytest.raises(ServerUnreachable, match="cannot do this now: NOREPLICAS"):
+                client.submit("refused")
             replica.replicate(primary)
             while len(follower):
                 deltas += follower.poll(1.0)

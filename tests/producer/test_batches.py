@@ -50,6 +50,7 @@ def run_worker(url: str, root: Path, slice_s: float = 60.0) -> str:
     return errors
 
 
+@pytest.mark.placed("", "sentinel")
 def test_a_batch_runs_in_the_background(
     server: redis.Redis, server_url: str, fake_worker: Any, plan: Plan, tmp_path: Path
 ) -> None:
@@ -182,3 +183,10 @@ def test_work_takes_its_settings(server: redis.Redis, tmp_path: Path) -> None:
         for number, handler in handlers.items():
             signal.signal(number, handler)
     assert (BatchJob.url, BatchJob.root) == ("u", Path(os.path.realpath(tmp_path)))
+
+
+@pytest.mark.placed("cluster")
+def test_a_cluster_is_refused(server_url: str) -> None:
+    done = CliRunner().invoke(tokenmill, ["batch", "list", "--redis", server_url])
+    assert done.exit_code != 0
+    assert "redis url must be one server or Sentinels" in done.output

@@ -525,7 +525,7 @@ def test_empty_lanes_count_as_scanned(server: redis.Redis, make_queue: MakeQueue
     for number in range(20):
         server.zadd(KEYS.lanes(1), {f"gone{number}": number})
     queue = make_queue()
-    arguments: list[Any] = ["w1", 15_000, 1, 8, 100, 100, 8, 5, 5, 0]  # five references at most
+    arguments: list[Any] = ["w1", 15_000, 1, 8, 100, 100, 8, 5, 5, 0, 0]  # five references at most
     more, claims, *_ = queue._run(worker_queue._CLAIM, *arguments)
     assert (more, claims, server.zcard(KEYS.lanes(1))) == (1, [], 15)
 
