@@ -12,12 +12,12 @@ import click
 
 from tokenmill.producer.client import REDIS_URL
 from tokenmill.producer.commands import FAILED
-from tokenmill.producer.connection import connect
 from tokenmill.producer.embedded import ensure_server
 from tokenmill.producer.errors import InvalidRequest
-from tokenmill.producer.keys import Keys
-from tokenmill.producer.operator import DeadLetter, Operator, QueueStatus
+from tokenmill.producer.operator import DeadLetter, QueueStatus
 from tokenmill.producer.options import json_option, option, server_options
+from tokenmill.producer.sharded_operator import OperatorLike, operator_of
+from tokenmill.producer.shards import Shards
 
 
 @click.group("queue")
@@ -162,7 +162,7 @@ def drop_command(
     click.echo(json.dumps({"dropped": dropped}) if as_json else f"{dropped:,} dropped")
 
 
-def _chosen(operator: Operator, request_ids: tuple[str, ...], *, is_all: bool) -> Iterable[str]:
+def _chosen(operator: OperatorLike, request_ids: tuple[str, ...], *, is_all: bool) -> Iterable[str]:
     if is_all == bool(request_ids):
         raise InvalidRequest("ID", "one or more ids, or --all", list(request_ids))
     return [letter.request_id for letter in operator.dead()] if is_all else request_ids
@@ -209,10 +209,6 @@ def _line(letter: DeadLetter) -> str:
 
 
 @contextmanager
-def _operator(url: str | None, queue: str) -> Iterator[Operator]:
-    keys = Keys(queue)
-    server = connect(url or os.environ.get(REDIS_URL) or ensure_server())
-    try:
-        yield Operator(server, keys)
-    finally:
-        server.close()
+def _operator(url: str | None, queue: str) -> Iterator[OperatorLike]:
+    with Shards(url or os.environ.get(REDIS_URL) or ensure_server(), queue) as shards:
+        yield operator_of(shards)

@@ -17,6 +17,7 @@ from tokenmill.producer.connection import connect
 from tokenmill.producer.errors import ServerUnreachable, WrongServer
 from tokenmill.producer.keys import Keys
 from tokenmill.producer.refusals import is_about_the_server
+from tokenmill.producer.sharded_operator import operator_of
 from tokenmill.producer.shards import Shards
 from tokenmill.producer.wire import Usage, WorkerInfo, chain_digest
 from tokenmill.worker.queue import Append, Finish, Verdict
@@ -25,6 +26,7 @@ from tokenmill.worker.shards import queue_of
 USERS = Path(__file__).parents[2] / "deploy" / "redis" / "users.acl"
 KEYS, OTHER = Keys(), Keys("other")
 AMPLE = {"sequences": 100, "tokens": 100_000, "kv_tokens": 1_000_000}
+PRODUCER_SCRIPTS = ("enqueue", "cancel", "forget")
 ROLES = ("producer", "worker", "operator")
 
 
@@ -131,10 +133,17 @@ def test_each_role_can_do_its_work(guarded: Server, as_role: Callable[[str], str
         assert client.live() == 0
         assert client.workers() == []
     with Shards(as_role("operator"), "default") as shards:
-        queue = queue_of(shards, "operator")
-        queue.configure(max_live=10, result_ttl_s=60)  # type: ignore[attr-defined]
-        shards.server(0).hset(KEYS.settings, "weight:t", "2")
-        shards.server(0).xrange(KEYS.dead)
+        operator = operator_of(shards)
+        operator.configure(max_live=10, result_ttl_s=60, weights={"t": 2.0}, quotas={"t": 5})
+        operator.pause()
+        operator.resume()
+        letters = list(operator.dead())
+        assert len(letters) == 2
+        assert operator.retry([letters[0].request_id]) == {letters[0].request_id: "OK"}
+        assert operator.drop([letters[1].request_id]) == 1
+        assert operator.purge() == 1
+        operator.compact(ids)
+        operator.status()
         shards.server(0).info("memory")
     assert log_of(guarded) == []
 
@@ -216,7 +225,7 @@ def test_every_command_of_a_script_is_granted_and_no_other() -> None:
     worker = producer.parents[1] / "worker" / "lua"
     shared = _calls(producer / "record.lua") | _calls(producer / "place.lua")
     called = {
-        "producer": shared | _union(producer),
+        "producer": shared.union(*(_calls(producer / f"{name}.lua") for name in PRODUCER_SCRIPTS)),
         "worker": shared | _union(worker),
     }
     plain = {
