@@ -132,10 +132,10 @@ class Follower:
         """Whether a delta continues what was read; notes its digest."""
         before = self._digests[key]
         self._digests[key] = delta.digest or None
-        if before is None:  # begun in the middle: there is nothing to compare with
-            return True
-        if delta.start != self._position(key):
+        if delta.start != self._position(key):  # split otherwise: its text cannot be cut to fit
             return False
+        if before is None:  # begun in the middle: there is no digest to compare with
+            return True
         return delta.digest in ("", chain_digest(before, delta.token_ids))
 
     def _position(self, key: str) -> int:

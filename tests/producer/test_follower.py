@@ -8,6 +8,7 @@ from tokenmill.producer.client import Client
 from tokenmill.producer.errors import InvalidRequest, NotFound, OutputChanged
 from tokenmill.producer.follower import Follower, check_position
 from tokenmill.producer.keys import Keys
+from tokenmill.producer.operator import Operator
 
 pytestmark = pytest.mark.everywhere
 
@@ -111,3 +112,19 @@ def test_what_was_read_before_a_change_is_given_first(client: Client, echo_worke
         follower.poll(5)
     assert caught.value.request_id == changed
     assert len(follower) == 0
+
+
+def test_who_begins_in_the_middle_gets_no_token_again(
+    client: Client, server: redis.Redis, echo_worker: None
+) -> None:
+    request_id = client.submit("abcdef")
+    client.result(request_id, timeout_s=10)
+    follower = client.follower()
+    follower.add(request_id, 2)
+    assert "".join(delta.text for delta in follower.poll(5)) == "cdef"
+    Operator(server, Keys()).compact([request_id])
+    follower.add(request_id, 2)
+    with pytest.raises(OutputChanged):
+        follower.poll(5)
+    follower.add(request_id)
+    assert "".join(delta.text for delta in follower.poll(5)) == "abcdef"
