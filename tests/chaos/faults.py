@@ -4,6 +4,7 @@ Each kind comes at its own rate, at random times. A fault that finds no victim (
 anything, no connection is open) waits for one.
 """
 
+import math
 import random
 import signal
 import time
@@ -24,6 +25,7 @@ RATES = {
     "cuts": 0.15,
     "delays": 0.1,
     "drains": 0.05,
+    "pauses": 0.03,
     "producer_kills": 0.05,
     "reader_kills": 0.05,
 }
@@ -45,6 +47,8 @@ class Faults:
         #: Stopped workers: when, what each held, and when it may wake.
         self._stopped: dict[Child, tuple[float, str, float]] = {}
         self._draining: dict[Child, float] = {}
+        #: When the queue goes on.
+        self._resume_at = math.inf
 
     def turn(self) -> None:
         now = time.monotonic()
@@ -62,6 +66,8 @@ class Faults:
                 del self._stopped[child]
                 child.send(signal.SIGCONT)
                 self.counts["zombies"] += is_dead
+        if time.monotonic() >= self._resume_at and self._run.set_pause(is_on=False):
+            self._resume_at = math.inf
         for child, since in list(self._draining.items()):
             status = child.poll()
             if status is not None:
@@ -72,7 +78,8 @@ class Faults:
 
     def end(self) -> None:
         """No more faults: wake whoever sleeps."""
-        while self._stopped or self._draining:
+        self._resume_at = min(self._resume_at, time.monotonic())
+        while self._stopped or self._draining or self._resume_at < math.inf:
             self.settle()
             time.sleep(0.02)
 
@@ -111,6 +118,10 @@ class Faults:
         child.send(signal.SIGTERM)
         self._draining[child] = time.monotonic()
         return True
+
+    def _do_pauses(self) -> bool:
+        self._resume_at = time.monotonic() + self._rng.uniform(0.2, 1.5)
+        return self._run.set_pause(is_on=True)
 
     def _do_restarts(self) -> bool:
         self._run.server.kill()

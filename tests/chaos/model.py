@@ -25,6 +25,10 @@ class Model:
     is_cancelled: bool = False
     finish: str = ""
     tokens: list[int] = field(default_factory=list)
+    #: Whether its reference was taken from its lane.
+    is_delivered: bool = False
+    #: Whether it is listed among the dead letters.
+    is_dead: bool = False
 
     def is_claimable(self, now: int) -> bool:
         return self.state == "wait" or (self.state == "park" and self.due <= now)
@@ -41,6 +45,7 @@ class Model:
     def claim(self, worker: str) -> None:
         self.state, self.worker = "run", worker
         self.epoch, self.attempts = self.epoch + 1, self.attempts + 1
+        self.is_delivered = True
 
     def append(self, epoch: int, start: int, tokens: tuple[int, ...]) -> Verdict:
         if not self.is_run_under(epoch):
@@ -63,7 +68,7 @@ class Model:
         if len(self.tokens) != start:
             return Verdict.GAP
         self.tokens += tokens
-        self.state, self.finish = "end", finish
+        self._end(finish)
         return Verdict.OK
 
     def release(self, epoch: int, due: int, *, undo: bool) -> Verdict:
@@ -97,4 +102,17 @@ class Model:
     def end_from_outside(self, finish: str) -> None:
         """By others than its worker, which is fenced thereby."""
         self.epoch += 1
-        self.state, self.finish = "end", finish
+        self._end(finish)
+
+    def retry(self, deadline: int) -> bool:
+        """A dead letter begins anew."""
+        if not self.is_dead:
+            return False
+        self.state, self.finish, self.is_dead, self.is_delivered = "wait", "", False, False
+        self.epoch, self.attempts, self.is_cancelled = self.epoch + 1, 0, False
+        self.deadline = max(self.deadline, deadline)
+        self.tokens.clear()
+        return True
+
+    def _end(self, finish: str) -> None:
+        self.state, self.finish, self.is_dead = "end", finish, finish == "error"

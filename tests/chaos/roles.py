@@ -165,7 +165,7 @@ def collector(url: str, queue: str, seed: str, directory: str, index: int, of: i
     met: set[int] = set()
     undeleted: list[str] = []
     is_over = False
-    while not (is_over and met | kept >= set(numbers.values()) and not undeleted):
+    while not (is_over and kept >= set(numbers.values()) and not _has_replies(client)):
         for number, is_over in iter(lambda: next(sent), (-1, False)):
             if is_over:
                 break
@@ -204,6 +204,13 @@ def _client(url: str, queue: str) -> Client:
             return Client(url, queue=queue)
         except ServerUnreachable:
             time.sleep(0.05)
+
+
+def _has_replies(client: Client) -> bool:
+    try:
+        return bool(client._server.xlen(Keys(client.queue).reply(REPLIES)))
+    except (RedisConnectionError, RedisTimeoutError):
+        return True
 
 
 def _is_cancelled(item: Job) -> bool:

@@ -9,6 +9,7 @@ import argparse
 import json
 import platform
 import random
+import re
 import secrets
 import shutil
 import signal
@@ -16,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from faults import Faults
 from proxy import Proxy
 from server import ChaosServer
 from tokenmill.producer.keys import Keys
+from tokenmill.producer.operator import Operator
 from zygote import Child, Zygote
 
 HERE = Path(__file__).parent
@@ -40,6 +42,7 @@ WINDOW = 120
 #: Longest from the last fault to the end of the last request.
 REST_S = 60.0
 AUDIT_S = 0.5
+MOST_TIMES = 4
 #: Tenants differ in weight, and one meets its quota.
 SETTINGS: dict[Any, Any] = {"weight:t1": 3, "weight:t2": 0.5, "quota:t3": 20}
 
@@ -55,11 +58,14 @@ class Run:
         kind: str = "valkey",
         count: int = 10**9,
         intensity: float = 1.0,
+        least: Mapping[str, int] | None = None,
     ) -> None:
+        """`least`: of requests and faults; the run goes on for them, up to `MOST_TIMES` as long."""
         self.seed = seed
         self.seconds = seconds
         self.count = count
         self.intensity = intensity
+        self._least = least or {}
         self.report = Report()
         self.home = Path(tempfile.mkdtemp(prefix="tm-chaos-"))
         self.server = ChaosServer(kind)
@@ -117,14 +123,33 @@ class Run:
         except RedisError:
             return True
 
+    def set_pause(self, *, is_on: bool) -> bool:
+        """Pause the queue, or let it go on; False: the server is down."""
+        operator = Operator(self._direct, self._keys)
+        try:
+            (operator.pause if is_on else operator.resume)()
+        except RedisError:
+            return False
+        return True
+
     def _suffer(self, faults: Faults) -> None:
-        ends_at = time.monotonic() + self.seconds
-        while time.monotonic() < ends_at and not self._is_done():
+        began = time.monotonic()
+        while not self._is_enough(faults, time.monotonic() - began):
             self._staff()
             faults.turn()
             self._audit()
             time.sleep(0.02)
         faults.end()
+
+    def _is_enough(self, faults: Faults, seconds: float) -> bool:
+        if self._is_done() or seconds >= MOST_TIMES * self.seconds:
+            return True
+        return seconds >= self.seconds and all(
+            faults.counts.get(name, self._sent()) >= least for name, least in self._least.items()
+        )
+
+    def _sent(self) -> int:
+        return sum(path.read_bytes().count(b'"sent"') for path in self.home.glob("producer-?"))
 
     def _is_done(self) -> bool:
         return bool(self.producers) and all(c.poll() == 0 for c in self.producers.values())
@@ -217,6 +242,9 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--requests", type=int, default=10**9, help="stop after so many")
     parser.add_argument("--server", choices=["valkey", "redis"], default="valkey")
     parser.add_argument("--intensity", type=float, default=1.0, help="factor on the fault rates")
+    parser.add_argument(
+        "--least", default="", help="go on for so many, as `requests=5000,kills=300,restarts=20`"
+    )
     parser.add_argument("--output", type=Path, help="write the report there, as JSON")
     given = parser.parse_args(arguments)
     seed = given.seed or secrets.token_hex(4)
@@ -227,6 +255,7 @@ def main(arguments: Sequence[str]) -> int:
         kind=given.server,
         count=given.requests,
         intensity=given.intensity,
+        least={name: int(n) for name, n in re.findall(r"(\w+)=(\d+)", given.least)},
     )
     report = run.execute()
     report = {**report, **_versions(run.version)}

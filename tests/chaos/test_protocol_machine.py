@@ -26,9 +26,11 @@ from hypothesis.stateful import (
 from model import MAX_ATTEMPTS, Model
 from mutants import MUTANTS, planted
 from tokenmill.producer import client as producer_client
+from tokenmill.producer import operator as producer_operator
 from tokenmill.producer.client import Client
 from tokenmill.producer.errors import Conflict, NotFound
 from tokenmill.producer.keys import Keys
+from tokenmill.producer.operator import Operator
 from tokenmill.producer.params import SamplingParams
 from tokenmill.producer.request_id import request_id_for
 from tokenmill.producer.scripts import Script
@@ -42,7 +44,7 @@ CLOCK = f"{KEYS.tag}:clock"
 LEASE_MS = 1000
 MOST = 6
 REQUESTS, WORKERS = 3, 2
-START_MS = 1_000_000
+START_MS, DAY_MS = 1_000_000, 86_400_000
 #: Where the request number 1 is answered.
 REPLIES = "bulk"
 
@@ -74,6 +76,7 @@ class Protocol(RuleBasedStateMachine):
             Queue(self.server, KEYS, f"w{name}", lease_ms=LEASE_MS, max_attempts=MAX_ATTEMPTS)
             for name in range(WORKERS)
         ]
+        self.operator = Operator(self.server, KEYS)
         self.models: dict[str, Model] = {}
         self.leases: dict[str, int] = {}
         self.tickets: list[Ticket] = []
@@ -195,6 +198,48 @@ class Protocol(RuleBasedStateMachine):
         for _ in range(1 + twice):
             assert self.client.cancel(request_id) is expected
 
+    @precondition(lambda self: any(model.finish == "error" for model in self.models.values()))
+    @rule(number=NUMBERS, twice=st.booleans())
+    def retry(self, number: int, twice: bool) -> None:
+        request_id = request_id_for(str(number))
+        model = self.models.get(request_id)
+        expected = model is not None and model.retry(self.now + DAY_MS)
+        for is_expected in [expected, False][: 1 + twice]:
+            told = self.operator.retry([request_id])[request_id]
+            assert (told == "OK") == is_expected
+
+    @precondition(lambda self: any(model.is_dead for model in self.models.values()))
+    @rule(number=NUMBERS)
+    def drop(self, number: int) -> None:
+        request_id = request_id_for(str(number))
+        model = self.models.get(request_id)
+        assert self.operator.drop([request_id, request_id]) == (model is not None and model.is_dead)
+        if model is not None:
+            model.is_dead = False
+
+    @precondition(lambda self: self.models)
+    @rule(number=NUMBERS)
+    def purge(self, number: int) -> None:
+        """Of one tenant."""
+        count = 0
+        for model in self.models.values():
+            if model.tenant == f"t{number % 2}" and model.state in ("wait", "park"):
+                model.end_from_outside("cancelled")
+                count += 1
+        assert self.operator.purge(tenant=f"t{number % 2}") == count
+
+    @rule(name=NAMES)
+    def claim_while_paused(self, name: int) -> None:
+        self.operator.pause()
+        assert self._claim(name, 3) == []
+        self.operator.resume()
+
+    @precondition(lambda self: self.models)
+    @rule(number=NUMBERS)
+    def compact(self, number: int) -> None:
+        """Changes nothing that is looked at here."""
+        self.operator.compact([request_id_for(str(number))])
+
     @precondition(lambda self: self.leases)
     @rule(name=NAMES)
     def renew(self, name: int) -> None:
@@ -258,6 +303,9 @@ class Protocol(RuleBasedStateMachine):
         counts: Any = self.server.hgetall(KEYS.tenants)
         tenants = Counter(model.tenant for model in models.values() if model.state != "end")
         assert {name.decode(): int(number) for name, number in counts.items()} == tenants
+        letters: Any = self.server.xrange(KEYS.dead)
+        dead = sorted(fields[b"id"].decode() for _, fields in letters)
+        assert dead == sorted(i for i, model in models.items() if model.is_dead)
         for request_id, model in models.items():
             self._check_reference(request_id, model)
 
@@ -289,7 +337,7 @@ class Protocol(RuleBasedStateMachine):
         found: Any = self.server.xrange(KEYS.lane(int(priority), tenant), entry, entry)
         if model.state != "end":
             assert found
-        elif model.epoch > 1 or model.attempts:  # it was delivered: nothing is left of it
+        elif model.is_delivered:
             assert not found
 
     def _claim(self, name: int, sequences: int) -> list[worker_queue.Claim]:
@@ -330,7 +378,7 @@ def _scores(server: redis.Redis, key: str) -> dict[str, float]:
 def _moved_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     """The scripts take the time from a key."""
     clock = f"redis.call('GET', '{CLOCK}')"
-    for module in (producer_client, worker_queue):
+    for module in (producer_client, producer_operator, worker_queue):
         for script in [item for item in vars(module).values() if isinstance(item, Script)]:
             time = f"{{ math.floor({clock} / 1000), {clock} % 1000 * 1000 }}"
             patched = script.source.replace("redis.call('TIME')", time)

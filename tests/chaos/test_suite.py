@@ -10,17 +10,19 @@ import pytest
 HERE = Path(__file__).parent
 
 
+LEAST = {"requests": 100, "kills": 5, "cuts": 1, "delays": 1, "zombies": 1}
+
+
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize(("kind", "seconds"), [("valkey", 10)])
-def test_nothing_is_lost_repeated_or_reordered(tmp_path: Path, kind: str, seconds: int) -> None:
+def test_nothing_is_lost_repeated_or_reordered(tmp_path: Path) -> None:
     output = tmp_path / "report.json"
-    command = [sys.executable, str(HERE / "suite.py"), "--seconds", str(seconds), "--seed", "short"]
-    command += ["--server", kind, "--intensity", "3", "--output", str(output)]
+    least = ",".join(f"{name}={number}" for name, number in LEAST.items())
+    command = [sys.executable, str(HERE / "suite.py"), "--seconds", "8", "--seed", "short"]
+    command += ["--intensity", "3", "--least", least, "--output", str(output)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stderr == ""
     report = json.loads(output.read_text())
     assert report["terminals"] == {"1": report["requests"]}
-    assert report["requests"] > 100
-    # It was no walk in the park.
-    assert min(report[kind] for kind in ("kills", "cuts", "resumes", "delays")) > 0
+    for name, number in LEAST.items():
+        assert report[name] >= number
