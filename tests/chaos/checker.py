@@ -15,7 +15,7 @@ from tokenmill.producer.wire import chain_digest, unpack_token_ids
 #: Of each kind of fault, as many are described.
 SHOWN = 5
 #: Keys that may be left: ended requests until their time is over, and what is trimmed.
-KEPT = ("r", "o", "ctl", "settings")
+KEPT = ("r", "o", "ctl", "settings", "shards")
 
 
 @dataclass
@@ -145,7 +145,8 @@ def check(report: Report, server: redis.Redis, queue: str, seed: str, home: Path
 
 def _output(server: redis.Redis, queue: str, item: Job) -> tuple[list[Piece], list[int]]:
     """The entries of an output, and the epoch written beside each."""
-    entries: Any = server.xrange(Keys(queue).output(item.request_id))
+    keys = Keys.of(queue, item.request_id)
+    entries: Any = server.xrange(keys.output(item.request_id))
     pieces, epochs = [], []
     for name, fields in entries:
         tokens = unpack_token_ids(fields[b"t"])
@@ -167,7 +168,8 @@ def _reply(
     server: redis.Redis, queue: str, item: Job, kept: list[Piece]
 ) -> tuple[list[Piece], list[int]]:
     """What a collector kept, with what the record says of it."""
-    record: Any = server.hmget(Keys(queue).record(item.request_id), "epoch", "digest", "finish")
+    record_key = Keys.of(queue, item.request_id).record(item.request_id)
+    record: Any = server.hmget(record_key, "epoch", "digest", "finish")
     epoch, digest, finish = (value.decode() if value else "" for value in record)
     stored = [replace(piece, digest=digest) for piece in kept if piece.finish == finish]
     return stored, [int(epoch)] * len(stored)
@@ -315,10 +317,9 @@ def _joined(pieces: list[Piece]) -> tuple[tuple[int, ...], str, str]:
 
 
 def _check_left_over(report: Report, server: redis.Redis, queue: str) -> None:
-    tag = Keys(queue).tag
-    for key in server.scan_iter(match=f"{tag}:*", count=1000):
-        name = key.decode().removeprefix(f"{tag}:")
+    for key in server.scan_iter(match=f"{{{queue}:*}}:*", count=1000):
+        name = key.decode().partition("}:")[2]
         if name.startswith(("inbox", "reply:")) and not server.xlen(key):
             continue
         if name.partition(":")[0] not in KEPT:
-            report.note("left_over", name)
+            report.note("left_over", key.decode())

@@ -20,6 +20,8 @@ from tokenmill.producer.request_id import request_id_for
 EPOCH_BITS = 12
 EPOCHS, HASHES = 1 << EPOCH_BITS, 1 << 19
 TENANTS = 5
+#: Of the queue of a run; producers and readers have jobs in each.
+SHARDS = 2
 #: The one reply stream of a run.
 REPLIES = "bulk"
 
@@ -64,7 +66,7 @@ def job(seed: str, number: int) -> Job:
     kind = rng.random()
     return Job(
         number=number,
-        request_id=request_id_for(f"chaos {seed} {number}"),
+        request_id=request_id_for(f"chaos {seed} {number}", number // 2 % SHARDS),
         prompt=f"chaos {seed} {number} " + "x" * rng.randrange(60),
         max_tokens=rng.choice([1, 2, 7, 20, 40, 60, 90, 160]),
         tenant=f"t{rng.randrange(TENANTS)}",

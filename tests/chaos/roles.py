@@ -22,7 +22,7 @@ from tokenmill.producer.client import Client
 from tokenmill.producer.errors import Busy, NotFound, OutputChanged, ServerUnreachable
 from tokenmill.producer.keys import Keys
 from tokenmill.producer.wire import Result
-from tokenmill.worker import output, process
+from tokenmill.worker import output, process, shards
 from tokenmill.worker.config import WorkerConfig
 from tokenmill.worker.log import configure
 from tokenmill.worker.queue import Queue
@@ -194,8 +194,13 @@ def collector(url: str, queue: str, seed: str, directory: str, index: int, of: i
 
 def adapt(max_attempts: int = MAX_ATTEMPTS) -> None:
     """Suit a worker of this process to short outputs and many deaths."""
-    vars(process)["Queue"] = functools.partial(Queue, max_attempts=max_attempts)
-    vars(output)["CHECKPOINT_TOKENS"] = CHECKPOINT_TOKENS
+    for module, name, value in (
+        (shards, "Queue", functools.partial(Queue, max_attempts=max_attempts)),
+        (output, "CHECKPOINT_TOKENS", CHECKPOINT_TOKENS),
+    ):
+        if name not in vars(module):
+            raise ValueError(f"{module.__name__} must have {name}, or nothing is adapted")
+        vars(module)[name] = value
 
 
 def _client(url: str, queue: str) -> Client:
@@ -208,7 +213,7 @@ def _client(url: str, queue: str) -> Client:
 
 def _has_replies(client: Client) -> bool:
     try:
-        return bool(client._server.xlen(Keys(client.queue).reply(REPLIES)))
+        return any(server.xlen(keys.reply(REPLIES)) for keys, server in client._shards)
     except (RedisConnectionError, RedisTimeoutError):
         return True
 

@@ -201,4 +201,5 @@ class Puppet:
 def _fits(item: Job, *, may_expire: bool) -> bool:
     is_long = item.max_tokens >= 60 and (item.deadline_s > 3 or not may_expire)
     is_usual = not item.is_plain and not item.reply_to and item.cancel_after_s is None
-    return is_long and is_usual and item.may_expire == may_expire
+    is_here = item.request_id.startswith("0.")  # a stage has one shard
+    return is_long and is_usual and is_here and item.may_expire == may_expire

@@ -27,6 +27,7 @@ from redis.exceptions import RedisError
 from audit import audit
 from checker import Report, check
 from faults import Faults
+from mix import SHARDS
 from proxy import Proxy
 from server import ChaosServer
 from tokenmill.producer.keys import Keys
@@ -75,7 +76,7 @@ class Run:
         self.readers: dict[int, Child] = {}
         self.collectors: dict[int, Child] = {}
         self._born = 0
-        self._keys = Keys(QUEUE)
+        self._shards = [Keys(QUEUE, shard) for shard in range(SHARDS)]
         self._audit_at = 0.0
         self._is_resting = False
 
@@ -90,7 +91,9 @@ class Run:
             self._direct = self.server.connect()
             stack.callback(self._direct.close)
             self.version = self._direct.info("server")
-            self._direct.hset(self._keys.settings, mapping=SETTINGS)
+            self._direct.set(self._shards[0].shards, SHARDS)
+            for keys in self._shards:
+                self._direct.hset(keys.settings, mapping=SETTINGS)
             faults = Faults(self, random.Random(self.seed))
             self._suffer(faults)
             self._rest(faults)
@@ -106,28 +109,28 @@ class Run:
     def holders(self) -> dict[int, str]:
         """Worker id by process id, of workers that hold something."""
         try:
-            names: Any = self._direct.zrange(self._keys.workers, 0, -1)
-            ids = [name.decode() for name in names]
             return {
                 int(name.split("-")[-2]): name
-                for name in ids
-                if self._direct.exists(self._keys.own(name))
+                for keys in self._shards
+                for name in self._leases(keys)
+                if self._direct.exists(keys.own(name))
             }
         except RedisError:
             return {}
 
     def has_lease(self, worker_id: str) -> bool:
-        """Whether nobody has declared the worker dead."""
+        """Whether a shard has not declared the worker dead."""
         try:
-            return self._direct.zscore(self._keys.workers, worker_id) is not None
+            return any(worker_id in self._leases(keys) for keys in self._shards)
         except RedisError:
             return True
 
     def set_pause(self, *, is_on: bool) -> bool:
         """Pause the queue, or let it go on; False: the server is down."""
-        operator = Operator(self._direct, self._keys)
         try:
-            (operator.pause if is_on else operator.resume)()
+            for keys in self._shards:
+                operator = Operator(self._direct, keys)
+                (operator.pause if is_on else operator.resume)()
         except RedisError:
             return False
         return True
@@ -169,7 +172,7 @@ class Run:
             time.sleep(0.02)
         else:
             self.report.note("lost", f"not at rest {REST_S:g} s after the last fault")
-        while time.monotonic() < ends_at and len(self._leases()) > WORKERS:
+        while time.monotonic() < ends_at and self._has_dead():
             time.sleep(0.05)
         self._is_resting = True
         for child in self.workers:
@@ -178,9 +181,13 @@ class Run:
             if child.poll(20.0) != 0:
                 self.report.note("crashed", f"a worker at rest ended with {child.poll()}")
 
-    def _leases(self) -> list[Any]:
-        found: Any = self._direct.zrange(self._keys.workers, 0, -1)
-        return list(found)
+    def _has_dead(self) -> bool:
+        """Whether somebody who died has still to be buried."""
+        return any(len(self._leases(keys)) > WORKERS for keys in self._shards)
+
+    def _leases(self, keys: Keys) -> list[str]:
+        found: Any = self._direct.zrange(keys.workers, 0, -1)
+        return [name.decode() for name in found]
 
     def _staff(self) -> None:
         """Replace who has died; who died by itself is noted."""
@@ -231,8 +238,9 @@ class Run:
         if time.monotonic() < self._audit_at:
             return
         self._audit_at = time.monotonic() + AUDIT_S
-        for text in audit(self._direct, self._keys.tag):
-            self.report.note("contradictions", text)
+        for keys in self._shards:
+            for text in audit(self._direct, keys.tag):
+                self.report.note("contradictions", text)
 
 
 def main(arguments: Sequence[str]) -> int:
