@@ -4,8 +4,8 @@ The one type that every package shares: producers write it, the wire carries it,
 obeys it.
 """
 
+import functools
 import hashlib
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -20,6 +20,8 @@ MAX_LOGIT_BIAS = 1024
 MAX_LOGPROBS = 20
 MAX_CHOICES = 128
 MAX_SEED = 2**63 - 1
+
+_SCALARS = frozenset({int, float, bool, str, type(None)})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,22 +103,34 @@ class SamplingParams:
         Raises:
             InvalidRequest: an unknown field, or one out of bounds.
         """
-        known = {item.name for item in fields(cls)}
         for name in values:
-            if name not in known:
-                expected = f"a sampling parameter ({', '.join(sorted(known))})"
+            if name not in _defaults():
+                expected = f"a sampling parameter ({', '.join(sorted(_defaults()))})"
                 raise InvalidRequest(str(name), expected, name, "remove it")
+        if _SCALARS.issuperset(map(type, values.values())):
+            return _shared(**values)
         return cls(**values)
 
     def to_mapping(self) -> dict[str, Any]:
         """The fields that differ from the defaults, in plain types."""
-        default = SamplingParams()
-        changed = {item.name: getattr(self, item.name) for item in fields(self)}
         return {
             name: _plain(value)
-            for name, value in changed.items()
-            if value != getattr(default, name)
+            for name, default in _defaults().items()
+            if (value := getattr(self, name)) is not default and value != default
         }
+
+
+@functools.lru_cache(maxsize=256, typed=True)
+def _shared(**values: Any) -> SamplingParams:
+    """Millions of requests have the same few parameters, which are checked once."""
+    return SamplingParams(**values)
+
+
+@functools.cache
+def _defaults() -> dict[str, Any]:
+    """Field name -> default value."""
+    default = SamplingParams()
+    return {item.name: getattr(default, item.name) for item in fields(default)}
 
 
 def _plain(value: Any) -> Any:
@@ -151,12 +165,11 @@ def _integer(name: str, value: object, low: int, high: int) -> None:
 
 
 def _number(name: str, value: object, low: float, high: float, *, above_low: bool = False) -> None:
+    is_number = isinstance(value, (float, int)) and not isinstance(value, bool)
+    if is_number and low <= value <= high and not (above_low and value == low):  # type: ignore[operator]
+        return
     bounds = f"above {low:g} and up to {high:g}" if above_low else f"from {low:g} to {high:g}"
-    expected = f"a number {bounds}"
-    if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
-        raise InvalidRequest(name, expected, value)
-    if not low <= value <= high or (above_low and value == low):
-        raise InvalidRequest(name, expected, value)
+    raise InvalidRequest(name, f"a number {bounds}", value)
 
 
 def _logit_bias(value: object) -> dict[int, float]:

@@ -8,6 +8,8 @@ import time
 from tokenmill.producer.errors import InvalidRequest
 
 _CROCKFORD = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
+#: Two digits at once.
+_PAIRS = [high + low for high in _CROCKFORD for low in _CROCKFORD]
 _REQUEST_ID = re.compile(r"(0|[1-9][0-9]{0,4})\.[0-9A-Za-z_-]{26,64}", re.ASCII)
 
 
@@ -37,4 +39,5 @@ def check_request_id(request_id: object) -> str:
 
 
 def _base32(number: int) -> str:
-    return "".join(_CROCKFORD[number >> shift & 31] for shift in range(125, -1, -5))
+    """26 digits of a number of up to 130 bits."""
+    return "".join([_PAIRS[number >> shift & 1023] for shift in range(120, -1, -10)])

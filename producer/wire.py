@@ -5,6 +5,7 @@ uint32. Everything is checked when it is built, so whatever arrives was checked 
 Longer than other files, so that the whole format can be read in one place.
 """
 
+import functools
 import hashlib
 import re
 import struct
@@ -73,6 +74,8 @@ class Request:
     reply_to: str = ""
     #: Carried along for the producer's own use; the worker does not read it.
     metadata: Mapping[str, str] = field(default_factory=dict)
+    #: What `pack` and `fingerprint` give, once made.
+    _seal: tuple[bytes, str] | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         check_request_id(self.request_id)
@@ -95,18 +98,16 @@ class Request:
         """Prompt tokens: exact for token ids, else an estimate (4 bytes a token)."""
         if isinstance(self.prompt, str):
             return _utf8_len(self.prompt) // 4 + 1
+        if not isinstance(self.prompt[0], Message):
+            return len(self.prompt)
         return sum(
-            _utf8_len(item.content) // 4 + 8 if isinstance(item, Message) else 1
-            for item in self.prompt
+            _utf8_len(item.content) // 4 + 8 for item in self.prompt if isinstance(item, Message)
         )
 
     @property
     def fingerprint(self) -> str:
         """Hex digest of all but id, deadline and priority: what makes a repeat a repeat."""
-        content = self.to_mapping()
-        for name in ("request_id", "deadline_ms", "priority"):
-            content.pop(name, None)
-        return hashlib.blake2b(msgpack.packb(_sorted(content)), digest_size=16).hexdigest()
+        return self._sealed()[1]
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> Self:
@@ -115,7 +116,7 @@ class Request:
         Raises:
             InvalidRequest: an unknown or missing field, or one out of bounds.
         """
-        _known(values, cls)
+        _known(values)
         given = dict(values)
         for name in ("request_id", "prompt", "deadline_ms"):
             if name not in given:
@@ -150,14 +151,28 @@ class Request:
         Raises:
             InvalidRequest: it is longer, or its text is not valid Unicode.
         """
-        try:
-            payload: bytes = msgpack.packb({"v": WIRE_VERSION, **self.to_mapping()})
-        except UnicodeEncodeError as error:
-            raise InvalidRequest("prompt", "valid Unicode text", error.reason) from error
+        payload = self._sealed()[0]
         if len(payload) > MAX_PAYLOAD_BYTES:
             expected = f"a request of at most {MAX_PAYLOAD_BYTES} bytes"
             raise InvalidRequest("prompt", expected, len(payload), "split the prompt")
         return payload
+
+    def _sealed(self) -> tuple[bytes, str]:
+        """Payload and fingerprint, made together and once."""
+        seal = self._seal
+        if seal is None:
+            values = self.to_mapping()
+            try:
+                payload: bytes = msgpack.packb({"v": WIRE_VERSION, **values})
+            except UnicodeEncodeError as error:
+                raise InvalidRequest("prompt", "valid Unicode text", error.reason) from error
+            for name in ("request_id", "deadline_ms", "priority"):
+                values.pop(name, None)
+            content: bytes = msgpack.packb(_sorted(values))
+            digest = hashlib.blake2b(content, digest_size=16).hexdigest()
+            seal = (payload, digest)
+            object.__setattr__(self, "_seal", seal)
+        return seal
 
     @classmethod
     def unpack(cls, payload: bytes) -> Self:
@@ -310,8 +325,13 @@ def _utf8_len(text: str) -> int:
     return len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
 
 
-def _known(values: Mapping[str, Any], cls: type[Request]) -> None:
-    known = {item.name for item in fields(cls)}
+@functools.cache
+def _field_names() -> frozenset[str]:
+    return frozenset(item.name for item in fields(Request) if item.init)
+
+
+def _known(values: Mapping[str, Any]) -> None:
+    known = _field_names()
     for name in values:
         if name not in known:
             expected = f"a field of a request ({', '.join(sorted(known))})"
@@ -339,7 +359,9 @@ def _text(path: str, value: str) -> str:
 def _token_ids(value: list[Any] | tuple[Any, ...]) -> tuple[int, ...]:
     if len(value) > MAX_PROMPT_TOKENS:
         raise InvalidRequest("prompt", f"at most {MAX_PROMPT_TOKENS} token ids", len(value))
-    for index, item in enumerate(value):
+    if set(map(type, value)) == {int} and min(value) >= 0 and max(value) <= MAX_TOKEN_ID:
+        return tuple(value)
+    for index, item in enumerate(value):  # which one it is, or integers of another type
         if not _is_int(item) or not 0 <= item <= MAX_TOKEN_ID:
             expected = f"a token id from 0 to {MAX_TOKEN_ID}"
             raise InvalidRequest(f"prompt[{index}]", expected, item)
@@ -369,9 +391,10 @@ def _message(path: str, item: object) -> Message:
 def _plain_prompt(prompt: Prompt) -> str | list[Any]:
     if isinstance(prompt, str):
         return prompt
+    if not isinstance(prompt[0], Message):
+        return list(prompt)
     return [
-        {"role": item.role, "content": item.content} if isinstance(item, Message) else item
-        for item in prompt
+        {"role": item.role, "content": item.content} for item in prompt if isinstance(item, Message)
     ]
 
 

@@ -43,3 +43,10 @@ def test_plain_values_there_and_back() -> None:
 def test_choices_have_seeds_of_their_own() -> None:
     assert choice_seed(7, 0) == 7
     assert len({choice_seed(seed, choice) for seed in range(20) for choice in range(20)}) >= 399
+
+
+def test_a_shared_instance_is_checked_by_type_too() -> None:
+    assert SamplingParams.from_mapping({"max_tokens": 1}).max_tokens == 1
+    for value in (True, 1.0):
+        with pytest.raises(InvalidRequest, match="max_tokens"):
+            SamplingParams.from_mapping({"max_tokens": value})
