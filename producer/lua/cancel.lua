@@ -22,5 +22,7 @@ if r.state == 'run' then
   return 'OK'
 end
 r.epoch = r.epoch + 1
-finish_record(T, r, (now_ms()), { finish = 'cancelled', reason = 'cancelled by the producer' })
+settling(T, function()
+  finish_record(T, r, (now_ms()), { finish = 'cancelled', reason = 'cancelled by the producer' })
+end)
 return 'OK'

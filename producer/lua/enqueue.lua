@@ -14,15 +14,17 @@ local T = KEYS[1]
 -- @include record
 -- @include place
 
-local replies, added, refused = {}, false, false
-for i = 1, #ARGV, FIELDS do
-  local verdict = place(i)
-  replies[#replies + 1] = verdict
-  added = added or verdict == 'OK'
-  refused = refused or verdict == 'BUSY' or verdict == 'QUOTA'
-end
-if added then
-  wake(T, 'wake')
-end
-replies[#replies + 1] = refused and retry_after_ms() or 0
-return replies
+return settling(T, function()
+  local replies, added, refused = {}, false, false
+  for i = 1, #ARGV, FIELDS do
+    local verdict = place(i)
+    replies[#replies + 1] = verdict
+    added = added or verdict == 'OK'
+    refused = refused or verdict == 'BUSY' or verdict == 'QUOTA'
+  end
+  if added then
+    wake(T, 'wake')
+  end
+  replies[#replies + 1] = refused and retry_after_ms() or 0
+  return replies
+end)

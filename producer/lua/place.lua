@@ -5,14 +5,22 @@ local now, micros = now_ms()
 local max_live = setting(T, 'max_live', 1000000)
 local live = redis.call('ZCARD', T .. ':live')
 local quotas, counts = {}, {}
+local opened = {}
 
 -- A lane starts at the least virtual time of its priority, so that idling earns no credit.
-local function open_lane(priority, tenant)
+local function open_lane(priority, tenant, lane)
+  if opened[lane] then
+    return
+  end
+  if redis.call('EXISTS', lane) == 0 then
+    redis.call('XGROUP', 'CREATE', lane, GROUP, 0, 'MKSTREAM')
+  end
   local lanes = T .. ':lanes:' .. priority
   if not redis.call('ZSCORE', lanes, tenant) then
     local least = redis.call('ZRANGE', lanes, 0, 0, 'WITHSCORES')
     redis.call('ZADD', lanes, least[2] or 0, tenant)
   end
+  opened[lane] = true
 end
 
 local function is_over_quota(tenant)
@@ -26,10 +34,7 @@ end
 -- A reference behind all others of its lane; returns its entry id.
 local function line_up(id, priority, tenant, cost, most)
   local lane = T .. ':in:' .. priority .. ':' .. tenant
-  if redis.call('EXISTS', lane) == 0 then
-    redis.call('XGROUP', 'CREATE', lane, GROUP, 0, 'MKSTREAM')
-  end
-  open_lane(priority, tenant)
+  open_lane(priority, tenant, lane)
   return redis.call('XADD', lane, '*', 'id', id, 'cost', cost, 'most', most)
 end
 
@@ -55,9 +60,9 @@ local function place(i)
     'worker', '', 'tenant', tenant, 'priority', priority, 'entry', entry, 'deadline', deadline,
     'cost', cost, 'most', most, 'print', print, 'payload', payload, 'created', int(now),
     'reply', ARGV[i + 8])
-  redis.call('ZADD', T .. ':live', deadline, id)
+  later('ZADD', T .. ':live', deadline, id)
   live, counts[tenant] = live + 1, counts[tenant] + 1
-  count_tenant(T, tenant, 1)
+  count_tenant(tenant, 1)
   return 'OK'
 end
 

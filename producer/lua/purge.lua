@@ -36,29 +36,32 @@ local function purge_lane(lanes, p, name)
       end
     end
   end
+  settle(T) -- which deletes a lane that is empty now
   if redis.call('EXISTS', lane) == 0 then
     redis.call('ZREM', lanes, name)
   end
 end
 
-for p = 0, 2 do
-  if priority == '' or priority == tostring(p) then
-    local lanes = T .. ':lanes:' .. p
-    for _, name in ipairs(redis.call('ZRANGE', lanes, 0, -1)) do
-      if seen < budget and (tenant == '' or tenant == name) then
-        purge_lane(lanes, p, name)
+settling(T, function()
+  for p = 0, 2 do
+    if priority == '' or priority == tostring(p) then
+      local lanes = T .. ':lanes:' .. p
+      for _, name in ipairs(redis.call('ZRANGE', lanes, 0, -1)) do
+        if seen < budget and (tenant == '' or tenant == name) then
+          purge_lane(lanes, p, name)
+        end
       end
     end
   end
-end
-if seen < budget then
-  for _, id in ipairs(redis.call('ZRANGE', T .. ':park', skip, skip + budget - seen - 1)) do
-    local r = load(T, id)
-    if r and (tenant == '' or tenant == r.tenant) and (priority == '' or priority == r.priority) then
-      cancel(r)
-    else
-      left = left + 1
+  if seen < budget then
+    for _, id in ipairs(redis.call('ZRANGE', T .. ':park', skip, skip + budget - seen - 1)) do
+      local r = load(T, id)
+      if r and (tenant == '' or tenant == r.tenant) and (priority == '' or priority == r.priority) then
+        cancel(r)
+      else
+        left = left + 1
+      end
     end
   end
-end
+end)
 return { cancelled, seen, left }

@@ -15,8 +15,13 @@ local function int(number)
   return string.format('%.0f', number)
 end
 
+local settings = {}
+
 local function setting(T, name, default)
-  return tonumber(redis.call('HGET', T .. ':settings', name) or default)
+  if settings[name] == nil then
+    settings[name] = redis.call('HGET', T .. ':settings', name)
+  end
+  return tonumber(settings[name] or default)
 end
 
 local function record_of(T, id)
@@ -36,11 +41,12 @@ local function try(...)
   return reply
 end
 
--- The fields of a record that decide what may happen to it, or nil if there is no record.
-local function load(T, id)
+-- The fields of a record that decide what may happen to it, or nil if there is no record; of more
+-- fields only one, as `extra`.
+local function load(T, id, ...)
   local f = try('HMGET', record_of(T, id), 'state', 'epoch', 'offset', 'attempts', 'worker',
     'tenant', 'priority', 'entry', 'deadline', 'cost', 'most', 'cancel', 'finish', 'digest',
-    'reply')
+    'reply', ...)
   if not f or not f[1] then
     return nil
   end
@@ -49,6 +55,7 @@ local function load(T, id)
     attempts = tonumber(f[4]), worker = f[5], tenant = f[6], priority = f[7], entry = f[8],
     deadline = tonumber(f[9]), cost = tonumber(f[10]), most = tonumber(f[11]),
     cancel = f[12] == '1', finish = f[13], digest = f[14] or '', reply = f[15] or '',
+    extra = f[16],
   }
 end
 
@@ -56,13 +63,74 @@ local function lane_of(T, r)
   return T .. ':in:' .. r.priority .. ':' .. r.tenant
 end
 
--- Remove a delivered reference, and its stream with the last one.
+-- What a call does to the keys that its requests share waits for `settle`, so that it costs one
+-- command a call and not one a request. A script that may end or place a request does so within
+-- `settling`.
+local batches = {} -- command and key -> the whole command
+local dropped = {} -- lane -> delivered references to remove
+local tenants = {} -- tenant -> more or less live requests
+local credits = {} -- lanes key -> tenant -> virtual time given back
+local reply_ttls = {} -- reply stream -> time to live
+
+local function later(command, key, ...)
+  local name = command .. key
+  local batch = batches[name] or { command, key }
+  for _, argument in ipairs({ ... }) do
+    batch[#batch + 1] = argument
+  end
+  batches[name] = batch
+end
+
 local function drop_entry(lane, entry)
-  redis.call('XACK', lane, GROUP, entry)
-  redis.call('XDEL', lane, entry)
+  local entries = dropped[lane] or {}
+  entries[#entries + 1] = entry
+  dropped[lane] = entries
+end
+
+local function count_tenant(tenant, by)
+  tenants[tenant] = (tenants[tenant] or 0) + by
+end
+
+-- Remove delivered references, and their stream with the last one.
+local function drop_entries(lane, entries)
+  redis.call('XACK', lane, GROUP, unpack(entries))
+  redis.call('XDEL', lane, unpack(entries))
   if redis.call('XLEN', lane) == 0 then
     redis.call('DEL', lane)
   end
+end
+
+local function settle(T)
+  for _, batch in pairs(batches) do
+    redis.call(unpack(batch))
+  end
+  for lane, entries in pairs(dropped) do
+    drop_entries(lane, entries)
+  end
+  for lanes, given in pairs(credits) do
+    for tenant, amount in pairs(given) do
+      redis.call('ZADD', lanes, 'XX', 'INCR', -amount, tenant)
+    end
+  end
+  for tenant, by in pairs(tenants) do
+    if redis.call('HINCRBY', T .. ':tenants', tenant, by) <= 0 then
+      redis.call('HDEL', T .. ':tenants', tenant)
+    end
+  end
+  for replies, ttl in pairs(reply_ttls) do
+    redis.call('PEXPIRE', replies, ttl)
+  end
+  batches, dropped, tenants, credits, reply_ttls = {}, {}, {}, {}, {}
+end
+
+-- Run the body of a script, and settle also what it did before an error.
+local function settling(T, body)
+  local is_well, reply = pcall(body)
+  settle(T)
+  if not is_well then
+    error(reply)
+  end
+  return reply
 end
 
 local function wake(T, kind)
@@ -77,39 +145,41 @@ end
 local function give_back(T, r, total)
   local unused = r.most - total
   if unused > 0 and r.attempts > 0 then
-    local weight = setting(T, 'weight:' .. r.tenant, 1)
-    redis.call('ZADD', T .. ':lanes:' .. r.priority, 'XX', 'INCR', -unused / weight, r.tenant)
+    local lanes = T .. ':lanes:' .. r.priority
+    local given = credits[lanes] or {}
+    given[r.tenant] = (given[r.tenant] or 0) + unused / setting(T, 'weight:' .. r.tenant, 1)
+    credits[lanes] = given
   end
 end
 
-local function count_tenant(T, tenant, by)
-  if redis.call('HINCRBY', T .. ':tenants', tenant, by) <= 0 then
-    redis.call('HDEL', T .. ':tenants', tenant)
-  end
-end
-
--- The last entry of a request's own stream: its last tokens with the finish. 
+-- The last entry of a request's own stream: its last tokens with the finish.
 local function end_output(T, r, total, last, digest, ttl)
   local output = T .. ':o:' .. r.id
-  if redis.call('TYPE', output).ok ~= 'stream' then
-    redis.call('DEL', output) -- nobody could read it
+  local function add()
+    return try('XADD', output, int(total) .. '-1', 'e', int(r.epoch), 't', last.tokens or '',
+      'x', last.text or '', 'h', digest, 'f', last.finish, 'y', last.reason or '',
+      'p', int(last.prompt or 0), 'c', int(total))
   end
-  redis.call('XADD', output, int(total) .. '-1', 'e', int(r.epoch), 't', last.tokens or '',
-    'x', last.text or '', 'h', digest, 'f', last.finish, 'y', last.reason or '',
-    'p', int(last.prompt or 0), 'c', int(total))
+  if not add() then
+    redis.call('DEL', output) -- nobody could read it
+    add()
+  end
   redis.call('PEXPIRE', output, ttl)
 end
 
--- The whole output as one entry of the stream that its producer reads.
+-- The whole output as one entry of the stream that its producer reads; returns its id.
 local function reply(T, r, total, last, digest, ttl)
   local record, replies = record_of(T, r.id), T .. ':reply:' .. r.reply
-  local f = redis.call('HMGET', record, 'tokens', 'text')
-  local at = redis.call('XADD', replies, '*', 'id', r.id, 'e', int(r.epoch),
-    't', (f[1] or '') .. (last.tokens or ''), 'x', (f[2] or '') .. (last.text or ''), 'h', digest,
-    'f', last.finish, 'y', last.reason or '', 'p', int(last.prompt or 0), 'c', int(total))
-  redis.call('PEXPIRE', replies, ttl)
-  redis.call('HSET', record, 'at', at)
-  redis.call('HDEL', record, 'tokens', 'text')
+  local tokens, text = last.tokens or '', last.text or ''
+  if r.offset > 0 then
+    local f = redis.call('HMGET', record, 'tokens', 'text')
+    tokens, text = (f[1] or '') .. tokens, (f[2] or '') .. text
+    redis.call('HDEL', record, 'tokens', 'text')
+  end
+  reply_ttls[replies] = ttl
+  return redis.call('XADD', replies, '*', 'id', r.id, 'e', int(r.epoch), 't', tokens, 'x', text,
+    'h', digest, 'f', last.finish, 'y', last.reason or '', 'p', int(last.prompt or 0),
+    'c', int(total))
 end
 
 -- An error keeps its payload, so that it may be tried again.
@@ -130,30 +200,32 @@ local function finish_record(T, r, now, last)
   local total = r.offset + (last.count or 0)
   local record, digest = record_of(T, r.id), last.digest or r.digest
   local ttl = ttl_of(T, 'result_ttl_ms', 86400000)
+  local at = {}
   if r.reply == '' then
     end_output(T, r, total, last, digest, ttl)
   else
-    reply(T, r, total, last, digest, ttl)
+    at = { 'at', reply(T, r, total, last, digest, ttl) }
   end
   redis.call('HSET', record, 'state', 'end', 'epoch', int(r.epoch), 'offset', int(total),
-    'digest', digest, 'finish', last.finish, 'reason', last.reason or '', 'ended', int(now))
+    'digest', digest, 'finish', last.finish, 'reason', last.reason or '', 'ended', int(now),
+    unpack(at))
   if last.finish == 'error' then
     bury(T, r, last)
   else
     redis.call('HDEL', record, 'payload')
     redis.call('PEXPIRE', record, ttl)
   end
-  redis.call('ZREM', T .. ':live', r.id)
+  later('ZREM', T .. ':live', r.id)
   if r.state ~= 'run' then
-    redis.call('ZREM', T .. ':park', r.id)
+    later('ZREM', T .. ':park', r.id)
   else
-    redis.call('SREM', T .. ':own:' .. r.worker, r.id)
+    later('SREM', T .. ':own:' .. r.worker, r.id)
   end
   if r.state ~= 'wait' then
     drop_entry(lane_of(T, r), r.entry)
   end
   give_back(T, r, total)
-  count_tenant(T, r.tenant, -1)
+  count_tenant(r.tenant, -1)
 end
 
 -- Take a request from its worker and park it until `due`; what was to end anyway ends.

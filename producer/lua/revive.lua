@@ -35,14 +35,16 @@ local function revive(id)
   redis.call('HSET', record, 'state', 'wait', 'epoch', int(r.epoch + 1), 'offset', 0, 'attempts', 0,
     'worker', '', 'entry', entry, 'deadline', deadline)
   redis.call('PERSIST', record)
-  redis.call('ZADD', T .. ':live', deadline, id)
-  count_tenant(T, r.tenant, 1)
+  later('ZADD', T .. ':live', deadline, id)
+  count_tenant(r.tenant, 1)
   return 'OK'
 end
 
 local replies = {}
-for i = 2, #ARGV do
-  replies[#replies + 1] = revive(ARGV[i])
-end
+settling(T, function()
+  for i = 2, #ARGV do
+    replies[#replies + 1] = revive(ARGV[i])
+  end
+end)
 wake(T, 'wake')
 return replies

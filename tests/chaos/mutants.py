@@ -28,7 +28,7 @@ _RISE_IN_CLAIM = Edit("claim", "r.attempts = r.epoch + 1,", "r.attempts = r.epoc
 _RISE_IN_EXPIRY = "  r.epoch = r.epoch + 1\n  finish_record(T, r, now, { finish = 'exp"
 _IS_THERE = Edit("append", "if offset >= start + count then", "if false then")
 _IS_NEXT = Edit("append", "if offset ~= start then", "if false then")
-_OWN = "  redis.call('SADD', own, r.id)\n"
+_OWN = "  later('SADD', own, r.id)\n"
 _DELIVERED = "  r.state = 'park' --"
 
 MUTANTS: dict[str, tuple[Edit, ...]] = {
@@ -46,7 +46,7 @@ MUTANTS: dict[str, tuple[Edit, ...]] = {
     "disown_at_claim": (Edit("claim", _OWN, ""),),
     "drop_at_claim": (Edit("claim", _OWN, f"{_OWN}  redis.call('ZREM', T .. ':live', r.id)\n"),),
     "end_unwritten": (
-        Edit("finish", "  redis.call('XADD', output,", "  ;(function() end)(output,"),
+        Edit("finish", "try('XADD', output,", "(function() return true end)(output,"),
     ),
     # A reap that hands over under the same epoch, takes from the living, or ends under the epoch
     # of the worker.

@@ -24,7 +24,7 @@ local function refuse(i, id, reason)
   redis.call('HSET', record_of(T, id), 'state', 'wait', 'epoch', 0, 'offset', 0, 'attempts', 0,
     'tenant', r.tenant, 'priority', r.priority, 'reply', r.reply, 'print', '',
     'created', int(now))
-  count_tenant(T, r.tenant, 1)
+  count_tenant(r.tenant, 1)
   finish_record(T, r, now, { finish = 'error', reason = reason })
   return 'REFUSED'
 end
@@ -50,15 +50,17 @@ local function admit(i)
   return verdict
 end
 
-local replies, added, refused = {}, false, false
-for i = 1, #ARGV, FIELDS + 3 do
-  local verdict = admit(i)
-  replies[#replies + 1] = verdict
-  added = added or verdict == 'OK'
-  refused = refused or verdict == 'BUSY' or verdict == 'QUOTA'
-end
-if added then
-  wake(T, 'wake')
-end
-replies[#replies + 1] = refused and retry_after_ms() or 0
-return replies
+return settling(T, function()
+  local replies, added, refused = {}, false, false
+  for i = 1, #ARGV, FIELDS + 3 do
+    local verdict = admit(i)
+    replies[#replies + 1] = verdict
+    added = added or verdict == 'OK'
+    refused = refused or verdict == 'BUSY' or verdict == 'QUOTA'
+  end
+  if added then
+    wake(T, 'wake')
+  end
+  replies[#replies + 1] = refused and retry_after_ms() or 0
+  return replies
+end)

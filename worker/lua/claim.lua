@@ -58,9 +58,7 @@ local function committed(r)
 end
 
 local function give(r)
-  claims[#claims + 1] = {
-    r.id, r.epoch, r.attempts, redis.call('HGET', record_of(T, r.id), 'payload'), committed(r),
-  }
+  claims[#claims + 1] = { r.id, r.epoch, r.attempts, r.extra, committed(r) }
 end
 
 local function room()
@@ -83,7 +81,7 @@ local function take(r)
   r.epoch, r.attempts = r.epoch + 1, r.attempts + 1
   redis.call('HSET', record_of(T, r.id), 'state', 'run', 'epoch', int(r.epoch), 'attempts',
     int(r.attempts), 'worker', worker, 'claimed', int(now))
-  redis.call('SADD', own, r.id)
+  later('SADD', own, r.id)
   sequences, limit, holds = sequences - 1, limit - 1, holds + 1
   if not never_fits(r) then -- what the engine refuses takes nothing
     tokens, kv = tokens - r.cost - r.offset, kv - kv_cost(r)
@@ -122,7 +120,7 @@ local function claim_parked()
     if not room() then
       return false
     end
-    local r = load(T, id)
+    local r = load(T, id, 'payload')
     if not r then
       redis.call('ZREM', T .. ':park', id)
     elseif ended(r) then
@@ -130,52 +128,85 @@ local function claim_parked()
     elseif not fits(r) then
       return false
     else
-      redis.call('ZREM', T .. ':park', id)
+      later('ZREM', T .. ':park', id)
       take(r)
     end
   end
   return true
 end
 
-local delivered = {} -- lane -> last delivered entry id
-
 local function last_delivered(lane)
-  if not delivered[lane] then
-    local info = redis.call('XINFO', 'GROUPS', lane)[1]
-    if not info then -- a stream that no enqueue made
-      redis.call('XGROUP', 'CREATE', lane, GROUP, 0)
-      info = { 'last-delivered-id', '0-0' }
-    end
-    for i = 1, #info, 2 do
-      if info[i] == 'last-delivered-id' then
-        delivered[lane] = info[i + 1]
-      end
+  local info = redis.call('XINFO', 'GROUPS', lane)[1]
+  if not info then -- a stream that no enqueue made
+    redis.call('XGROUP', 'CREATE', lane, GROUP, 0)
+    return '0-0'
+  end
+  for i = 1, #info, 2 do
+    if info[i] == 'last-delivered-id' then
+      return info[i + 1]
     end
   end
-  return delivered[lane]
 end
+
+-- lane -> its references from where the group is, read in growing pieces, and how many of them are
+-- to be delivered in the end.
+local readers = {}
 
 -- The next waiting reference of a lane: {entry id, fields}, or nil.
 local function peek(lane)
-  if redis.call('EXISTS', lane) == 0 then
-    return nil
+  local reader = readers[lane]
+  if not reader then
+    if redis.call('EXISTS', lane) == 0 then
+      return nil
+    end
+    reader = { at = last_delivered(lane), entries = {}, next = 1, piece = 1, delivered = 0 }
+    readers[lane] = reader
   end
-  local ahead = redis.call('XRANGE', lane, '(' .. last_delivered(lane), '+', 'COUNT', 1)[1]
-  return ahead and { ahead[1], ahead[2] }
+  if reader.next > #reader.entries then
+    reader.entries = redis.call('XRANGE', lane, '(' .. reader.at, '+', 'COUNT', reader.piece)
+    reader.next, reader.piece = 1, math.min(reader.piece * 4, 64)
+  end
+  return reader.entries[reader.next]
 end
 
 local function deliver(lane, entry)
-  redis.call('XREADGROUP', 'GROUP', GROUP, 'workers', 'COUNT', 1, 'STREAMS', lane, '>')
-  delivered[lane] = entry
+  local reader = readers[lane]
+  reader.at, reader.next, reader.delivered = entry, reader.next + 1, reader.delivered + 1
+end
+
+-- priority -> the lane of least virtual time, what it was charged since that was looked up, and
+-- how far ahead of the next it was.
+local leads = {}
+
+local function charge_lead(priority)
+  local lead = leads[priority]
+  if lead and lead.charge > 0 then
+    redis.call('ZINCRBY', T .. ':lanes:' .. priority, lead.charge, lead.tenant)
+  end
+  leads[priority] = nil
+end
+
+-- The tenant whose lane has the least virtual time, or nil if there is none.
+local function first_tenant(priority)
+  local lead = leads[priority]
+  if lead and (lead.charge == 0 or lead.charge < lead.spare) then
+    return lead.tenant
+  end
+  charge_lead(priority)
+  local two = redis.call('ZRANGE', T .. ':lanes:' .. priority, 0, 1, 'WITHSCORES')
+  if two[1] then
+    local spare = two[4] and tonumber(two[4]) - tonumber(two[2]) or math.huge
+    leads[priority] = { tenant = two[1], charge = 0, spare = spare }
+  end
+  return two[1]
 end
 
 -- priority -> the next to be claimed: tenant, lane, entry id, request id, charge; false: none waits.
 local heads = {}
 
 local function head_of(priority)
-  local lanes = T .. ':lanes:' .. priority
   while heads[priority] == nil do
-    local tenant = redis.call('ZRANGE', lanes, 0, 0)[1]
+    local tenant = first_tenant(priority)
     local lane = tenant and T .. ':in:' .. priority .. ':' .. tenant
     local head = tenant and peek(lane)
     if head then
@@ -183,7 +214,8 @@ local function head_of(priority)
         charge = tonumber(head[2][4]) + tonumber(head[2][6]) }
     elseif tenant and scans > 0 then
       -- Forgetting the lane of least virtual time costs nothing: it would start there again.
-      redis.call('ZREM', lanes, tenant)
+      redis.call('ZREM', T .. ':lanes:' .. priority, tenant)
+      leads[priority] = nil
       scans = scans - 1
     else
       heads[priority] = false
@@ -195,7 +227,7 @@ end
 -- Claim the head of a priority. Returns what it takes, 0 for a reference that had ended, or nil if
 -- it does not fit.
 local function claim_head(priority, head)
-  local r = load(T, head.id)
+  local r = load(T, head.id, 'payload')
   local is_live = r and r.state == 'wait' and r.entry == head.entry
   if is_live and r.deadline > now and not fits(r) then
     return nil
@@ -212,8 +244,8 @@ local function claim_head(priority, head)
     scans = scans - 1
     return 0
   end
-  local charge, weight = r.cost + r.most, setting(T, 'weight:' .. head.tenant, 1)
-  redis.call('ZINCRBY', T .. ':lanes:' .. priority, charge / weight, head.tenant)
+  local charge, lead = r.cost + r.most, leads[priority]
+  lead.charge = lead.charge + charge / setting(T, 'weight:' .. head.tenant, 1)
   take(r)
   return charge
 end
@@ -267,21 +299,44 @@ local function claim_waiting()
   end
 end
 
+-- What the claims so far have left to do; also after an error, so that a repeat finds them.
+local function write_down()
+  for priority = 0, 2 do
+    charge_lead(priority)
+  end
+  for lane, reader in pairs(readers) do
+    if reader.delivered > 0 then
+      redis.call('XREADGROUP', 'GROUP', GROUP, 'workers', 'COUNT', reader.delivered, 'STREAMS',
+        lane, '>')
+    end
+  end
+  redis.call('HSET', self, 'claim_seq', seq, 'claim_ids', table.concat(taken, ' '))
+end
+
+local function claim()
+  if setting(T, 'paused', 0) == 0 and claim_parked() then
+    claim_waiting()
+  end
+end
+
 local inbox = redis.call('XLEN', T .. ':inbox')
 local newest = redis.call('XREVRANGE', T .. ':ctl', '+', '-', 'COUNT', 1)[1]
 local control = newest and newest[1] or '0-0'
 local last = redis.call('HMGET', self, 'claim_seq', 'claim_ids')
 if last[1] == seq then
   for id in string.gmatch(last[2], '%S+') do
-    local r = load(T, id)
+    local r = load(T, id, 'payload')
     if r and r.state == 'run' and r.worker == worker then
       give(r)
     end
   end
   return { 0, claims, now, inbox, control }
 end
-if setting(T, 'paused', 0) == 0 and claim_parked() then
-  claim_waiting()
-end
-redis.call('HSET', self, 'claim_seq', seq, 'claim_ids', table.concat(taken, ' '))
+settling(T, function()
+  local is_well, why = pcall(claim)
+  write_down()
+  if not is_well then
+    error(why)
+  end
+end)
 return { scans <= 0 and 1 or 0, claims, now, inbox, control }

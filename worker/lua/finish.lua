@@ -34,12 +34,14 @@ local function finish(id, epoch, start, last)
 end
 
 redis.call('ZADD', T .. ':workers', int(now + tonumber(ARGV[2])), worker)
-for i = 3, #ARGV, FIELDS do
-  local count = tonumber(ARGV[i + 3])
-  verdicts[#verdicts + 1] = finish(ARGV[i], tonumber(ARGV[i + 1]), tonumber(ARGV[i + 2]), {
-    count = count, tokens = ARGV[i + 4], text = ARGV[i + 5],
-    digest = count > 0 and ARGV[i + 6] or nil, finish = ARGV[i + 7], reason = ARGV[i + 8],
-    prompt = tonumber(ARGV[i + 9]),
-  })
-end
-return verdicts
+return settling(T, function()
+  for i = 3, #ARGV, FIELDS do
+    local count = tonumber(ARGV[i + 3])
+    verdicts[#verdicts + 1] = finish(ARGV[i], tonumber(ARGV[i + 1]), tonumber(ARGV[i + 2]), {
+      count = count, tokens = ARGV[i + 4], text = ARGV[i + 5],
+      digest = count > 0 and ARGV[i + 6] or nil, finish = ARGV[i + 7], reason = ARGV[i + 8],
+      prompt = tonumber(ARGV[i + 9]),
+    })
+  end
+  return verdicts
+end)

@@ -45,17 +45,21 @@ local function expire(id)
   finish_record(T, r, now, { finish = 'expired', reason = 'deadline passed' })
 end
 
-for _, worker in ipairs(redis.call('ZRANGEBYSCORE', T .. ':workers', '-inf', int(now), 'LIMIT', 0,
-  WORKERS_AT_ONCE)) do
-  if moved < budget then
-    bury(worker)
+settling(T, function()
+  for _, worker in ipairs(redis.call('ZRANGEBYSCORE', T .. ':workers', '-inf', int(now), 'LIMIT',
+    0, WORKERS_AT_ONCE)) do
+    if moved < budget then
+      bury(worker)
+    end
   end
-end
-for _, id in ipairs(redis.call('ZRANGEBYSCORE', T .. ':live', '-inf', int(now), 'LIMIT', 0,
-  math.max(budget - moved, 0))) do
-  expire(id)
-  moved = moved + 1
-end
+end)
+settling(T, function() -- what was just ended is no longer live
+  for _, id in ipairs(redis.call('ZRANGEBYSCORE', T .. ':live', '-inf', int(now), 'LIMIT', 0,
+    math.max(budget - moved, 0))) do
+    expire(id)
+    moved = moved + 1
+  end
+end)
 if parked > 0 then
   wake(T, 'wake')
 end

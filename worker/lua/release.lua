@@ -31,6 +31,8 @@ end
 if reason ~= '' then
   redis.call('HSET', record_of(T, id), 'reason', reason)
 end
-park_record(T, r, now, now + delay, attempts)
+settling(T, function()
+  park_record(T, r, now, now + delay, attempts)
+end)
 wake(T, 'wake') -- a delay too: who waits must learn how long
 return 'OK'
