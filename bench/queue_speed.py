@@ -52,7 +52,11 @@ class System:
 
 def systems(options: argparse.Namespace) -> list[System]:
     peer, arq = options.peer_python, options.arq_python
-    chosen = [System("tokenmill", "tokenmill_app.py", sys.executable, 8000)]
+    chosen = [
+        System(f"tokenmill, {name}", "tokenmill_app.py", sys.executable, 8000, environment)
+        for name in ("result", "stream")
+        for environment in ((("PEER_DELIVERY", name),),)
+    ]
     if arq:
         chosen.append(System("arq", "arq_peer.py", arq, 2000))
     if peer:

@@ -1,10 +1,11 @@
 """tokenmill: `tokenmill_app.py worker|produce URL`. The real worker around an engine of no work.
 
 A job is a request of one prompt token, its number; the engine answers it in one step with that
-number and the time at which it began.
+number and the time at which it began. PEER_DELIVERY is `stream` or `result`.
 """
 
 import logging
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -78,7 +79,8 @@ def work(url: str) -> int:
     return run(WorkerConfig(model="noop", redis_url=url), make_engine=lambda _: NoopEngine())
 
 
-def produce(url: str) -> None:
+def produce_streams(url: str) -> None:
+    """Tokens as they come, a stream a request."""
     client = Client(url)
 
     def submit(numbers: Sequence[int]) -> list[str]:
@@ -94,5 +96,26 @@ def produce(url: str) -> None:
     measure(submit, collect)
 
 
+def produce_replies(url: str) -> None:
+    """Whole outputs, by one reply stream."""
+    client = Client(url)
+    replies = client.replies("bench")
+
+    def submit(numbers: Sequence[int]) -> list[str]:
+        return client.submit_many(
+            client.new_request([n], max_tokens=2, reply_to="bench") for n in numbers
+        )
+
+    def collect(request_ids: Sequence[str]) -> Iterator[Answer]:
+        left = set(request_ids)
+        while left:
+            for result in replies.poll(1.0):
+                left.remove(result.request_id)
+                yield result.token_ids
+
+    measure(submit, collect)
+
+
 if __name__ == "__main__":
-    sys.exit({"worker": work, "produce": produce}[sys.argv[1]](sys.argv[2]))
+    delivery = {"stream": produce_streams, "result": produce_replies}[os.environ["PEER_DELIVERY"]]
+    sys.exit({"worker": work, "produce": delivery}[sys.argv[1]](sys.argv[2]))
