@@ -278,6 +278,11 @@ class Client:
             raise NotFound(f"no request {request_id} in queue {self.queue}, or its result expired")
         return bool(reply == b"OK")
 
+    @property
+    def num_shards(self) -> int:
+        """How many shards the queue has: the ids of requests begin with the number of one."""
+        return self._shards.count
+
     def live(self) -> int:
         """How many requests of the queue, of all producers, have not ended."""
         with self._reaching():

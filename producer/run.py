@@ -109,7 +109,7 @@ class Run:
         if self._embedded and not serving:
             check_model(self._model)
         for row in self._journal.superseded(self._plan.window):
-            self._cancel(request_id(self._journal.superseded_run, row))
+            self._cancel(request_id(self._journal.superseded_run, row, self._client.num_shards))
         is_bulk = self._dataset.survey.rows > BULK_ROWS and not self._report.wants_text
         run = self._journal.header.run
         self._journal.start(self._model, reply_to=run if is_bulk else "")
@@ -178,18 +178,19 @@ class Run:
     def _prepared(self, row: Row | BadRow) -> SentRow | BadRow:
         if isinstance(row, BadRow):
             return row
+        run = self._journal.header.run
         try:
             if row.model not in ("", self._model) and not self._plan.ignore_row_model:
                 remedy = "or answer all rows with it: --ignore-row-model"
                 raise InvalidRequest("model", f"{self._model!r}", row.model, remedy)
             request = Request.from_mapping(
                 {
-                    "request_id": request_id(self._journal.header.run, row.index),
+                    "request_id": request_id(run, row.index, self._client.num_shards),
                     "prompt": row.prompt,
                     "params": row.params,
                     "model": self._model,
                     # A lane of its own: runs share the workers, rather than wait for each other.
-                    "tenant": self._journal.header.run,
+                    "tenant": run,
                     "priority": self._plan.priority,
                     "reply_to": self._journal.header.reply_to,
                     "deadline_ms": int((time.time() + DEADLINE_S) * 1000),

@@ -8,9 +8,9 @@ from tokenmill.producer.dataset import Row
 from tokenmill.producer.wire import Request
 
 
-def request_id(run: str, row: int) -> str:
+def request_id(run: str, row: int, shards: int) -> str:
     """The id of a row's request: the same for every attempt at the same run."""
-    return f"0.{run}-{row:012d}"
+    return f"{row % shards}.{run}-{row:012d}"
 
 
 def row_of(request_id: str) -> int:

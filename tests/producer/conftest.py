@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from tokenmill.producer import embedded
-from tokenmill.producer.connection import connect
-from tokenmill.producer.keys import Keys
+from tokenmill.producer.shards import Shards
 from tokenmill.producer.wire import Request, Usage, WorkerInfo, chain_digest
-from tokenmill.worker.queue import Append, Claim, Finish, Queue
+from tokenmill.worker.queue import Append, Claim, Finish
+from tokenmill.worker.shards import QueueLike, queue_of
 
 
 @pytest.fixture(autouse=True)
@@ -42,8 +42,8 @@ class FakeWorker(threading.Thread):
         self.ended = threading.Event()
 
     def run(self) -> None:
-        server, blocking = connect(self.url), connect(self.url, blocking=True)
-        queue = Queue(server, Keys(), f"fake-{time.monotonic_ns()}", blocking=blocking)
+        shards = Shards(self.url, "default")
+        queue = queue_of(shards, f"fake-{time.monotonic_ns()}")
         info = WorkerInfo(
             worker_id=queue.worker_id,
             model=self.model,
@@ -67,14 +67,13 @@ class FakeWorker(threading.Thread):
                 queue.renew()
             queue.wait(0.05)
         queue.retire()
-        server.close()
-        blocking.close()
+        shards.close()
 
     def stop(self) -> None:
         self.ended.set()
         self.join(10)
 
-    def _answer(self, queue: Queue, claim: Claim) -> None:
+    def _answer(self, queue: QueueLike, claim: Claim) -> None:
         prompt = claim.request.prompt
         last = prompt if isinstance(prompt, str) else prompt[-1]
         text = last if isinstance(last, str) else getattr(last, "content", str(last))

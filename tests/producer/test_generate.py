@@ -243,7 +243,7 @@ def test_overwrite_cancels_what_the_old_run_left_in_the_queue(
     again.on_begin = lambda: setattr(worker, "limit", 10**9)
     generate(plan(overwrite=True), again, url=server_url)
     with Client(server_url) as client:
-        left = [client.result(request_id(old, row), timeout_s=0) for row in range(3, 6)]
+        left = [client.result(request_id(old, row, 1), timeout_s=0) for row in range(3, 6)]
     assert {item.finish_reason for item in left} == {"cancelled"}
     assert len(read_rows(tmp_path / "out.jsonl")) == 10
 
@@ -535,3 +535,20 @@ def test_replies_that_come_before_their_row_is_sent_again_are_kept(
         time.sleep(0.01)
     assert generate(plan(numbered(3), window=1), Told(), url=server_url).answered == 3
     assert len(worker.requests) == 3
+
+
+@pytest.mark.usefixtures("delivery")
+def test_rows_are_spread_over_the_shards(
+    plan: Any,
+    server_url: str,
+    fake_worker: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("TOKENMILL_SHARDS", "3")
+    worker = fake_worker()
+    assert generate(plan(numbered(7)), Told(), url=server_url).answered == 7
+    shards = sorted(request.request_id.partition(".")[0] for request in worker.requests)
+    assert shards == ["0", "0", "0", "1", "1", "2", "2"]
+    answers = [row["answer"] for row in read_rows(tmp_path / "out.jsonl")]
+    assert answers == [f"{number} number " for number in range(7)]
