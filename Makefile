@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check -qq
 READY  := $(VENV)/.ready
 
-.PHONY: help demo test properties check lint types fmt bench chaos servers clean
+.PHONY: help demo test properties check lint types fmt bench chaos fuzz servers clean
 
 SECONDS ?= 60
 
@@ -43,6 +43,9 @@ bench: $(READY)  ## the CPU benches, as JSON in bench/results
 
 chaos: $(READY)  ## kill, stop, cut and restart everything for SECONDS=60, by SEED=, and check
 	@$(BIN)/python tests/chaos/suite.py --seconds $(SECONDS) --seed "$(SEED)"
+
+fuzz: $(READY)   ## 100,000 malformed requests against a worker
+	@$(BIN)/python tests/fuzz/fuzz_inbox.py --count 100000 --seed "$(SEED)"
 
 servers: $(READY) ## the tests of the protocol alone, behind Sentinels and on clusters
 	@$(BIN)/pytest -m everywhere --all-servers

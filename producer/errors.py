@@ -20,10 +20,13 @@ class InvalidRequest(TokenmillError):
     """A field is out of bounds. `field` is its name as the user wrote it."""
 
     def __init__(self, field: str, expected: str, got: object, remedy: str = "") -> None:
-        shown = repr(got)
+        try:
+            shown = repr(got)
+        except (RecursionError, ValueError):  # nested too deeply, or an integer too long to print
+            shown = f"a {type(got).__name__}"
         shown = shown if len(shown) <= 60 else shown[:57] + "..."
         # Names come from outside too: whatever they hold must be fit to be sent and printed.
-        field = field[:100].encode("utf-8", "backslashreplace").decode()
+        field = field[:100].encode("utf-8", "backslashreplace").decode() or "''"
         text = f"{field} must be {expected}, got {shown}"
         super().__init__(f"{text}; {remedy}" if remedy else text)
         self.field = field

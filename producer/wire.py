@@ -165,7 +165,8 @@ class Request:
             try:
                 payload: bytes = msgpack.packb({"v": WIRE_VERSION, **values})
             except UnicodeEncodeError as error:
-                raise InvalidRequest("prompt", "valid Unicode text", error.reason) from error
+                field = _not_unicode(values)
+                raise InvalidRequest(field, "valid Unicode text", error.reason) from error
             for name in ("request_id", "deadline_ms", "priority"):
                 values.pop(name, None)
             content: bytes = msgpack.packb(_sorted(values))
@@ -408,6 +409,16 @@ def _metadata(value: object) -> dict[str, str]:
             expected = f"a string of at most {MAX_METADATA_VALUE} characters"
             raise InvalidRequest(f"metadata.{key}", expected, item)
     return dict(value)
+
+
+def _not_unicode(values: Mapping[str, Any]) -> str:
+    """The field whose text cannot be encoded."""
+    for name, value in values.items():
+        try:
+            msgpack.packb(value)
+        except UnicodeEncodeError:
+            return _not_unicode(value) if name == "params" else name
+    return "request"
 
 
 def _sorted(value: Any) -> Any:

@@ -87,9 +87,10 @@ def _admission(entry_id: str, fields: dict[bytes, bytes], shard: int) -> list[st
         values = _parse(fields)
         request = _request(values, entry_id, made, shard)
         payload = request.pack()
-    except InvalidRequest as error:
+    except Exception as error:  # noqa: BLE001 - no bytes of strangers may end a worker
+        is_ours = isinstance(error, InvalidRequest)
+        refusal = str(error)[:1000] if is_ours else f"it cannot be read: {type(error).__name__}"
         request_id, tenant, priority, reply_to = _address(values, made, shard)
-        refusal = str(error)[:1000]
         return [entry_id, made, refusal, request_id, "", "", tenant, priority, 0, 0, 0, reply_to]
     return [
         *(entry_id, made, ""),
@@ -133,17 +134,21 @@ def _request(values: dict[str, Any], entry_id: str, made: str, shard: int) -> Re
             raise InvalidRequest("deadline_s", expected, deadline_s)
         given["deadline_ms"] = int(entry_id.partition("-")[0]) + int(deadline_s * 1000)
     request = Request.from_mapping(given)
-    if Keys.of("default", request.request_id).shard != shard:
+    if _shard_of(request.request_id) != shard:
         expected = f"an id of shard {shard}, beginning with `{shard}.`"
         raise InvalidRequest("request_id", expected, request.request_id)
     return request
+
+
+def _shard_of(request_id: str) -> int:
+    return int(request_id.partition(".")[0])
 
 
 def _address(values: dict[str, Any], made: str, shard: int) -> tuple[str, str, int, str]:
     """Id, tenant, priority and reply stream of a bad request, as far as they are sound."""
     request_id = values.get("request_id", made)
     try:
-        if Keys.of("default", check_request_id(request_id)).shard != shard:
+        if _shard_of(check_request_id(request_id)) != shard:
             request_id = made
     except InvalidRequest:
         request_id = made

@@ -282,7 +282,7 @@ class Queue:
         if not first:
             return None
         now_ms = seconds * 1000 + micros // 1000
-        return max(int(first[0][1] - now_ms), 0)
+        return int(min(max(first[0][1] - now_ms, 0), 86_400_000))  # it may be infinite
 
     def retire(self) -> None:
         """Take back the registration; what was not released is parked for others."""
@@ -296,13 +296,15 @@ class Queue:
         token_ids = unpack_token_ids(packed)
         try:
             request = Request.unpack(payload or b"")
-        except InvalidRequest as error:
+        except Exception as error:  # noqa: BLE001 - no bytes of strangers may end a worker
+            is_ours = isinstance(error, InvalidRequest)
+            reason = str(error) if is_ours else f"it cannot be read: {type(error).__name__}"
             end = Finish(
                 request_id=request_id.decode(),
                 epoch=epoch,
                 start=len(token_ids),
                 finish_reason="error",
-                reason=str(error),
+                reason=reason,
                 usage=Usage(prompt_tokens=0, completion_tokens=len(token_ids)),
             )
             self.finish([end])

@@ -15,25 +15,37 @@ local function int(number)
   return string.format('%.0f', number)
 end
 
+-- Whether it is one of the numbers that we write: none is negative, infinite or NaN.
+local function is_sound(value)
+  return value and value >= 0 and value < 2 ^ 53
+end
+
 local settings = {}
 
 local function setting(T, name, default)
   if settings[name] == nil then
     settings[name] = redis.call('HGET', T .. ':settings', name)
   end
-  return tonumber(settings[name] or default)
+  local value = tonumber(settings[name] or default)
+  return is_sound(value) and value or default
+end
+
+local function weight_of(T, tenant)
+  local weight = setting(T, 'weight:' .. tenant, 1)
+  return weight > 0 and weight or 1
 end
 
 local function record_of(T, id)
   return T .. ':r:' .. id
 end
 
--- What a command gives, or nil where its key is of another type: such damage to one request must
--- not fail the calls that serve all the others.
+-- What a command gives, or nil where its key is of another type or holds entries that we did not
+-- write: such damage to one request must not fail the calls that serve all the others.
 local function try(...)
   local reply = redis.pcall(...)
   if type(reply) == 'table' and reply.err then
-    if string.find(reply.err, 'WRONGTYPE', 1, true) then
+    if string.find(reply.err, 'WRONGTYPE', 1, true)
+      or string.find(reply.err, 'equal or smaller', 1, true) then
       return nil
     end
     error(reply)
@@ -41,22 +53,43 @@ local function try(...)
   return reply
 end
 
+local NUMBERS = { 'epoch', 'offset', 'attempts', 'deadline', 'cost', 'most' }
+
+-- Whoever may write records may write anything there. `damage` says what is wrong; the claim ends
+-- such a request, and until then it is as good as one with a 0 in that place.
+local function mend(r)
+  for _, name in ipairs(NUMBERS) do
+    if not is_sound(r[name]) or r[name] % 1 ~= 0 then
+      r[name], r.damage = 0, name .. ' must be a whole number'
+    end
+  end
+  for _, name in ipairs({ 'worker', 'tenant', 'priority', 'entry' }) do
+    if not r[name] then
+      r[name], r.damage = '', name .. ' must be given'
+    end
+  end
+  return r
+end
+
 -- The fields of a record that decide what may happen to it, or nil if there is no record; of more
 -- fields only one, as `extra`.
 local function load(T, id, ...)
+  if string.find(id, '[^%w_.-]') then -- no request has such an id
+    return nil
+  end
   local f = try('HMGET', record_of(T, id), 'state', 'epoch', 'offset', 'attempts', 'worker',
     'tenant', 'priority', 'entry', 'deadline', 'cost', 'most', 'cancel', 'finish', 'digest',
     'reply', ...)
   if not f or not f[1] then
     return nil
   end
-  return {
+  return mend({
     id = id, state = f[1], epoch = tonumber(f[2]), offset = tonumber(f[3]),
     attempts = tonumber(f[4]), worker = f[5], tenant = f[6], priority = f[7], entry = f[8],
     deadline = tonumber(f[9]), cost = tonumber(f[10]), most = tonumber(f[11]),
     cancel = f[12] == '1', finish = f[13], digest = f[14] or '', reply = f[15] or '',
     extra = f[16],
-  }
+  })
 end
 
 local function lane_of(T, r)
@@ -147,7 +180,7 @@ local function give_back(T, r, total)
   if unused > 0 and r.attempts > 0 then
     local lanes = T .. ':lanes:' .. r.priority
     local given = credits[lanes] or {}
-    given[r.tenant] = (given[r.tenant] or 0) + unused / setting(T, 'weight:' .. r.tenant, 1)
+    given[r.tenant] = (given[r.tenant] or 0) + unused / weight_of(T, r.tenant)
     credits[lanes] = given
   end
 end

@@ -82,6 +82,18 @@ def test_an_id_with_another_content_is_refused_under_a_made_id(
         ({"json": b'{"prompt": "x", "params": {"max_tokens": 0}}'}, "max_tokens must be"),
         ({"json": b'{"prompt": "x", "params": {"temperature": NaN}}'}, "temperature must be"),
         ({"json": b'{"prompt": "x", "deadline_s": -1}'}, "deadline_s must be"),
+        (
+            {"json": b'{"prompt": "x", "params": {"temperature": 1' + b"0" * 400 + b"}}"},
+            "temperature must be",
+        ),
+        ({"json": b'{"prompt": "x", "": 1}'}, "'' must be"),
+        ({"json": b'{"prompt": ' + b"[" * 900 + b"]" * 900 + b"}"}, " must be "),
+        ({"json": b'{"prompt": "x", "metadata": {"a": "\\ud800"}}'}, "metadata must be valid"),
+        ({"json": b'{"prompt": "x", "params": {"stop": "\\ud800"}}'}, "stop must be valid"),
+        (
+            {"json": b'{"prompt": "x", "request_id": "99999.' + b"0" * 26 + b'"}'},
+            "request_id must be an id of shard 0",
+        ),
         ({"json": b'{"prompt": "x", "tenant": "a b"}'}, "tenant must be"),
         ({"json": b'{"prompt": "x", "priority": 1.0}'}, "priority must be"),
         ({"json": b'{"prompt": "x", "request_id": "7"}'}, "request_id must be"),

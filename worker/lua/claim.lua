@@ -38,8 +38,7 @@ local claims, taken = {}, {}
 
 redis.call('ZADD', T .. ':workers', int(now + lease), worker)
 
--- Token ids in the order they were committed.
-local function committed(r)
+local function read_tokens(r)
   if r.offset == 0 then
     return ''
   end
@@ -47,7 +46,7 @@ local function committed(r)
     return redis.call('HGET', record_of(T, r.id), 'tokens') or ''
   end
   local parts = {}
-  for _, entry in ipairs(redis.call('XRANGE', T .. ':o:' .. r.id, '-', '+')) do
+  for _, entry in ipairs(try('XRANGE', T .. ':o:' .. r.id, '-', '+') or {}) do
     for i = 1, #entry[2], 2 do
       if entry[2][i] == 't' then
         parts[#parts + 1] = entry[2][i + 1]
@@ -55,6 +54,12 @@ local function committed(r)
     end
   end
   return table.concat(parts)
+end
+
+-- Token ids in the order they were committed.
+local function committed(r)
+  r.tokens = r.tokens or read_tokens(r)
+  return r.tokens
 end
 
 local function give(r)
@@ -92,12 +97,17 @@ end
 
 -- Whether the request ended instead of being claimed; its reference was delivered before.
 local function ended(r)
+  if r.damage then
+    r.epoch = r.epoch + 1
+    finish_record(T, r, now, { finish = 'error', reason = 'the record is damaged: ' .. r.damage })
+    return true
+  end
   if r.deadline <= now then
     r.epoch = r.epoch + 1
     finish_record(T, r, now, { finish = 'expired', reason = 'deadline passed' })
     return true
   end
-  if r.offset > 0 and r.reply == '' and redis.call('TYPE', T .. ':o:' .. r.id).ok ~= 'stream' then
+  if #committed(r) ~= 4 * r.offset then
     r.epoch = r.epoch + 1
     finish_record(T, r, now, { finish = 'error', reason = 'the tokens written so far are gone' })
     return true
@@ -156,7 +166,7 @@ local readers = {}
 local function peek(lane)
   local reader = readers[lane]
   if not reader then
-    if redis.call('EXISTS', lane) == 0 then
+    if redis.call('TYPE', lane).ok ~= 'stream' then
       return nil
     end
     reader = { at = last_delivered(lane), entries = {}, next = 1, piece = 1, delivered = 0 }
@@ -201,6 +211,14 @@ local function first_tenant(priority)
   return two[1]
 end
 
+-- What a reference says: request id and charge; nil for one that no enqueue wrote.
+local function read_reference(fields)
+  local cost, most = tonumber(fields[4]), tonumber(fields[6])
+  if fields[1] == 'id' and is_sound(cost) and is_sound(most) then
+    return fields[2], cost + most
+  end
+end
+
 -- priority -> the next to be claimed: tenant, lane, entry id, request id, charge; false: none waits.
 local heads = {}
 
@@ -209,9 +227,16 @@ local function head_of(priority)
     local tenant = first_tenant(priority)
     local lane = tenant and T .. ':in:' .. priority .. ':' .. tenant
     local head = tenant and peek(lane)
+    local id, charge = nil, nil
     if head then
-      heads[priority] = { tenant = tenant, lane = lane, entry = head[1], id = head[2][2],
-        charge = tonumber(head[2][4]) + tonumber(head[2][6]) }
+      id, charge = read_reference(head[2])
+    end
+    if id then
+      heads[priority] = { tenant = tenant, lane = lane, entry = head[1], id = id, charge = charge }
+    elseif head and scans > 0 then
+      deliver(lane, head[1])
+      drop_entry(lane, head[1])
+      scans = scans - 1
     elseif tenant and scans > 0 then
       -- Forgetting the lane of least virtual time costs nothing: it would start there again.
       redis.call('ZREM', T .. ':lanes:' .. priority, tenant)
@@ -240,12 +265,13 @@ local function claim_head(priority, head)
     return 0
   end
   r.state = 'park' -- delivered, owned by nobody: ending it drops the reference too
+  r.tenant, r.priority = head.tenant, priority -- where it is, whatever the record says
   if ended(r) then
     scans = scans - 1
     return 0
   end
   local charge, lead = r.cost + r.most, leads[priority]
-  lead.charge = lead.charge + charge / setting(T, 'weight:' .. head.tenant, 1)
+  lead.charge = lead.charge + charge / weight_of(T, head.tenant)
   take(r)
   return charge
 end
@@ -319,12 +345,12 @@ local function claim()
   end
 end
 
-local inbox = redis.call('XLEN', T .. ':inbox')
+local inbox = try('XLEN', T .. ':inbox') or 0
 local newest = redis.call('XREVRANGE', T .. ':ctl', '+', '-', 'COUNT', 1)[1]
 local control = newest and newest[1] or '0-0'
 local last = redis.call('HMGET', self, 'claim_seq', 'claim_ids')
 if last[1] == seq then
-  for id in string.gmatch(last[2], '%S+') do
+  for id in string.gmatch(last[2] or '', '%S+') do
     local r = load(T, id, 'payload')
     if r and r.state == 'run' and r.worker == worker then
       give(r)
