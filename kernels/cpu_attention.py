@@ -4,18 +4,31 @@ Decoding rows are ordered by context length and taken in groups whose keys and v
 processor's cache: each group gathers its blocks into one padded copy, which is still cached when
 attention reads it. The query heads that share a KV head become the query rows of one head.
 A prompt chunk is a call of its own; there the sharing heads become a batch with one set of keys.
-With a window, the blocks that no query sees are dropped from the tables first.
+With a window, tiles that no query sees are dropped first.
+
+A row's result has the same bits alone or beside others, whole or in chunks (tests hold it). Torch's
+attention runs over tiles of 512 keys from the first on, in matrix products whose rounding depends
+on their shape in two ways, which padding removes:
+
+    rows     fewer than 4, or not a multiple of 4, have kernels of their own  -> multiples of 4
+    keys     from 193 to 383 are summed up in halves, others in steps of 192  -> at least 384
 """
 
+import functools
+import math
 import threading
 from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 # Bytes of keys gathered at once; the best of 0.25 to 12 MiB on a 2-core server with 1 MiB of L2.
 _GROUP_BYTES = 2 << 20
+#: Keys that torch's attention takes at a time, and what its vectors and matrix kernels divide.
+_TILE, _VECTOR, _ROWS = 512, 16, 4
+#: Keys (from, to) of a tile whose sum is split in halves; here they are padded to the end.
+_HALVED = (192, 384)
 
 
 class _Scratch(threading.local):
@@ -102,18 +115,19 @@ class _Scores:
         q: torch.Tensor,
         keys: torch.Tensor,
         values: torch.Tensor,
-        mask: torch.Tensor | None,  # added to the scores; None: causal, as many queries as keys
+        mask: torch.Tensor,  # added to the scores
     ) -> torch.Tensor:
         """Torch's attention, spelt out where it has no soft cap."""
         if self.softcap is None:
             return scaled_dot_product_attention(
-                q, keys, values, attn_mask=mask, is_causal=mask is None, scale=self.scale
+                q, keys, values, attn_mask=mask, scale=self.scale
             )
         scores = (q @ keys.transpose(-1, -2)).mul_(self.scale / self.softcap)
         scores = scores.tanh_().mul_(self.softcap)
-        if mask is None:
-            mask = torch.full(scores.shape[-2:], float("-inf"), dtype=q.dtype).triu_(1)
-        return scores.add_(mask).softmax(dim=-1) @ values
+        weights = scores.add_(mask).softmax(dim=-1)
+        tiles = range(0, keys.shape[-2], _TILE)
+        parts = [weights[..., t : t + _TILE] @ values[..., t : t + _TILE, :] for t in tiles]
+        return functools.reduce(torch.add, parts)
 
 
 def _seen_blocks(
@@ -123,9 +137,10 @@ def _seen_blocks(
     block_size: int,
     window: int,
 ) -> tuple[list[int], torch.Tensor]:
-    """Contexts and tables counted from the first block that any query of a sequence sees."""
+    """Contexts and tables counted from the first tile that any query of a sequence sees."""
+    step = math.lcm(_TILE, block_size)
     skipped = [
-        max(0, context - length - window + 1) // block_size
+        max(0, context - length - window + 1) // step * (step // block_size)
         for context, length in zip(contexts, lengths, strict=True)
     ]
     columns = torch.arange(block_tables.shape[1]) + torch.tensor(skipped).unsqueeze(1)
@@ -145,36 +160,39 @@ def _decode(
     """One query per sequence, in groups of similar context length; returns [S, Hq, D]."""
     block_size, num_kv_heads, head_dim = k_cache.shape[1:]
     q = q.view(q.shape[0], num_kv_heads, -1, head_dim)  # [S, Hkv, G, D]
+    num_rows = q.shape[2]
+    q = pad(q, (0, 0, 0, -num_rows % _ROWS))
     out = torch.empty_like(q)
     limits = torch.tensor(contexts).unsqueeze(1)
-    positions = torch.arange(-(-contexts[-1] // block_size) * block_size)
+    positions = torch.arange(padded_keys(contexts[-1]))
     behind = positions >= limits
     hidden = behind if scores.window is None else behind | (positions < limits - scores.window)
     mask = torch.zeros(behind.shape, dtype=q.dtype).masked_fill_(hidden, float("-inf"))
     block_bytes = k_cache[0].numel() * k_cache.element_size()
     end = len(contexts)
     while end > 0:  # from the longest, which sets the padding of its group
-        width = -(-contexts[end - 1] // block_size)
-        start = max(0, end - max(1, _GROUP_BYTES // (width * block_bytes)))
+        width = padded_keys(contexts[end - 1])
+        num_blocks = -(-width // block_size)
+        start = max(0, end - max(1, _GROUP_BYTES // (num_blocks * block_bytes)))
         group = slice(start, end)
-        blocks = block_tables[group, :width].reshape(-1)
+        blocks = _cut(block_tables[group], num_blocks)
         keys, values = (
-            _scratch.gather(cache, blocks, place).view(end - start, -1, num_kv_heads, head_dim)
+            _scratch.gather(cache, blocks, place).unflatten(0, (end - start, -1))[:, :width]
             for place, cache in enumerate((k_cache, v_cache))
         )
         # What lies behind a context may be NaN, which neither the mask nor a weight of 0 removes.
         shortest = contexts[start]
-        foreign = behind[group, shortest : width * block_size, None, None]
+        foreign = behind[group, shortest:width, None, None]
         keys[:, shortest:].masked_fill_(foreign, 0)
         values[:, shortest:].masked_fill_(foreign, 0)
         out[group] = scores.attend(
             q[group],
             keys.transpose(1, 2).to(q.dtype),
             values.transpose(1, 2).to(q.dtype),
-            mask[group, None, None, : width * block_size],
+            mask[group, None, None, :width],
         )
         end = start
-    return out.view(len(contexts), -1, head_dim)
+    return out[:, :, :num_rows].reshape(len(contexts), -1, head_dim)
 
 
 def _chunk(
@@ -189,21 +207,38 @@ def _chunk(
     block_size, num_kv_heads, head_dim = k_cache.shape[1:]
     num_queries = q.shape[0]
     group = q.shape[1] // num_kv_heads
-    blocks = block_table[: -(-context // block_size)]
-    keys, values = (
-        _scratch.gather(cache, blocks, place)[:context]
-        .transpose(0, 1)
-        .to(q.dtype)
-        .expand(group, -1, -1, -1)  # [G, Hkv, N, D], a view
+    width = padded_keys(context)
+    blocks = _cut(block_table.unsqueeze(0), -(-width // block_size))
+    gathered = [
+        _scratch.gather(cache, blocks, place)[:width]
         for place, cache in enumerate((k_cache, v_cache))
+    ]
+    for rows in gathered:
+        rows[context:].zero_()
+    keys, values = (
+        rows.transpose(0, 1).to(q.dtype).expand(group, -1, -1, -1)  # [G, Hkv, N, D], a view
+        for rows in gathered
     )
-    before = context - num_queries
-    mask = None
-    if before or (scores.window is not None and scores.window < context):
-        seen = torch.ones(num_queries, context, dtype=torch.bool).tril_(before)
-        if scores.window is not None:
-            seen.triu_(before - scores.window + 1)
-        mask = torch.zeros(seen.shape, dtype=q.dtype).masked_fill_(~seen, float("-inf"))
     heads = q.view(num_queries, num_kv_heads, group, head_dim).permute(2, 1, 0, 3)
-    out = scores.attend(heads, keys, values, mask)
+    heads = pad(heads, (0, 0, 0, -num_queries % _ROWS))
+    before = context - num_queries
+    hidden = torch.full((heads.shape[2], width), float("-inf"), dtype=q.dtype)
+    mask = hidden.triu(before + 1)
+    if scores.window is not None:
+        mask += hidden.tril_(before - scores.window)
+    out = scores.attend(heads, keys, values, mask)[:, :, :num_queries]
     return out.permute(2, 1, 0, 3).reshape(num_queries, -1, head_dim)
+
+
+def padded_keys(count: int) -> int:
+    """Keys to attend to, so that `count` of them are summed up as they would be among more."""
+    rest = count % _TILE
+    low, high = _HALVED
+    padded = -(-rest // _VECTOR) * _VECTOR
+    return count - rest + (high if low < padded < high else padded)
+
+
+def _cut(tables: torch.Tensor, num_blocks: int) -> torch.Tensor:
+    """Block tables [S, B] cut or filled up to `num_blocks` columns, flat."""
+    missing = max(num_blocks - tables.shape[1], 0)
+    return pad(tables[:, :num_blocks], (0, missing)).reshape(-1)

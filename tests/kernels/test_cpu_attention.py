@@ -128,3 +128,42 @@ def test_windows_and_soft_caps(
     chunks = [(1, 40), (63, 70), (1, 3), (7, 7), (1, 100), (5, 90)]
     case = replace(attention_case(chunks), window=window, softcap=softcap)
     assert_close(case.run(cpu_attention.paged_attention), case.run(reference.paged_attention))
+
+
+@pytest.mark.parametrize("window", [None, 40, 600])
+@pytest.mark.parametrize("softcap", [None, 20.0])
+@pytest.mark.parametrize("heads", [(9, 3), (4, 4), (5, 1)], ids=str)
+def test_a_row_has_the_same_bits_whole_in_chunks_or_alone(
+    heads: tuple[int, int], softcap: float | None, window: int | None
+) -> None:
+    """Against decoding every position in one batch, across the sizes at which BLAS changes."""
+    torch.manual_seed(0)
+    length, block_size, (hq, hkv), dim = 700, 16, heads, 24
+    q = torch.randn(length, hq, dim)
+    table = torch.randperm(60)[:44].to(torch.int32)
+    keys, values = (torch.full((60, block_size, hkv, dim), torch.nan) for _ in range(2))
+    for cache in (keys, values):
+        cache[table.long()] = torch.randn(44, block_size, hkv, dim)
+
+    def attend(chunks: list[tuple[int, int]]) -> torch.Tensor:
+        sizes = torch.tensor([0, *(end - start for start, end in chunks)])
+        return cpu_attention.paged_attention(
+            torch.cat([q[start:end] for start, end in chunks]),
+            keys,
+            values,
+            cu_seqlens_q=sizes.cumsum(0).int(),
+            context_lens=torch.tensor([end for _, end in chunks], dtype=torch.int32),
+            block_tables=table.expand(len(chunks), -1),
+            max_query_len=int(sizes.max()),
+            scale=dim**-0.5,
+            window=window,
+            softcap=softcap,
+        )
+
+    expected = attend([(n, n + 1) for n in range(length)])
+    for size in (7, 64, 230, length):
+        chunks = [(start, min(start + size, length)) for start in range(0, length, size)]
+        assert torch.equal(attend(chunks), expected)
+    for position in (0, 190, 200, 383, 511, 512, 699):
+        alone = attend([(position, position + 1)])
+        assert torch.equal(alone, expected[position : position + 1])

@@ -1,0 +1,85 @@
+"""`Probe`: steps made up to learn about the device, run before the engine serves."""
+
+import time
+from collections.abc import Sequence as Seq
+
+import torch
+
+from tokenmill.engine.batch import build_batch
+from tokenmill.engine.cost_model import Timing, kv_tokens_read
+from tokenmill.engine.kv_cache import KVCache
+from tokenmill.engine.models.decoder import Decoder
+from tokenmill.engine.scheduler import Chunk
+from tokenmill.engine.sequence import Sequence
+from tokenmill.producer.params import SamplingParams
+
+#: A chunk of a sequence of its own: (start, length).
+Shape = tuple[int, int]
+#: Time for the steps that the cost model starts from, and how often each is run within it.
+COST_S, COST_ROUNDS = 1.0, 3
+
+
+class Probe:
+    """Runs steps on a cache that nobody uses yet; what they leave in it is never read."""
+
+    def __init__(self, decoder: Decoder, cache: KVCache, max_model_len: int) -> None:
+        self._decoder = decoder
+        self._cache = cache
+        self._max_model_len = max_model_len
+
+    @torch.inference_mode()
+    def logits(self, shapes: Seq[Shape]) -> torch.Tensor:
+        """Logits [S, V] behind the last token of each chunk of one step."""
+        num_blocks, block_size = self._cache.keys[0].shape[:2]
+        device = self._cache.keys[0].device
+        chunks, used = [], 0
+        for start, length in shapes:
+            end = start + length
+            seq = Sequence(
+                seq_id="",
+                token_ids=[37 * p % self._decoder.spec.vocab_size for p in range(end)],
+                num_prompt_tokens=end,
+                params=SamplingParams(),
+                seed=0,
+                max_num_tokens=end,
+            )
+            count = -(-end // block_size)
+            seq.block_table = [block % num_blocks for block in range(used, used + count)]
+            used += count
+            chunks.append(Chunk(seq, start, length))
+        batch = build_batch(chunks, block_size, device)
+        return self._decoder.logits(self._decoder.forward(batch, self._cache))
+
+    def timings(self) -> list[Timing]:
+        """Steps of different sizes and contexts, within about `COST_S` seconds."""
+        context = max(min(512, self._max_model_len - 64), 0)
+        shapes: list[list[Shape]] = [
+            [(0, min(length, self._max_model_len))] for length in (16, 1, 64, 128)
+        ]
+        shapes += [[(context, 1)] * 16, [(context, min(64, self._max_model_len - context))]]
+        self._timed(shapes[0])  # the first touches the weights
+        ends = time.perf_counter() + COST_S
+        found: list[Timing] = []
+        for shape in shapes * COST_ROUNDS:
+            found.append(self._timed(shape))
+            if time.perf_counter() > ends and len(found) >= len(shapes):
+                break
+        return found
+
+    def _timed(self, shapes: Seq[Shape]) -> Timing:
+        started = time.perf_counter()
+        self.logits(shapes).argmax(dim=-1).tolist()  # to the host, as a step does
+        seconds = time.perf_counter() - started
+        tokens = sum(length for _, length in shapes)
+        return Timing(tokens, sum(kv_tokens_read(*shape) for shape in shapes), seconds)
+
+    def is_batch_invariant(self) -> bool:
+        """Whether a sequence's logits have the same bits whole, in chunks and beside others."""
+        length = min(230, self._max_model_len)
+        others = [(0, 5), (length // 2, 1)]
+        whole = self.logits([(0, length)])[0]
+        self.logits([(0, length // 3), *others])
+        self.logits([(length // 3, length - length // 3 - 1)])
+        beside = self.logits([(length - 1, 1), *others])[0]
+        alone = self.logits([(length - 1, 1)])[0]
+        return torch.equal(whole, beside) and torch.equal(whole, alone)

@@ -1,0 +1,96 @@
+"""On a CPU the logits of a request have the same bits whatever it is computed with, and how."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tokenmill.engine import engine as engine_module
+from tokenmill.engine.config import EngineConfig
+from tokenmill.engine.engine import Engine
+from tokenmill.engine.loader import LoadedModel, load
+from tokenmill.engine.sampler import sample
+from tokenmill.producer.params import SamplingParams
+
+#: (sequence, its length) -> the logits that its next token was chosen from.
+Logits = dict[tuple[str, int], torch.Tensor]
+TinyCheckpoint = Callable[..., tuple[Path, Any]]
+DEFAULTS: dict[str, Any] = {"token_budget": 256, "max_num_seqs": 6, "block_size": 4}
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> Logits:
+    """Filled by every engine that steps; logits that differ from earlier ones fail the test."""
+    logits: Logits = {}
+
+    def spy(rows: torch.Tensor, seqs: list[Any], *rest: Any) -> Any:
+        for row, seq in zip(rows.clone(), seqs, strict=True):
+            key = (seq.seq_id, seq.num_tokens)
+            assert torch.equal(row, logits.setdefault(key, row)), f"{key}: other logits"
+        return sample(rows, seqs, *rest)
+
+    monkeypatch.setattr(engine_module, "sample", spy)
+    return logits
+
+
+@pytest.fixture(params=["qwen3", "mistral"])
+def model(request: pytest.FixtureRequest, tiny_checkpoint: TinyCheckpoint) -> LoadedModel:
+    """Awkward widths, so that no kernel gets whole vectors; one with norms of heads."""
+    directory, _ = tiny_checkpoint(
+        request.param, hidden_size=50, num_attention_heads=5, num_key_value_heads=1, head_dim=12,
+        intermediate_size=77, max_position_embeddings=1024, sliding_window=None,
+    )  # fmt: skip
+    return load(str(directory), device="cpu")
+
+
+def prompt_of(name: str, length: int) -> list[int]:
+    return [(int(name, 36) * 31 + 37 * n) % 320 + 5 for n in range(length)]
+
+
+def answer(model: LoadedModel, *names: str, temperature: float = 0.0, **config: Any) -> Engine:
+    """Answer prompts of different lengths; `a` has 230 tokens, further ones fewer."""
+    engine = Engine(model, EngineConfig(**(DEFAULTS | config)))
+    engine.scheduler.output_lengths.record(1)  # admit all at once
+    for name in names:
+        params = SamplingParams(max_tokens=24, temperature=temperature, ignore_eos=True)
+        length = 230 - 41 * (int(name, 36) - 10)
+        engine.add(name, prompt_of(name, length), params, seed=int(name, 36))
+    while engine.has_work:
+        engine.step()
+    engine.check_integrity()
+    return engine
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_alone_in_a_batch_in_chunks_or_preempted(
+    model: LoadedModel, seen: Logits, temperature: float
+) -> None:
+    answer(model, "a", temperature=temperature)
+    assert len(seen) == 24
+    for budget in (6, 7, 64, 256):
+        answer(model, *"abcdef", temperature=temperature, token_budget=budget)
+    answer(model, "a", temperature=temperature, token_budget=1, max_num_seqs=1)
+    block_bytes = model.spec.kv_token_elements * 4 * 4
+    small = answer(model, *"abcdef", temperature=temperature, kv_cache_memory=80 * block_bytes)
+    assert small.stats().num_preemptions > 0
+    assert len(seen) == 6 * 24
+
+
+def test_cached_or_not(model: LoadedModel, seen: Logits) -> None:
+    """The same prompts again, in an engine that knows their blocks, and in one that must not."""
+    engine = answer(model, "a", "b")
+    for name, length in (("a", 230), ("b", 189)):
+        params = SamplingParams(max_tokens=24, ignore_eos=True)
+        engine.add(name, prompt_of(name, length), params, seed=int(name, 36))
+    while engine.has_work:
+        engine.step()
+    assert engine.stats().num_cached_tokens == 228 + 188
+    answer(model, "a", "b", prefix_caching=False, block_size=16)
+
+
+def test_the_small_real_model(smollm2: LoadedModel, seen: Logits) -> None:
+    answer(smollm2, "d", token_budget=256, block_size=32)
+    answer(smollm2, *"def", token_budget=64, block_size=32)
+    assert len(seen) == 3 * 24
