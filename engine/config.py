@@ -27,6 +27,10 @@ class EngineConfig:
     policy: Policy = Policy.SPLITFUSE
     #: Whether the KV cache keeps the blocks of prefixes that have been computed, for others.
     prefix_caching: bool = True
+    #: Prompts are cut so that no step is predicted to take longer, in milliseconds.
+    max_step_ms: float | None = None
+    #: Refuse to start where a request's logits depend on what else is computed.
+    deterministic: bool = False
 
     def __post_init__(self) -> None:
         for name, low in (
@@ -39,6 +43,8 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < low):
                 raise InvalidRequest(name, f"an integer of at least {low}", value)
+        if self.max_step_ms is not None and not self.max_step_ms > 0:
+            raise InvalidRequest("max_step_ms", "above 0", self.max_step_ms)
         if self.policy not in tuple(Policy):
             names = ", ".join(policy.value for policy in Policy)
             raise InvalidRequest("policy", f"a Policy: {names}", self.policy)

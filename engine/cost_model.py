@@ -11,6 +11,7 @@ disturbed by another process does not move it. The steps timed at the start stay
 from each other, while those of a steady load tell little about the coefficients.
 """
 
+import math
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -77,15 +78,15 @@ class CostModel:
         if len(timings) >= 3:
             self.fit = _fit(timings)
 
-    def predict(self, tokens: int, kv_tokens: int) -> float:
-        """Seconds of a step."""
-        fit = self.fit
-        return fit.fixed_s + fit.token_s * tokens + fit.kv_token_s * kv_tokens
+    def seconds_of(self, start: int, length: int) -> float:
+        """Seconds by which the chunk [start, start + length) of a sequence makes a step longer."""
+        kv_tokens = kv_tokens_read(start, length)
+        return self.fit.token_s * length + self.fit.kv_token_s * kv_tokens
 
     def knee(self, share: float) -> float:
         """Tokens in a step at which it does `share` of the tokens per second of an endless one."""
-        if self.fit.token_s <= 0:
-            return 0.0
+        if self.fit.token_s <= 0:  # more tokens cost nothing, or nothing is known
+            return math.inf if self.fit.num_steps else 0.0
         return share / (1 - share) * self.fit.fixed_s / self.fit.token_s
 
 
@@ -98,10 +99,11 @@ def _fit(timings: list[Timing]) -> CostFit:
         found = _solve_positive(rows, weights)
         errors = [abs(sum(x * f for x, f in zip(row, found, strict=True)) - 1) for row in rows]
         weights = [1 / max(error, SMALL_ERROR) for error in errors]
-    return CostFit(*found, relative_error=median(errors), num_steps=len(rows))
+    fixed_s, token_s, kv_token_s = found
+    return CostFit(fixed_s, token_s, kv_token_s, median(errors), len(rows))
 
 
-def _solve_positive(rows: list[tuple[float, ...]], weights: list[float]) -> list[float]:
+def _solve_positive(rows: list[tuple[float, float, float]], weights: list[float]) -> list[float]:
     """Least squares of `rows @ x = 1`, leaving out coefficients that would become negative."""
     active = [0, 1, 2]
     while active:

@@ -1,5 +1,7 @@
 """`Engine`: sequences in, one forward pass at a time, tokens out. No queue, no text."""
 
+import math
+import time
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
@@ -8,19 +10,23 @@ import torch
 from tokenmill.engine.batch import build_batch
 from tokenmill.engine.block_pool import BlockPool
 from tokenmill.engine.config import EngineConfig
+from tokenmill.engine.cost_model import CostModel, Timing, kv_tokens_read
 from tokenmill.engine.kv_cache import allocate_kv_cache, num_blocks_in
 from tokenmill.engine.loader import LoadedModel
 from tokenmill.engine.logprobs import TokenLogprobs, prompt_logprobs
 from tokenmill.engine.models.decoder import Decoder
+from tokenmill.engine.probe import Probe
 from tokenmill.engine.sampler import sample
-from tokenmill.engine.scheduler import Chunk, Scheduler
+from tokenmill.engine.scheduler import MIN_CHUNK, Chunk, Scheduler
 from tokenmill.engine.sequence import FinishReason, Sequence
 from tokenmill.engine.stats import EngineStats
 from tokenmill.producer.errors import InvalidRequest
 from tokenmill.producer.params import SamplingParams
 
-#: Defaults by device: token budget, sequences, block size.
-DEFAULTS = {"cpu": (256, 64, 32), "cuda": (2048, 256, 64)}
+#: Defaults by device: token budgets (smallest, largest, multiple of), sequences, block size.
+DEFAULTS = {"cpu": ((128, 512, 64), 64, 32), "cuda": ((512, 8192, 256), 256, 64)}
+#: The budget is where a step does this share of the tokens per second of an endless one.
+KNEE = 0.9
 #: Share of the device memory left by the weights that the KV cache takes on a GPU.
 GPU_KV_SHARE = 0.85
 CPU_KV_BYTES = 2 << 30
@@ -61,10 +67,9 @@ class Engine:
     """
 
     def __init__(self, model: LoadedModel, config: EngineConfig) -> None:
-        budget, rows, block_size = DEFAULTS[model.device.type]
+        budgets, rows, block_size = DEFAULTS[model.device.type]
         block_size = config.block_size or block_size
         max_num_seqs = config.max_num_seqs or min(rows, config.token_budget or rows)
-        token_budget = config.token_budget or max(budget, max_num_seqs)
         num_blocks = num_blocks_in(
             config.kv_cache_memory or _default_kv_memory(model),
             model.spec,
@@ -81,11 +86,24 @@ class Engine:
         self._cache = allocate_kv_cache(
             model.spec, num_blocks, block_size=block_size, dtype=model.dtype, device=model.device
         )
+        probe = Probe(self._decoder, self._cache, self.max_model_len)
+        cost = CostModel()
+        if config.token_budget is None or config.max_step_ms is not None:
+            cost.probe(probe.timings())
+        if config.deterministic and not probe.is_batch_invariant():
+            raise InvalidRequest(
+                "deterministic",
+                "a device whose results do not depend on the batch",
+                f"{model.device.type} in {model.dtype}".replace("torch.", ""),
+                "use float32 on a CPU, or leave it out",
+            )
         self.scheduler = Scheduler(
             BlockPool(num_blocks, block_size, is_caching=config.prefix_caching),
-            token_budget=token_budget,
+            token_budget=config.token_budget or max(best_budget(cost, *budgets), max_num_seqs),
             max_num_seqs=max_num_seqs,
             policy=config.policy,
+            cost=cost,
+            max_step_s=_max_step_s(config, cost),
         )
         self._sequences: dict[str, Sequence] = {}
         #: Sequences that were complete when they were added: they end without a step.
@@ -186,12 +204,15 @@ class Engine:
             num_blocks=scheduler.pool.num_blocks,
             num_free_blocks=scheduler.pool.num_free,
             num_cached_blocks=scheduler.pool.num_cached,
+            token_budget=scheduler.token_budget,
+            cost=scheduler.cost.fit,
         )
 
     @torch.inference_mode()
     def step(self) -> list[StepOutput]:
         """Run one forward pass and return what it gave; an idle engine returns nothing."""
         outputs = [self._end(seq, FinishReason.LENGTH) for seq in self._take_complete()]
+        started = time.perf_counter()
         plan = self.scheduler.schedule()
         if not plan.chunks:
             return outputs
@@ -206,6 +227,9 @@ class Engine:
             return outputs
         logits = self._decoder.logits(hidden[: len(ready)])
         chosen = zip(*sample(logits, ready, self.tokenizer.eos_token_ids), strict=True)
+        kv_tokens = sum(kv_tokens_read(c.start, c.length) for c in plan.chunks)
+        seconds = time.perf_counter() - started  # the tokens are on the host: it has ended
+        self.scheduler.cost.observe(Timing(plan.num_tokens, kv_tokens, seconds))
         return outputs + [self._advance(s, *c) for s, c in zip(ready, chosen, strict=True)]
 
     def check_integrity(self) -> None:
@@ -256,6 +280,25 @@ def _default_kv_memory(model: LoadedModel) -> int:
         free, _total = torch.cuda.mem_get_info(model.device)
         return int(free * GPU_KV_SHARE)
     return CPU_KV_BYTES
+
+
+def best_budget(cost: CostModel, least: int, most: int, multiple: int) -> int:
+    """The token budget at the knee of the cost model, on a size that the device likes."""
+    knee = min(max(cost.knee(KNEE), least), most)
+    return math.ceil(knee / multiple) * multiple
+
+
+def _max_step_s(config: EngineConfig, cost: CostModel) -> float:
+    if config.max_step_ms is None:
+        return math.inf
+    least_ms = 1000 * (cost.fit.fixed_s + cost.seconds_of(0, MIN_CHUNK))
+    if config.max_step_ms < least_ms:
+        raise InvalidRequest(
+            "max_step_ms",
+            f"at least the {least_ms:.0f} ms that {MIN_CHUNK} tokens take here",
+            config.max_step_ms,
+        )
+    return config.max_step_ms / 1000
 
 
 def _max_model_len(config: EngineConfig, model: LoadedModel, cache_tokens: int) -> int:

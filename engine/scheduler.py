@@ -6,7 +6,8 @@ split over steps, short ones fused into one.
 
 Contract (tests/engine/test_scheduler.py and test_scheduler_properties.py)
 
-1. A step never exceeds the token budget, `max_num_seqs`, or the free blocks.
+1. A step never exceeds the token budget, `max_num_seqs`, or the free blocks. Prompts are cut so
+   that it is not predicted to take longer than `max_step_s`; the decodes always go.
 2. A sequence whose `max_num_tokens` the whole cache holds can finish alone; the engine caps the
    context by the cache, so there are no others.
 3. A new sequence is admitted when its tokens plus its expected output fit, with a margin, beside
@@ -25,11 +26,13 @@ Contract (tests/engine/test_scheduler.py and test_scheduler_properties.py)
 
 import bisect
 import enum
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import islice
 
 from tokenmill.engine.block_pool import BlockPool, extend_hashes
+from tokenmill.engine.cost_model import CostModel
 from tokenmill.engine.output_lengths import OutputLengths
 from tokenmill.engine.sequence import Sequence, SequenceStatus
 
@@ -39,6 +42,8 @@ MAX_PASSES = 64
 MAX_BLOCKED = 32
 #: Admissions by which a level of priority is ahead of the next.
 HEAD_START = 256
+#: Tokens of a prompt that a step takes if it has nothing else, whatever its time limit.
+MIN_CHUNK = 16
 #: Admission leaves one block in so many unspoken for.
 MARGIN = 64
 
@@ -74,24 +79,40 @@ class SchedulerOutput:
 
 
 class Step:
-    """The token budget of one step while it is being filled."""
+    """The token budget of one step, and its time limit, while it is being filled."""
 
-    def __init__(self, budget: int) -> None:
+    def __init__(self, budget: int, seconds_left: float, cost: CostModel) -> None:
         self.left = budget
+        self.seconds_left = seconds_left
+        self._cost = cost
         self.lengths: dict[Sequence, int] = {}
         self.preempted: list[Sequence] = []
         #: Who computes the full block of this hash.
         self._computing: dict[bytes, Sequence] = {}
 
+    def most(self, seq: Sequence, start: int) -> int:
+        """The longest chunk from `start` on that fits; a step with nothing else takes some."""
+        most = min(seq.num_tokens - start, self.left)
+        if most <= 1 or self._cost.seconds_of(start, most) <= self.seconds_left:
+            return most
+        sizes = range(most)
+        fits = bisect.bisect_right(
+            sizes, self.seconds_left, key=lambda n: self._cost.seconds_of(start, n)
+        )
+        return max(fits - 1, 0 if self.lengths else min(most, MIN_CHUNK))
+
     def take(self, seq: Sequence, length: int, block_size: int) -> None:
         self.lengths[seq] = length
         self.left -= length
         start = seq.num_computed_tokens
+        self.seconds_left -= self._cost.seconds_of(start, length)
         for block_hash in seq.block_hashes[start // block_size : (start + length) // block_size]:
             self._computing.setdefault(block_hash, seq)
 
     def drop(self, seq: Sequence) -> None:
-        self.left += self.lengths.pop(seq, 0)
+        length = self.lengths.pop(seq, 0)
+        self.left += length
+        self.seconds_left += self._cost.seconds_of(seq.num_computed_tokens, length)
         self.preempted.append(seq)
 
     def is_computing(self, block_hash: bytes) -> bool:
@@ -102,7 +123,14 @@ class Scheduler:
     """Decides which tokens each step computes; owns the block tables."""
 
     def __init__(
-        self, pool: BlockPool, *, token_budget: int, max_num_seqs: int, policy: Policy
+        self,
+        pool: BlockPool,
+        *,
+        token_budget: int,
+        max_num_seqs: int,
+        policy: Policy,
+        cost: CostModel | None = None,
+        max_step_s: float = math.inf,
     ) -> None:
         if max_num_seqs > token_budget:
             raise ValueError(
@@ -114,6 +142,8 @@ class Scheduler:
         self.max_num_seqs = max_num_seqs
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
+        self.cost = cost or CostModel()
+        self.max_step_s = max_step_s
         self.output_lengths = OutputLengths()
         self.num_preemptions = 0
         #: Tokens of all admitted sequences, and those of them that were in the cache.
@@ -133,7 +163,7 @@ class Scheduler:
 
     def schedule(self) -> SchedulerOutput:
         """Fill one step and allocate the blocks that its chunks write to."""
-        step = Step(self.token_budget)
+        step = Step(self.token_budget, self.max_step_s - self.cost.fit.fixed_s, self.cost)
         self._fill(self, step)
         chunks = tuple(
             Chunk(seq, seq.num_computed_tokens, length) for seq, length in step.lengths.items()
@@ -185,7 +215,7 @@ class Scheduler:
             if step.left <= 0:
                 return
             if seq.is_prefilling is prefilling and seq.status is SequenceStatus.RUNNING:
-                self._take(step, seq, min(seq.num_uncomputed_tokens, step.left))
+                self._take(step, seq, step.most(seq, seq.num_computed_tokens))
 
     def fill_waiting(self, step: Step, *, whole: bool = False) -> None:
         """Admit waiting sequences in order while budget, rows and blocks allow."""
@@ -197,12 +227,14 @@ class Scheduler:
             cached = self._cached_blocks(seq)
             if self._is_being_computed(step, seq, len(cached)):
                 continue
-            uncomputed = seq.num_tokens - len(cached) * self.pool.block_size
-            length = min(uncomputed, step.left)
-            if whole and length < uncomputed:
+            start = len(cached) * self.pool.block_size
+            length = step.most(seq, start)
+            if whole and length < seq.num_tokens - start:
                 if step.lengths:
                     return
-                length = uncomputed  # longer than the budget: a step of its own
+                length = seq.num_tokens - start  # longer than the budget: a step of its own
+            if not length:
+                return
             if self._can_admit(seq, cached, free):
                 self._admit(seq, cached, passed)
                 self._take(step, seq, length)

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from tokenmill.engine.cost_model import CostFit
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineStats:
@@ -22,6 +24,8 @@ class EngineStats:
     num_free_blocks: int
     #: Blocks that the prefix cache can find, in use or not.
     num_cached_blocks: int
+    token_budget: int
+    cost: CostFit
 
     @property
     def hit_rate(self) -> float:

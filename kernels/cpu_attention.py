@@ -119,9 +119,7 @@ class _Scores:
     ) -> torch.Tensor:
         """Torch's attention, spelt out where it has no soft cap."""
         if self.softcap is None:
-            return scaled_dot_product_attention(
-                q, keys, values, attn_mask=mask, scale=self.scale
-            )
+            return scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=self.scale)
         scores = (q @ keys.transpose(-1, -2)).mul_(self.scale / self.softcap)
         scores = scores.tanh_().mul_(self.softcap)
         weights = scores.add_(mask).softmax(dim=-1)

@@ -50,7 +50,7 @@ def _auto(value: str) -> int | None:
     metavar="N|auto",
     default="auto",
     show_default=True,
-    help="Most tokens in one forward pass.",
+    help="Most tokens in one forward pass; auto times a few at the start.",
 )
 @_option(
     "--device",
@@ -102,6 +102,19 @@ def _auto(value: str) -> int | None:
     show_default=True,
     help="Compute a prefix that prompts share once.",
 )
+@_option(
+    "--max-step-ms",
+    envvar="TOKENMILL_MAX_STEP_MS",
+    type=float,
+    metavar="MS",
+    help="Cut prompts so that no forward pass takes longer, as far as can be predicted.",
+)
+@_option(
+    "--deterministic",
+    envvar="TOKENMILL_DETERMINISTIC",
+    is_flag=True,
+    help="Refuse to start where results depend on what else is computed.",
+)
 @_option("--threads", envvar="TOKENMILL_THREADS", type=int, help="CPU threads of the model.")
 @_option(
     "--lease",
@@ -150,6 +163,8 @@ def worker(
     kv_cache_memory: str | None,
     policy: str,
     prefix_caching: bool,
+    max_step_ms: float | None,
+    deterministic: bool,
     lease_s: float,
     verbose: bool,
     as_json: bool,
@@ -173,6 +188,8 @@ def worker(
             kv_cache_memory=None if kv_cache_memory is None else parse_bytes(kv_cache_memory),
             policy=Policy(policy),
             prefix_caching=prefix_caching,
+            max_step_ms=max_step_ms,
+            deterministic=deterministic,
         ),
         **settings,
     )

@@ -29,6 +29,11 @@ READY = Event(
     logging.INFO,
     ("worker_id", "model", "load_s", "sequences", "kv_tokens", "max_model_len"),
 )
+STEPS_TIMED = Event(
+    "steps_timed",
+    logging.INFO,
+    ("token_budget", "fixed_ms", "token_us", "kv_token_ns", "relative_error"),
+)
 DRAINING = Event("worker_draining", logging.INFO, ("why",))
 DRAIN_CUT = Event("drain_cut_short", logging.WARNING, ("held",))
 STOPPED = Event("worker_stopped", logging.INFO, ("finished", "released", "fenced", "uptime_s"))

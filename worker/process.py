@@ -40,6 +40,7 @@ from tokenmill.worker.log import (
     READY,
     SERVER_AWAITED,
     STARTING,
+    STEPS_TIMED,
     STOPPED,
     THREAD_FAILED,
     emit,
@@ -73,7 +74,18 @@ def load_engine(config: WorkerConfig) -> EngineLike:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     model = load(config.model, device=config.device, dtype=config.dtype)
-    return Engine(model, config.engine)
+    engine = Engine(model, config.engine)
+    stats = engine.stats()
+    if stats.cost.num_steps:
+        emit(
+            STEPS_TIMED,
+            token_budget=stats.token_budget,
+            fixed_ms=round(1e3 * stats.cost.fixed_s, 2),
+            token_us=round(1e6 * stats.cost.token_s, 1),
+            kv_token_ns=round(1e9 * stats.cost.kv_token_s, 1),
+            relative_error=round(stats.cost.relative_error, 3),
+        )
+    return engine
 
 
 def run(

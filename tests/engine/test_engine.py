@@ -12,11 +12,13 @@ import pytest
 import torch
 
 from tokenmill.engine.config import EngineConfig
-from tokenmill.engine.engine import Engine
+from tokenmill.engine.cost_model import CostModel
+from tokenmill.engine.engine import Engine, best_budget
 from tokenmill.engine.loader import LoadedModel
 from tokenmill.engine.models.packed import pack
 from tokenmill.engine.models.spec import ModelSpec, RopeScaling
 from tokenmill.engine.models.weights import empty_weights, random_weights
+from tokenmill.engine.probe import Probe
 from tokenmill.engine.sequence import FinishReason
 from tokenmill.engine.tokenizer import Tokenizer
 from tokenmill.producer.errors import InvalidRequest
@@ -216,6 +218,49 @@ def test_prompt_logprobs_are_told_although_the_prompt_is_cached(tiny: LoadedMode
     while engine.has_work:
         told += sum(len(output.prompt_logprobs) for output in engine.step())
     assert told == 39
+
+
+def test_the_budget_is_chosen_by_timing_and_aligned(tiny: LoadedModel) -> None:
+    engine = make_engine(tiny, token_budget=None)
+    stats = engine.stats()
+    assert stats.token_budget in range(128, 513, 64)
+    assert stats.cost.num_steps >= 6
+    assert engine.scheduler.pool.num_free == engine.scheduler.pool.num_blocks
+
+
+@pytest.mark.parametrize(
+    ("knee", "budget"), [(0, 128), (129, 192), (400, 448), (9000, 512)], ids=str
+)
+def test_the_best_budget_is_aligned_and_bounded(
+    monkeypatch: pytest.MonkeyPatch, knee: float, budget: int
+) -> None:
+    cost = CostModel()
+    monkeypatch.setattr(CostModel, "knee", lambda *_: knee)
+    assert best_budget(cost, 128, 512, 64) == budget
+
+
+def test_an_impossible_step_time_is_refused_with_the_possible_one(tiny: LoadedModel) -> None:
+    with pytest.raises(InvalidRequest, match=r"max_step_ms must be at least the .* ms that 16"):
+        make_engine(tiny, max_step_ms=1e-6)
+
+
+def test_a_step_time_limit_changes_no_tokens(tiny: LoadedModel) -> None:
+    params = SamplingParams(max_tokens=4, ignore_eos=True)
+    answers = []
+    for limit in (None, 500.0):
+        engine = make_engine(tiny, max_step_ms=limit)
+        engine.add("a", PROMPT * 9, params, seed=0)
+        answers.append(run(engine))
+    assert answers[0] == answers[1]
+
+
+def test_deterministic_starts_only_where_it_holds(
+    tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_engine(tiny, deterministic=True)
+    monkeypatch.setattr(Probe, "is_batch_invariant", lambda _: False)
+    with pytest.raises(InvalidRequest, match="deterministic must be a device whose results"):
+        make_engine(tiny, deterministic=True)
 
 
 def test_capacity_counts_what_is_only_remembered_as_free(tiny: LoadedModel) -> None:

@@ -6,9 +6,11 @@ from itertools import count
 import pytest
 
 from tokenmill.engine.block_pool import BlockPool
+from tokenmill.engine.cost_model import CostModel, Timing
 from tokenmill.engine.scheduler import (
     HEAD_START,
     MAX_PASSES,
+    MIN_CHUNK,
     Policy,
     Scheduler,
     SchedulerOutput,
@@ -287,6 +289,39 @@ def test_a_cancelled_sequence_teaches_nothing_about_lengths() -> None:
     compute(scheduler, scheduler.schedule())
     scheduler.abort(seq)
     assert scheduler.output_lengths.expect() == before
+
+
+def make_limited(max_step_s: float) -> Scheduler:
+    """Steps of 1 s, and 0.1 s more for each token; reading keys is free."""
+    cost = CostModel()
+    cost.probe([Timing(n, k, 1 + 0.1 * n) for n in (1, 20, 50) for k in (0, 1000)])
+    return Scheduler(
+        BlockPool(1000, 4),
+        token_budget=100,
+        max_num_seqs=20,
+        policy=Policy.SPLITFUSE,
+        cost=cost,
+        max_step_s=max_step_s,
+    )
+
+
+def test_a_prompt_is_cut_so_that_the_step_keeps_its_time_limit() -> None:
+    scheduler = make_limited(6.05)
+    scheduler.add(make_sequence("a", 90, 5))
+    scheduler.add(make_sequence("b", 90, 5))
+    sizes = [plan.num_tokens for plan, _ in run(scheduler)]
+    assert sizes[:3] == [50, 50, 50]
+    assert sum(sizes) == 180 + 2 * 4
+    assert max(sizes) == 50
+
+
+def test_decodes_go_whatever_the_time_limit_and_a_prompt_alone_goes_on() -> None:
+    scheduler = make_limited(1.2)
+    for number in range(4):
+        scheduler.add(make_sequence(str(number), 16, 2))
+    plans = [plan for plan, _ in run(scheduler)]
+    assert plans[0].num_tokens == MIN_CHUNK
+    assert all(plan.num_tokens <= MIN_CHUNK for plan in plans)
 
 
 def test_a_budget_below_the_rows_is_refused() -> None:

@@ -124,3 +124,12 @@ def test_an_engine_that_fails_is_status_1(monkeypatch: pytest.MonkeyPatch) -> No
     result = invoke("--model", "m", "--redis", "redis://h")
     assert result.exit_code == 1
     assert result.output == "Error: 3 steps in a row failed\n"
+
+
+def test_options_of_steps(started: list[WorkerConfig]) -> None:
+    text = "--model m --redis redis://h/0 --max-step-ms 250 --deterministic --no-prefix-caching"
+    assert invoke(*text.split()).exit_code == 0
+    (config,) = started
+    assert config.engine == EngineConfig(
+        max_step_ms=250.0, deterministic=True, prefix_caching=False
+    )
