@@ -1,6 +1,6 @@
 """On a CPU the logits of a request have the same bits whatever it is computed with, and how."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,15 @@ DEFAULTS: dict[str, Any] = {"token_budget": 256, "max_num_seqs": 6, "block_size"
 
 
 @pytest.fixture
+def _one_thread() -> Iterator[None]:
+    """Tiny operations are not worth handing to a second thread; the real model has two."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> Logits:
     """Filled by every engine that steps; logits that differ from earlier ones fail the test."""
     logits: Logits = {}
@@ -36,7 +45,9 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Logits:
 
 
 @pytest.fixture(params=["qwen3", "mistral"])
-def model(request: pytest.FixtureRequest, tiny_checkpoint: TinyCheckpoint) -> LoadedModel:
+def model(
+    request: pytest.FixtureRequest, tiny_checkpoint: TinyCheckpoint, _one_thread: None
+) -> LoadedModel:
     """Awkward widths, so that no kernel gets whole vectors; one with norms of heads."""
     directory, _ = tiny_checkpoint(
         request.param, hidden_size=50, num_attention_heads=5, num_key_value_heads=1, head_dim=12,
