@@ -53,11 +53,12 @@ class Probe:
     def timings(self) -> list[Timing]:
         """Steps of different sizes and contexts, within about `COST_S` seconds."""
         context = max(min(512, self._max_model_len - 64), 0)
-        shapes: list[list[Shape]] = [
-            [(0, min(length, self._max_model_len))] for length in (16, 1, 64, 128)
-        ]
+        on_cpu = self._cache.keys[0].device.type == "cpu"
+        lengths = (16, 1, 64, 128) if on_cpu else (16, 1, 256, 1024, 2048)
+        shapes: list[list[Shape]] = [[(0, min(n, self._max_model_len))] for n in lengths]
         shapes += [[(context, 1)] * 16, [(context, min(64, self._max_model_len - context))]]
-        self._timed(shapes[0])  # the first touches the weights
+        for shape in shapes[:1] if on_cpu else shapes:
+            self._timed(shape)  # the first touches the weights, and on a GPU compiles kernels
         ends = time.perf_counter() + COST_S
         found: list[Timing] = []
         for shape in shapes * COST_ROUNDS:
