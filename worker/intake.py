@@ -59,6 +59,13 @@ class Room:
     def __bool__(self) -> bool:
         return self.sequences > 0 and self.tokens > 0 and self.kv_tokens > 0
 
+    def plus(self, other: "Room") -> "Room":
+        return Room(
+            self.sequences + other.sequences,
+            self.tokens + other.tokens,
+            self.kv_tokens + other.kv_tokens,
+        )
+
     def less(self, other: "Room") -> "Room":
         return Room(
             self.sequences - other.sequences,
@@ -97,8 +104,9 @@ class Intake:
         self._offered = Room()
         #: KV tokens of the idle engine: the most that was ever offered.
         self._kv_total = 0
-        #: Claimed, and not in the offered capacity: sequence id -> what it takes.
+        #: Claimed, and not in the offered capacity: sequence id -> what it takes; and their sum.
         self._held: dict[str, Room] = {}
+        self._held_sum = Room()
         self._upkeep_s = queue.lease_ms / 3000
         self._upkeep_at = clock()
         #: Since when nothing was held and nothing could be claimed; None: not idle.
@@ -111,7 +119,7 @@ class Intake:
         kv_tokens = capacity.blocks * capacity.block_size
         with self._changed:
             for seq_id in admitted:
-                self._held.pop(seq_id, None)
+                self._held_sum = self._held_sum.less(self._held.pop(seq_id, Room()))
             self._offered = Room(capacity.sequences, capacity.tokens, kv_tokens)
             self._kv_total = max(self._kv_total, kv_tokens)
             if self._room():
@@ -177,10 +185,7 @@ class Intake:
                 emit(REAPED, requests=moved)
 
     def _room(self) -> Room:
-        room = self._offered
-        for held in self._held.values():
-            room = room.less(held)
-        return room
+        return self._offered.less(self._held_sum)
 
     def _await_room(self) -> Room:
         """What may be claimed, waiting for it until the next upkeep."""
@@ -237,7 +242,9 @@ class Intake:
         tokens = len(prompt_ids) + len(claim.token_ids)
         still = max(params.max_tokens - len(claim.token_ids), 0)
         with self._changed:
-            self._held[seq_id] = Room(1, tokens, tokens + min(still, KV_RESERVE))
+            held = Room(1, tokens, tokens + min(still, KV_RESERVE))
+            self._held[seq_id] = held
+            self._held_sum = self._held_sum.plus(held)
         self._publisher.open(output)
         self._inbox.admit(
             Admission(

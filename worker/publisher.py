@@ -87,6 +87,8 @@ class Publisher:
         self.backlog = 0
         #: What this worker holds, by sequence id: only this thread touches it.
         self._outputs: dict[str, Output] = {}
+        #: Of what is held, request id -> sequence id.
+        self._seq_ids: dict[str, str] = {}
         self._flush_at = self._heartbeat_at = clock()
         #: Counts for the log and for who asks whether the worker is idle.
         self.num_opened = self.num_finished = self.num_released = self.num_dropped = 0
@@ -104,11 +106,15 @@ class Publisher:
     # -- called by other threads -------------------------------------------------------------
 
     def open(self, output: Output) -> None:
-        """Take charge of a claim; comes before any token of it."""
+        """Take charge of a claim; comes before any token of it.
+
+        Until then there is nothing to write, so nobody is woken, unless it has ended already.
+        """
         with self._changed:
             self.num_opened += 1
             self._events.append(output)
-            self._changed.notify()
+            if output.finish_reason:
+                self._changed.notify()
 
     def put(self, outputs: Sequence[StepOutput]) -> None:
         """Take what a step gave."""
@@ -152,6 +158,8 @@ class Publisher:
 
     def turn(self) -> None:
         """Take what was handed over, and write what is due."""
+        if not self._outputs:  # what comes now is asked about after a while, not at once
+            self._heartbeat_at = self._clock() + self._heartbeat_s
         for event in self._take():
             if isinstance(event, Output):
                 self._replace(event)
@@ -167,9 +175,9 @@ class Publisher:
             self._changed.wait_for(lambda: self._events or self._is_draining, self._due_in())
             return self._is_draining
 
-    def _due_in(self) -> float | None:
+    def _due_in(self) -> float:
         if not self._outputs:
-            return None
+            return self._heartbeat_s  # `open` wakes nobody
         is_due = any(output.is_due for output in self._outputs.values())
         due = min(self._flush_at, self._heartbeat_at) if is_due else self._heartbeat_at
         return max(due - self._clock(), 0.0)
@@ -184,10 +192,15 @@ class Publisher:
 
     def _replace(self, output: Output) -> None:
         """Take charge of a claim, in the place of an earlier one whose loss was not noticed yet."""
-        for earlier in list(self._outputs.values()):
-            if earlier.request_id == output.request_id:
-                self._lose(earlier, Verdict.FENCED)
+        earlier = self._outputs.get(self._seq_ids.get(output.request_id, ""))
+        if earlier is not None:
+            self._lose(earlier, Verdict.FENCED)
         self._outputs[output.seq_id] = output
+        self._seq_ids[output.request_id] = output.seq_id
+
+    def _drop(self, output: Output) -> None:
+        del self._outputs[output.seq_id]
+        del self._seq_ids[output.request_id]
 
     def _apply(self, step: Sequence[StepOutput]) -> None:
         for given in step:
@@ -240,7 +253,7 @@ class Publisher:
                 if verdict is not Verdict.OK:
                     self._lose(output, verdict)
                     continue
-                del self._outputs[output.seq_id]
+                self._drop(output)
                 self.num_finished += 1
                 emit(
                     FINISHED,
@@ -268,7 +281,7 @@ class Publisher:
             self._release(output, undo=True)
             return
         emit(FENCED, request_id=output.request_id, epoch=output.epoch)
-        del self._outputs[output.seq_id]
+        self._drop(output)
         self.num_dropped += 1
 
     def _release_all(self, given: _GiveBack) -> None:
@@ -280,7 +293,7 @@ class Publisher:
                 self._release(output, undo=given.undo, delay_ms=given.delay_ms, reason=given.reason)
 
     def _release(self, output: Output, *, undo: bool, delay_ms: int = 0, reason: str = "") -> None:
-        del self._outputs[output.seq_id]
+        self._drop(output)
         try:
             self._call(
                 self._queue.release,
