@@ -3,17 +3,18 @@
 import math
 import time
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from tokenmill.engine.batch import build_batch
 from tokenmill.engine.block_pool import BlockPool
 from tokenmill.engine.config import EngineConfig
+from tokenmill.engine.constraint import ConstraintCompiler
 from tokenmill.engine.cost_model import CostModel, Timing, kv_tokens_read
 from tokenmill.engine.kv_cache import allocate_kv_cache, num_blocks_in
 from tokenmill.engine.loader import LoadedModel
-from tokenmill.engine.logprobs import TokenLogprobs, prompt_logprobs
+from tokenmill.engine.logprobs import prompt_logprobs
 from tokenmill.engine.models.decoder import Decoder
 from tokenmill.engine.probe import Probe
 from tokenmill.engine.sampler import sample
@@ -21,6 +22,7 @@ from tokenmill.engine.scheduler import MIN_CHUNK, Chunk, Scheduler
 from tokenmill.engine.sequence import FinishReason, Sequence
 from tokenmill.engine.stats import EngineStats
 from tokenmill.producer.errors import InvalidRequest
+from tokenmill.producer.logprobs import TokenLogprobs
 from tokenmill.producer.params import SamplingParams
 
 #: Defaults by device: token budgets (smallest, largest, multiple of), sequences, block size.
@@ -105,6 +107,11 @@ class Engine:
             cost=cost,
             max_step_s=_max_step_s(config, cost),
         )
+        self._constraints = ConstraintCompiler(
+            model.tokenizer.to_json,
+            vocab_size=model.spec.vocab_size,
+            eos_token_ids=model.tokenizer.eos_token_ids,
+        )
         self._sequences: dict[str, Sequence] = {}
         #: Sequences that were complete when they were added: they end without a step.
         self._complete: list[Sequence] = []
@@ -161,10 +168,11 @@ class Engine:
             priority=priority,
             # Whoever has output has been told of the prompt.
             num_told_tokens=len(prompt_ids) if output_ids else 1,
+            constraint=self._constraints.compile(params, output_ids),
         )
         self._sequences[seq_id] = seq
         self.scheduler.add(seq)
-        if seq.num_tokens >= seq.max_num_tokens:
+        if seq.num_tokens >= seq.max_num_tokens or (seq.constraint and seq.constraint.is_complete):
             self._complete.append(seq)
 
     def abort(self, seq_id: str) -> None:
@@ -211,7 +219,7 @@ class Engine:
     @torch.inference_mode()
     def step(self) -> list[StepOutput]:
         """Run one forward pass and return what it gave; an idle engine returns nothing."""
-        outputs = [self._end(seq, FinishReason.LENGTH) for seq in self._take_complete()]
+        outputs = [self._end(seq, _reason(seq)) for seq in self._take_complete()]
         started = time.perf_counter()
         plan = self.scheduler.schedule()
         if not plan.chunks:
@@ -257,11 +265,13 @@ class Engine:
         )
         if ends:
             return self._end(seq, FinishReason.STOP)
+        if seq.constraint is not None and not seq.constraint.accept([token]):
+            return replace(self._end(seq, FinishReason.ERROR), error=_failed(seq))
         seq.token_ids.append(token)
         logprobs = () if told is None else (told,)
-        if seq.num_tokens < seq.max_num_tokens:
-            return StepOutput(seq.seq_id, (token,), logprobs=logprobs)
-        return self._end(seq, FinishReason.LENGTH, (token,), logprobs)
+        if seq.num_tokens >= seq.max_num_tokens or (seq.constraint and seq.constraint.is_complete):
+            return self._end(seq, _reason(seq), (token,), logprobs)
+        return StepOutput(seq.seq_id, (token,), logprobs=logprobs)
 
     def _end(
         self,
@@ -273,6 +283,17 @@ class Engine:
         del self._sequences[seq.seq_id]
         self.scheduler.finish(seq)
         return StepOutput(seq.seq_id, tokens, reason, logprobs=logprobs)
+
+
+def _reason(seq: Sequence) -> FinishReason:
+    """Why a sequence ends that can have no more tokens."""
+    is_complete = seq.constraint is not None and seq.constraint.is_complete
+    return FinishReason.STOP if is_complete else FinishReason.LENGTH
+
+
+def _failed(seq: Sequence) -> str:
+    field, _ = seq.params.constraint or ("", "")
+    return f"{field} must be less costly: {seq.constraint and seq.constraint.error}"
 
 
 def _default_kv_memory(model: LoadedModel) -> int:

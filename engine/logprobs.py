@@ -1,25 +1,16 @@
-"""`TokenLogprobs`: how likely tokens were, by the model's own distribution."""
+"""`logprobs_of`, `prompt_logprobs`: how likely tokens were, by the model's own distribution."""
 
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
 
 import torch
 
 from tokenmill.engine.scheduler import Chunk
 from tokenmill.engine.sequence import Sequence
+from tokenmill.producer.logprobs import TokenLogprobs
 
 #: Logits that are worked on at a time: 32 MiB of them, and a few times that in intermediates.
 SLICE_ELEMENTS = 1 << 23
-
-
-@dataclass(frozen=True, slots=True)
-class TokenLogprobs:
-    """Log probability of one token, and of the likeliest ones at its place, best first."""
-
-    token_id: int
-    logprob: float
-    top: tuple[tuple[int, float], ...] = ()
 
 
 def logprobs_of(

@@ -15,8 +15,8 @@ from tokenmill.engine.config import EngineConfig
 from tokenmill.engine.detokenizer import Detokenizer
 from tokenmill.engine.engine import Engine, StepOutput
 from tokenmill.engine.loader import load
-from tokenmill.engine.logprobs import TokenLogprobs
 from tokenmill.engine.sequence import FinishReason
+from tokenmill.producer.logprobs import TokenLogprobs
 from tokenmill.producer.params import SamplingParams, check_choices, choice_seed, derived_seed
 
 #: A text as it is, token ids, or the messages of a chat.

@@ -11,9 +11,11 @@ from collections.abc import Sequence as Seq
 import torch
 
 from tokenmill.engine.filters import keep_likely
-from tokenmill.engine.logprobs import SLICE_ELEMENTS, TokenLogprobs, logprobs_of
+from tokenmill.engine.logprobs import SLICE_ELEMENTS, logprobs_of
 from tokenmill.engine.penalties import apply_bias, apply_penalties
 from tokenmill.engine.sequence import Sequence
+from tokenmill.engine.token_masks import apply_constraints, forbid_early_end
+from tokenmill.producer.logprobs import TokenLogprobs
 
 _MASK = 0xFFFFFFFF
 
@@ -48,7 +50,8 @@ def sample(
 def _choose(logits: torch.Tensor, seqs: Seq[Sequence], eos_token_ids: Collection[int]) -> list[int]:
     apply_bias(logits, seqs)
     apply_penalties(logits, seqs)
-    _forbid_early_end(logits, seqs, eos_token_ids)
+    forbid_early_end(logits, seqs, eos_token_ids)
+    apply_constraints(logits, seqs)
     rows = [row for row, seq in enumerate(seqs) if seq.params.temperature > 0]
     if rows and len(rows) == len(seqs):
         logits = _noisy(logits, seqs)
@@ -57,15 +60,6 @@ def _choose(logits: torch.Tensor, seqs: Seq[Sequence], eos_token_ids: Collection
         logits[index] = _noisy(logits[index], [seqs[row] for row in rows])
     tokens: list[int] = logits.argmax(dim=-1).tolist()
     return tokens
-
-
-def _forbid_early_end(
-    logits: torch.Tensor, seqs: Seq[Sequence], eos_token_ids: Collection[int]
-) -> None:
-    for row, seq in enumerate(seqs):
-        if seq.num_output_tokens < seq.params.min_tokens:
-            ends = sorted({*eos_token_ids, *seq.params.stop_token_ids})
-            logits[row, [t for t in ends if t < logits.shape[1]]] = -torch.inf
 
 
 def _noisy(logits: torch.Tensor, seqs: Seq[Sequence]) -> torch.Tensor:

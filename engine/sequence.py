@@ -11,9 +11,13 @@ There is no phase flag: a sequence catches up with its length inside the token b
 
 import enum
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from tokenmill.engine.token_counts import TokenCounts
 from tokenmill.producer.params import SamplingParams
+
+if TYPE_CHECKING:
+    from tokenmill.engine.constraint import Constraint
 
 
 class SequenceStatus(enum.Enum):
@@ -63,6 +67,8 @@ class Sequence:
     num_told_tokens: int = 1
     #: Kept by the sampler where there are penalties; made anew from `token_ids` when missing.
     counts: TokenCounts | None = None
+    #: What the output may be; None for anything.
+    constraint: "Constraint | None" = None
 
     @property
     def num_tokens(self) -> int:

@@ -7,12 +7,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import AddedToken as Added
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
+from tokenmill.engine.chat_template import ChatTemplate
 from tokenmill.engine.errors import UnsupportedModel
 from tokenmill.engine.json_file import read_json
 from tokenmill.producer.errors import InvalidRequest
@@ -35,54 +34,61 @@ class Tokenizer:
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
-        self._special = dict(special or {})
-        self._template, self._template_error = _compile(chat_template)
+        added = backend.get_added_tokens_decoder()
+        control = {token_id: token.content for token_id, token in added.items() if token.special}
+        self._control_ids = frozenset(control)
+        self._template = ChatTemplate(
+            chat_template, special=special or {}, control_tokens=control.values()
+        )
         self.eos_token_ids = frozenset(eos_token_ids)
 
+    def to_json(self) -> str:
+        """The backend as tokenizer.json describes it."""
+        return self._backend.to_str()
+
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text, with the special tokens that the model wants around it."""
+        """Token ids of a text, with the special tokens that the model wants around it.
+
+        The text is taken as it is: control tokens written in it are control tokens.
+        """
         return self._backend.encode(text, add_special_tokens=True).ids
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of token ids, special tokens left out."""
         return self._backend.decode(token_ids, skip_special_tokens=True)
 
-    def apply_chat_template(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, str]],
+        tools: Sequence[Mapping[str, Any]] = (),
+    ) -> list[int]:
         """Token ids of a conversation, ending where the assistant is to speak.
+
+        What the messages and tools say is text: control tokens in it stay text.
 
         Raises:
             InvalidRequest: the model has no template, or the template refuses the messages.
         """
-        if self._template is None:
-            why = self._template_error or "this model has no chat template"
-            raise InvalidRequest("prompt", f"a text or token ids, as {why}", "messages")
-        try:
-            text = self._template.render(
-                messages=list(messages), add_generation_prompt=True, **self._special
-            )
-        except (jinja2.TemplateError, TypeError, ValueError, LookupError) as error:
-            raise InvalidRequest(
-                "prompt", "messages that the model's chat template takes", str(error)
-            ) from error
-        return self._backend.encode(text, add_special_tokens=False).ids
+        ids: list[int] = []
+        for piece, is_text in self._template.render(messages, tools):
+            if is_text:
+                ids += self._encode_literally(piece)
+            else:
+                ids += self._backend.encode(piece, add_special_tokens=False).ids
+        return ids
 
-
-def _compile(source: str | None) -> tuple[jinja2.Template | None, str]:
-    """The template, or None and why it cannot be used: plain texts still can."""
-    if not source:
-        return None, ""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-
-    def refuse(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    environment.globals["raise_exception"] = refuse
-    try:
-        return environment.from_string(source), ""
-    except jinja2.TemplateError as error:
-        return None, f"this model's chat template cannot be read ({error})"
+    def _encode_literally(self, text: str) -> list[int]:
+        """Token ids of a text in which nothing is a control token."""
+        backend = self._backend
+        if backend.normalizer is not None:
+            text = backend.normalizer.normalize_str(text)
+        words = [text]
+        if backend.pre_tokenizer is not None:
+            words = [word for word, _ in backend.pre_tokenizer.pre_tokenize_str(text)]
+        ids = [token.id for word in words for token in backend.model.tokenize(word)]
+        if self._control_ids.intersection(ids):
+            raise InvalidRequest("prompt", "messages without this model's control tokens", text)
+        return ids
 
 
 def tokenizer_from_directory(directory: Path) -> Tokenizer:

@@ -6,6 +6,7 @@ import secrets
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self
 
@@ -24,7 +25,7 @@ from tokenmill.producer.errors import (
     WrongServer,
 )
 from tokenmill.producer.follower import Follower, check_position
-from tokenmill.producer.params import SamplingParams
+from tokenmill.producer.params import SamplingParams, check_choices, choice_seed, derived_seed
 from tokenmill.producer.refusals import is_about_the_server
 from tokenmill.producer.replies import Replies, ended_result
 from tokenmill.producer.request_id import new_request_id, request_id_for
@@ -95,6 +96,7 @@ class Client:
         model: str = "",
         priority: int = 1,
         request_id: str | None = None,
+        tools: Sequence[Mapping[str, Any]] = (),
         deadline_s: float = 86_400,
         metadata: Mapping[str, str] | None = None,
         reply_to: str = "",
@@ -117,6 +119,7 @@ class Client:
                 "prompt": prompt,
                 "params": SamplingParams.from_mapping(sampling),
                 "model": model,
+                "tools": tools,
                 "tenant": self.tenant,
                 "priority": priority,
                 "deadline_ms": int((time.time() + deadline_s) * 1000),
@@ -134,6 +137,30 @@ class Client:
     def id_for(self, key: str) -> str:
         """The request id of an idempotency key of any form: the same key gives the same id."""
         return request_id_for(key, self._shards.number_for(key))
+
+    def new_choices(
+        self, prompt: AnyPrompt, *, n: int, request_id: str | None = None, **fields: Any
+    ) -> list[Request]:
+        """Build n requests for n outputs of one prompt, each with a seed of its own.
+
+        The first is what `new_request` would build; the ids of the others follow from its id, so
+        that repeating the call with a `request_id` gives the same requests.
+
+        Raises:
+            InvalidRequest: a field out of bounds.
+        """
+        check_choices(n)
+        first = self.new_request(prompt, request_id=request_id, **fields)
+        given = first.params.seed
+        seed = derived_seed(first.request_id) if given is None else given
+        return [first] + [
+            replace(
+                first,
+                request_id=self.id_for(f"{first.request_id}/{choice}"),
+                params=replace(first.params, seed=choice_seed(seed, choice)),
+            )
+            for choice in range(1, n)
+        ]
 
     def submit(self, prompt: AnyPrompt, **fields: Any) -> str:
         """Enqueue one request and return its id; `fields` as for `new_request`.

@@ -7,8 +7,9 @@ others go on. Lines are read up to a bound, so that no file can fill the memory.
 import enum
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -18,7 +19,10 @@ from tokenmill.producer.journal import Answer
 from tokenmill.producer.params import SamplingParams
 
 MAX_LINE_BYTES = 16 * 2**20
-_SAMPLING_FIELDS = frozenset(item.name for item in fields(SamplingParams))
+#: Rows whose `custom_id` is remembered, to tell that another has the same: some 100 MB.
+MAX_KNOWN_IDS = 1_000_000
+#: Columns of plain rows that are sampling parameters; `choice` is too common a name.
+_SAMPLING_FIELDS = frozenset(item.name for item in fields(SamplingParams)) - {"choice"}
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -59,13 +63,15 @@ class Row:
     params: SamplingParams
     #: The model that the row names, "" for none.
     model: str = ""
+    #: For the chat template, as plain values.
+    tools: Any = ()
     #: Where our fields stand in the row, for errors: field -> path.
     names: Mapping[str, str] = field(default_factory=dict)
 
     def refused(self, error: InvalidRequest) -> "BadRow":
         """This row as a bad one, its error told in the row's own names."""
-        head, bracket, rest = error.field.partition("[")
-        path = self.names.get(head, head) + bracket + rest
+        head = re.split(r"[.\[]", error.field, maxsplit=1)[0]
+        path = self.names.get(head, head) + error.field[len(head) :]
         return BadRow(
             index=self.index,
             line=self.line,
@@ -112,9 +118,11 @@ class Dataset:
         self.layout = self.survey.layout
 
     def __iter__(self) -> Iterator[Row | BadRow]:
+        known: set[bytes] = set()
         with _open(self.path) as file:
             for index, (line, data) in enumerate(_lines(file)):
-                yield self._row(index, line, data)
+                row = self._row(index, line, data)
+                yield self._once(row, known) if self.layout is Layout.OPENAI else row
 
     @property
     def error_column(self) -> str:
@@ -147,6 +155,19 @@ class Dataset:
         prefix = "" if name == "answer" else f"{name}_"
         return name, f"{prefix}finish_reason", f"{prefix}usage", f"{prefix}error"
 
+    def _once(self, row: Row | BadRow, known: set[bytes]) -> Row | BadRow:
+        """The row, refused where an earlier one has its `custom_id`: the answers would be alike."""
+        custom_id = row.columns.get("custom_id")
+        if not isinstance(row, Row) or not isinstance(custom_id, str):
+            return row
+        digest = hashlib.blake2b(custom_id.encode("utf-8", "replace"), digest_size=12).digest()
+        if digest in known:
+            error = InvalidRequest("custom_id", "another than those before", custom_id)
+            return row.refused(error)
+        if len(known) < MAX_KNOWN_IDS:
+            known.add(digest)
+        return row
+
     def _row(self, index: int, line: int, data: bytes) -> Row | BadRow:
         columns: dict[str, Any] = {}
         try:
@@ -175,7 +196,11 @@ class Dataset:
         if isinstance(prompt, str) and prompt and not self._reading.raw:
             prompt = [{"role": "user", "content": prompt}]
         sampling = {name: columns[name] for name in _SAMPLING_FIELDS & columns.keys()}
-        return self._finished(index, line, columns, prompt, sampling, "", {"prompt": column})
+        row = self._finished(index, line, columns, prompt, sampling, "", {"prompt": column})
+        tools = columns.get("tools") if column == "messages" else ()
+        if isinstance(row, Row) and isinstance(tools, list):
+            return replace(row, tools=tools)
+        return row
 
     def _openai_row(self, index: int, line: int, columns: dict[str, Any]) -> Row | BadRow:
         name = openai_batch.prompt_field(columns)
@@ -186,7 +211,8 @@ class Dataset:
         prompt = openai_batch.prompt_of(body, name)
         sampling = openai_batch.sampling(body, name)
         names = openai_batch.names(body, name)
-        return self._finished(index, line, columns, prompt, sampling, model, names)
+        row = self._finished(index, line, columns, prompt, sampling, model, names)
+        return replace(row, tools=openai_batch.tools_of(body)) if isinstance(row, Row) else row
 
     def _finished(
         self,
@@ -208,12 +234,20 @@ class Dataset:
             names=names,
         )
         own = {name: value for name, value in sampling.items() if value is not None}
+        defaults = openai_batch.defaults(columns) if self.layout is Layout.OPENAI else {}
         try:
-            params = SamplingParams.from_mapping({**self._reading.sampling, **own})
+            params = SamplingParams.from_mapping({**defaults, **self._reading.sampling, **own})
+            _refuse_logprobs(params)
         except InvalidRequest as error:
             return row.refused(error)
-        values = {item.name: getattr(row, item.name) for item in fields(Row)}
-        return Row(**values | {"params": params})
+        return replace(row, params=params)
+
+
+def _refuse_logprobs(params: SamplingParams) -> None:
+    for name in ("logprobs", "prompt_logprobs"):
+        if getattr(params, name) is not None:
+            expected = "not given, as output files have no log probabilities"
+            raise InvalidRequest(name, expected, getattr(params, name), "use Client or Pipeline")
 
 
 def _survey(path: Path, layout: Layout | None) -> Survey:

@@ -9,6 +9,7 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from tokenmill.producer.connection import MAX_BLOCK_S
 from tokenmill.producer.errors import InvalidRequest, NotFound, OutputChanged
+from tokenmill.producer.logprobs import unpack_logprobs
 from tokenmill.producer.shards import Shards
 from tokenmill.producer.wire import Delta, Usage, chain_digest, unpack_token_ids
 
@@ -188,6 +189,7 @@ def _delta(request_id: str, entry_id: str, fields: dict[bytes, bytes]) -> Delta:
     usage = None
     if finish_reason:
         usage = Usage(prompt_tokens=int(fields[b"p"]), completion_tokens=int(fields[b"c"]))
+    logprobs, of_prompt = unpack_logprobs(fields.get(b"l", b""))
     return Delta(
         request_id=request_id,
         start=int(entry_id.partition("-")[0]) - len(token_ids),
@@ -197,4 +199,6 @@ def _delta(request_id: str, entry_id: str, fields: dict[bytes, bytes]) -> Delta:
         reason=fields.get(b"y", b"").decode(),
         usage=usage,
         digest=fields[b"h"].decode(),
+        logprobs=logprobs,
+        prompt_logprobs=of_prompt,
     )

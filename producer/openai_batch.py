@@ -1,7 +1,7 @@
 """OpenAI's batch format: what a line's body asks for, and the form of the answers.
 
 A body field that we do not serve is an error of its row, never silently ignored; one that asks for
-nothing (n = 1, an empty tool list, ...) is accepted.
+nothing (n = 1, logprobs = false, ...) is accepted. What a body leaves out has OpenAI's default.
 """
 
 from collections.abc import Mapping
@@ -19,6 +19,12 @@ _LINE_FIELDS = ("custom_id", "method", "url", "body")
 _SAMPLING = {item.name: item.name for item in fields(SamplingParams)} | {
     "max_completion_tokens": "max_tokens"
 }
+#: What a body that says nothing gets, by url: OpenAI's defaults. A chat answer has no limit there
+#: but the context; here it has a high one, as what is asked for decides how workers are shared.
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "/v1/completions": {"temperature": 1.0, "max_tokens": 16},
+    "/v1/chat/completions": {"temperature": 1.0, "max_tokens": 4096},
+}
 #: Values that ask for nothing.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "n": (1,),
@@ -27,14 +33,15 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "echo": (False,),
     "suffix": ("",),
     "logprobs": (False,),
-    "frequency_penalty": (0, 0.0),
-    "presence_penalty": (0, 0.0),
-    "repetition_penalty": (1, 1.0),
-    "logit_bias": ({},),
-    "tools": ([],),
+    "top_logprobs": (0,),
     "tool_choice": ("none", "auto"),
-    "response_format": ({"type": "text"},),
+    "parallel_tool_calls": (True, False),
+    "functions": ([],),
+    "modalities": (["text"],),
+    "service_tier": ("auto", "default"),
 }
+#: Fields with a place of their own.
+_ELSEWHERE = frozenset({"model", "tools", "response_format"})
 #: Labels for the sender's own use.
 _IGNORED = frozenset({"user", "metadata", "store", "safety_identifier"})
 
@@ -73,21 +80,54 @@ def sampling(body: Mapping[str, Any], prompt: str) -> dict[str, Any]:
     """
     found: dict[str, Any] = {}
     for name, value in body.items():
-        if value is None or name in _IGNORED or name in ("model", prompt):
+        if value is None or name in _IGNORED or name in _ELSEWHERE or name == prompt:
             continue
-        if name in _SAMPLING:
+        if name in _SAMPLING and name not in _NEUTRAL:
             found[_SAMPLING[name]] = value
         elif name not in _NEUTRAL:
             raise InvalidRequest(f"body.{name}", "a supported field", value, "remove it")
         elif not any(value == item and type(value) is type(item) for item in _NEUTRAL[name]):
             raise InvalidRequest(f"body.{name}", f"{_NEUTRAL[name][0]!r}, if given", value)
-    return found
+    return found | _response_format(body.get("response_format"))
+
+
+def defaults(columns: Mapping[str, Any]) -> dict[str, Any]:
+    """The sampling parameters of a line that says nothing: those of OpenAI, not ours."""
+    return _DEFAULTS[columns["url"]]
+
+
+def tools_of(body: Mapping[str, Any]) -> Any:
+    """The tools that the model is told of."""
+    return () if body.get("tool_choice") == "none" else body.get("tools") or ()
+
+
+def _response_format(value: Any) -> dict[str, Any]:
+    if value is None:
+        return {}
+    kind = value.get("type") if isinstance(value, dict) else None
+    if kind == "text":
+        return {}
+    if kind == "json_object":
+        return {"json_schema": {"type": "object"}}
+    if kind != "json_schema":
+        expected = "an object whose type is text, json_object or json_schema"
+        raise InvalidRequest("body.response_format", expected, value)
+    inner = value.get("json_schema")
+    schema = inner.get("schema") if isinstance(inner, dict) else None
+    if not isinstance(schema, dict):
+        raise InvalidRequest("body.response_format.json_schema.schema", "an object", schema)
+    return {"json_schema": schema}
 
 
 def names(body: Mapping[str, Any], prompt: str) -> dict[str, str]:
     """Where our fields stand in the line, for errors: field -> path."""
     paths = {ours: f"body.{theirs}" for theirs, ours in _SAMPLING.items() if theirs in body}
-    return paths | {"prompt": f"body.{prompt}", "model": "body.model"}
+    return paths | {
+        "prompt": f"body.{prompt}",
+        "model": "body.model",
+        "tools": "body.tools",
+        "json_schema": "body.response_format",
+    }
 
 
 def prompt_of(body: Mapping[str, Any], prompt: str) -> Any:

@@ -2,12 +2,12 @@
 
 from collections.abc import Callable
 from functools import partial, wraps
-from typing import Any
+from typing import Any, TextIO
 
 import click
 
 from tokenmill.producer.dataset import Layout
-from tokenmill.producer.params import SamplingParams
+from tokenmill.producer.params import MAX_SCHEMA_BYTES, SamplingParams
 
 Command = Callable[..., Any]
 
@@ -71,7 +71,23 @@ def sampling_options(command: Command) -> Command:
             option("--top-k", type=int, help=_help("Sample among the k likeliest", "top_k")),
             option("--top-p", type=float, help=_help("Sample among this probability", "top_p")),
             option("--min-p", type=float, help=_help("Least relative probability", "min_p")),
+            option("--repetition-penalty", type=float, help="Above 1 repeats less."),
+            option("--presence-penalty", type=float, help="For tokens the answer has, once each."),
+            option("--frequency-penalty", type=float, help="The same for each time."),
             option("--seed", type=int, help="Makes sampling repeatable."),
+            option(
+                "--json-schema",
+                type=click.File(encoding="utf-8"),
+                callback=_text_of,
+                help="Answers are JSON that the schema in this file allows.",
+            ),
+            option("--regex", help="Answers match this regular expression as a whole."),
+            option(
+                "--choice",
+                multiple=True,
+                metavar="TEXT",
+                help="An answer allowed; repeatable.",
+            ),
             option(
                 "--stop", multiple=True, metavar="TEXT", help="End before this text; repeatable."
             ),
@@ -80,6 +96,10 @@ def sampling_options(command: Command) -> Command:
     ):
         command = wrap(command)
     return command
+
+
+def _text_of(_context: click.Context, _option: click.Parameter, file: TextIO | None) -> str | None:
+    return None if file is None else file.read(MAX_SCHEMA_BYTES + 1)
 
 
 def given_sampling(**values: Any) -> dict[str, Any]:

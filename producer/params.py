@@ -6,6 +6,7 @@ obeys it.
 
 import functools
 import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -19,6 +20,11 @@ MAX_STOP_TOKEN_IDS = 64
 MAX_LOGIT_BIAS = 1024
 MAX_LOGPROBS = 20
 MAX_CHOICES = 128
+MAX_SCHEMA_BYTES = 64 * 2**10
+MAX_SCHEMA_DEPTH = 32
+MAX_REGEX_CHARS = 4096
+MAX_CHOICE_TEXTS = 1024
+MAX_CHOICE_CHARS = 1024
 MAX_SEED = 2**63 - 1
 
 _SCALARS = frozenset({int, float, bool, str, type(None)})
@@ -58,6 +64,12 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     #: Token ids that end the text; they are not part of it.
     stop_token_ids: tuple[int, ...] = ()
+    #: The output is JSON that this schema allows: a JSON object, or its text.
+    json_schema: str | None = None
+    #: The output matches this regular expression as a whole.
+    regex: str | None = None
+    #: The output is one of these texts.
+    choice: tuple[str, ...] = ()
     #: Go on past the model's end-of-sequence token.
     ignore_eos: bool = False
     #: Give the log probability of each generated token and of this many likeliest ones, by the
@@ -83,6 +95,13 @@ class SamplingParams:
             raise InvalidRequest("ignore_eos", "true or false", self.ignore_eos)
         object.__setattr__(self, "stop", _stop_strings(self.stop))
         object.__setattr__(self, "stop_token_ids", _stop_token_ids(self.stop_token_ids))
+        object.__setattr__(self, "json_schema", _json_schema(self.json_schema))
+        if self.regex is not None and not _is_text(self.regex, MAX_REGEX_CHARS):
+            raise InvalidRequest("regex", f"1 to {MAX_REGEX_CHARS} characters", self.regex)
+        object.__setattr__(self, "choice", _choice(self.choice))
+        given = [name for name in ("json_schema", "regex", "choice") if getattr(self, name)]
+        if len(given) > 1:
+            raise InvalidRequest(given[1], f"not given together with {given[0]}", "both")
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(self, name) is not None:
                 _integer(name, getattr(self, name), 0, MAX_LOGPROBS)
@@ -95,6 +114,14 @@ class SamplingParams:
             or self.presence_penalty != 0
             or self.frequency_penalty != 0
         )
+
+    @property
+    def constraint(self) -> tuple[str, str | tuple[str, ...]] | None:
+        """What the output is held to: the field that says it, and its value."""
+        for name in ("json_schema", "regex", "choice"):
+            if value := getattr(self, name):
+                return name, value
+        return None
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> "SamplingParams":
@@ -188,6 +215,51 @@ def _token_id(key: object, expected: str) -> int:
     if isinstance(key, bool) or not isinstance(key, int) or not 0 <= key < 2**31:
         raise InvalidRequest("logit_bias", expected, key)
     return key
+
+
+def _is_text(value: object, max_chars: int) -> bool:
+    return isinstance(value, str) and 1 <= len(value) <= max_chars
+
+
+def _json_schema(value: object) -> str | None:
+    """The text of a JSON schema, its members in the order given: output follows it."""
+    if value is None:
+        return None
+    expected = f"a JSON object of up to {MAX_SCHEMA_BYTES} bytes and {MAX_SCHEMA_DEPTH} levels"
+    try:
+        schema = json.loads(value) if isinstance(value, str) else value
+        text = json.dumps(schema, ensure_ascii=False)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise InvalidRequest("json_schema", expected, str(error)[:100]) from error
+    if not isinstance(schema, Mapping) or len(text.encode("utf-8", "replace")) > MAX_SCHEMA_BYTES:
+        raise InvalidRequest("json_schema", expected, f"{text[:40]}...")
+    if _depth(schema) > MAX_SCHEMA_DEPTH:
+        raise InvalidRequest("json_schema", expected, f"{_depth(schema)} levels")
+    return text
+
+
+def _depth(value: object) -> int:
+    """Levels of maps and lists in plain values; json has bounded them already."""
+    level, depth = [value], -1
+    while level:
+        depth += 1
+        inner = (
+            item.values() if isinstance(item, Mapping) else item
+            for item in level
+            if isinstance(item, Mapping | list | tuple)
+        )
+        level = [item for items in inner for item in items]
+    return depth
+
+
+def _choice(value: object) -> tuple[str, ...]:
+    expected = f"up to {MAX_CHOICE_TEXTS} texts of 1 to {MAX_CHOICE_CHARS} characters"
+    if not isinstance(value, list | tuple) or len(value) > MAX_CHOICE_TEXTS:
+        raise InvalidRequest("choice", expected, value)
+    for item in value:
+        if not _is_text(item, MAX_CHOICE_CHARS):
+            raise InvalidRequest("choice", expected, item)
+    return tuple(value)
 
 
 def _stop_strings(value: object) -> tuple[str, ...]:

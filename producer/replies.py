@@ -19,6 +19,7 @@ from tokenmill.producer.connection import MAX_BLOCK_S
 from tokenmill.producer.errors import NotFound
 from tokenmill.producer.follower import Silence
 from tokenmill.producer.keys import Keys
+from tokenmill.producer.logprobs import unpack_logprobs
 from tokenmill.producer.shards import Shards
 from tokenmill.producer.wire import Result, Usage, check_name, unpack_token_ids
 
@@ -137,6 +138,7 @@ def ended_result(server: redis.Redis, keys: Keys, request_id: str) -> Result | N
 
 def result_of(fields: dict[bytes, bytes]) -> Result:
     """The result in an entry of a reply stream."""
+    logprobs, of_prompt = unpack_logprobs(fields.get(b"l", b""))
     return Result(
         request_id=fields[b"id"].decode(),
         token_ids=unpack_token_ids(fields[b"t"]),
@@ -144,4 +146,6 @@ def result_of(fields: dict[bytes, bytes]) -> Result:
         finish_reason=fields[b"f"].decode(),
         reason=fields[b"y"].decode(),
         usage=Usage(prompt_tokens=int(fields[b"p"]), completion_tokens=int(fields[b"c"])),
+        logprobs=logprobs,
+        prompt_logprobs=of_prompt,
     )

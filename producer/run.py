@@ -188,6 +188,7 @@ class Run:
                     "request_id": request_id(run, row.index, self._client.num_shards),
                     "prompt": row.prompt,
                     "params": row.params,
+                    "tools": row.tools,
                     "model": self._model,
                     # A lane of its own: runs share the workers, rather than wait for each other.
                     "tenant": run,

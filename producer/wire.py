@@ -7,6 +7,7 @@ Longer than other files, so that the whole format can be read in one place.
 
 import functools
 import hashlib
+import json
 import re
 import struct
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,6 +17,7 @@ from typing import Any, Self
 import msgpack
 
 from tokenmill.producer.errors import InvalidRequest
+from tokenmill.producer.logprobs import TokenLogprobs
 from tokenmill.producer.params import SamplingParams
 from tokenmill.producer.request_id import check_request_id
 
@@ -24,6 +26,8 @@ MAX_PAYLOAD_BYTES = 4 * 2**20
 MAX_PROMPT_TOKENS = 1_000_000
 MAX_TOKEN_ID = 2**31 - 1
 MAX_MESSAGES = 4096
+MAX_TOOLS = 128
+MAX_TOOLS_BYTES = 256 * 2**10
 MAX_METADATA = 32
 MAX_METADATA_KEY = 64
 MAX_METADATA_VALUE = 1024
@@ -72,6 +76,8 @@ class Request:
     #: "" streams tokens as they come. A name delivers the whole output at the end instead, as one
     #: entry of the reply stream of that name, which costs far less: see `producer.replies`.
     reply_to: str = ""
+    #: For the model's chat template: JSON objects, most often `{"type": "function", ...}`.
+    tools: tuple[Mapping[str, Any], ...] = ()
     #: Carried along for the producer's own use; the worker does not read it.
     metadata: Mapping[str, str] = field(default_factory=dict)
     #: What `pack` and `fingerprint` give, once made.
@@ -91,6 +97,7 @@ class Request:
             raise InvalidRequest("priority", "0 (high), 1 (normal) or 2 (low)", self.priority)
         if not _is_int(self.deadline_ms) or not 0 < self.deadline_ms <= MAX_TIME_MS:
             raise InvalidRequest("deadline_ms", "a unix time in milliseconds", self.deadline_ms)
+        object.__setattr__(self, "tools", _tools(self.tools, self.prompt))
         object.__setattr__(self, "metadata", _metadata(self.metadata))
 
     @property
@@ -100,7 +107,8 @@ class Request:
             return _utf8_len(self.prompt) // 4 + 1
         if not isinstance(self.prompt[0], Message):
             return len(self.prompt)
-        return sum(
+        tools = _utf8_len(json.dumps(list(self.tools))) // 4 if self.tools else 0
+        return tools + sum(
             _utf8_len(item.content) // 4 + 8 for item in self.prompt if isinstance(item, Message)
         )
 
@@ -136,6 +144,7 @@ class Request:
             "params": self.params.to_mapping(),
             "model": self.model,
             "reply_to": self.reply_to,
+            "tools": list(self.tools),
             "metadata": dict(self.metadata),
         }
         values.update({name: value for name, value in optional.items() if value})
@@ -222,6 +231,10 @@ class Delta:
     usage: Usage | None = None
     #: `chain_digest` of all tokens up to `end`: shows a fork after a server rolled back.
     digest: str = ""
+    #: One for each of `token_ids`, where asked for.
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    #: Of the prompt's tokens from the second on, where asked for: in the first delta.
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
     @property
     def end(self) -> int:
@@ -239,6 +252,9 @@ class Result:
     finish_reason: str
     reason: str
     usage: Usage
+    #: As in the deltas.
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
     @classmethod
     def of(cls, deltas: Sequence[Delta]) -> Self:
@@ -252,6 +268,8 @@ class Result:
             finish_reason=last.finish_reason,
             reason=last.reason,
             usage=last.usage or Usage(prompt_tokens=0, completion_tokens=len(token_ids)),
+            logprobs=tuple(row for delta in deltas for row in delta.logprobs),
+            prompt_logprobs=tuple(row for delta in deltas for row in delta.prompt_logprobs),
         )
 
     def as_delta(self) -> Delta:
@@ -387,6 +405,26 @@ def _message(path: str, item: object) -> Message:
         expected = f"at most {MAX_PAYLOAD_BYTES} characters"
         raise InvalidRequest(f"{path}.content", expected, len(content))
     return Message(role=role, content=content)
+
+
+def _tools(value: object, prompt: Prompt) -> tuple[Mapping[str, Any], ...]:
+    expected = f"a list of up to {MAX_TOOLS} JSON objects, {MAX_TOOLS_BYTES} bytes in all"
+    if value == ():
+        return ()
+    if not isinstance(value, list | tuple) or len(value) > MAX_TOOLS:
+        raise InvalidRequest("tools", expected, value)
+    for index, item in enumerate(value):
+        if not isinstance(item, Mapping):
+            raise InvalidRequest(f"tools[{index}]", "a JSON object", item)
+    if value and not (isinstance(prompt, tuple) and isinstance(prompt[0], Message)):
+        raise InvalidRequest("tools", "not given where the prompt is no chat messages", "tools")
+    try:
+        size = len(json.dumps(list(value), ensure_ascii=False).encode("utf-8", "replace"))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise InvalidRequest("tools", expected, str(error)[:100]) from error
+    if size > MAX_TOOLS_BYTES:
+        raise InvalidRequest("tools", expected, size)
+    return tuple(value)
 
 
 def _plain_prompt(prompt: Prompt) -> str | list[Any]:

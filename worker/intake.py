@@ -13,9 +13,9 @@ that a hung worker loses its lease like a dead one.
 import random
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from redis.exceptions import RedisError
 
@@ -23,7 +23,7 @@ from tokenmill.engine.detokenizer import Decodes
 from tokenmill.engine.engine import Capacity
 from tokenmill.producer.connection import MAX_BLOCK_S
 from tokenmill.producer.errors import InvalidRequest
-from tokenmill.producer.params import derived_seed
+from tokenmill.producer.params import SamplingParams, derived_seed
 from tokenmill.producer.wire import Message, Request
 from tokenmill.worker.inbox import Admission, Inbox
 from tokenmill.worker.log import CLAIMED, IDLE, REAPED, emit
@@ -36,6 +36,8 @@ from tokenmill.worker.shards import QueueLike
 #: With work in the engine and nothing claimable, look again after this: what did not fit before
 #: fits when something ends, and that wakes nobody.
 BUSY_WAIT_S = 0.1
+#: Log probabilities that are told of one prompt: they travel as one entry of up to 2 MB.
+MAX_PROMPT_LOGPROBS = 200_000
 #: New tokens that a claim reserves KV memory for, as the claim script does.
 KV_RESERVE = 256
 
@@ -45,7 +47,9 @@ class Tokenizes(Decodes, Protocol):
 
     def encode(self, text: str) -> list[int]: ...
 
-    def apply_chat_template(self, messages: Sequence[dict[str, str]]) -> list[int]: ...
+    def apply_chat_template(
+        self, messages: Sequence[dict[str, str]], tools: Sequence[Mapping[str, Any]] = ()
+    ) -> list[int]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,6 +218,7 @@ class Intake:
         prompt_ids: list[int] = []
         try:
             prompt_ids = self._prompt_ids(claim.request)
+            _check_told(claim.request.params, len(prompt_ids))
         except InvalidRequest as error:
             reason = str(error)
         except Exception as error:  # noqa: BLE001 - whatever a tokenizer raises on a text
@@ -269,5 +274,13 @@ class Intake:
             if isinstance(item, Message)
         ]
         if messages:
-            return self._tokenizer.apply_chat_template(messages)
+            return self._tokenizer.apply_chat_template(messages, request.tools)
         return [item for item in prompt if isinstance(item, int)]
+
+
+def _check_told(params: SamplingParams, num_prompt_tokens: int) -> None:
+    if params.prompt_logprobs is not None:
+        values = num_prompt_tokens * (params.prompt_logprobs + 1)
+        if values > MAX_PROMPT_LOGPROBS:
+            expected = f"at most {MAX_PROMPT_LOGPROBS} values"
+            raise InvalidRequest("prompt_logprobs", expected, values, "ask for fewer")

@@ -11,6 +11,7 @@ committed tokens are fed again, goes on at the exact character.
 from collections.abc import Sequence
 
 from tokenmill.engine.detokenizer import Decodes, Detokenizer
+from tokenmill.producer.logprobs import TokenLogprobs, pack_logprobs
 from tokenmill.producer.wire import Usage, chain_digest
 from tokenmill.worker.queue import Append, Claim, Finish
 
@@ -41,6 +42,8 @@ class Output:
         self._digest = chain_digest("", claim.token_ids)
         self._token_ids: list[int] = []
         self._text = ""
+        #: Packed: of the unsent tokens, and of the prompt before the first of them.
+        self._logprobs = b""
         self._detokenizer = Detokenizer(tokenizer, claim.request.params.stop)
         self._detokenizer.feed(claim.token_ids)
 
@@ -63,11 +66,17 @@ class Output:
         """Whether it has its first tokens, for which somebody waits."""
         return self._is_streamed and bool(self._token_ids) and self.start == self._resumed_at
 
-    def feed(self, token_ids: Sequence[int]) -> None:
+    def feed(self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs] = ()) -> None:
         """Take new tokens; those after a complete stop string are not kept."""
         before = self._detokenizer.num_tokens
         self._text += self._detokenizer.feed(token_ids)
-        self._token_ids += token_ids[: self._detokenizer.num_tokens - before]
+        kept = self._detokenizer.num_tokens - before
+        self._token_ids += token_ids[:kept]
+        self._logprobs += pack_logprobs(logprobs[:kept])
+
+    def feed_prompt(self, logprobs: Sequence[TokenLogprobs]) -> None:
+        """Take what was told of the prompt; it goes with the first token."""
+        self._logprobs += pack_logprobs(logprobs, of_prompt=True)
 
     def end(self, finish_reason: str, reason: str = "") -> None:
         """No more tokens come; the text held back is let go."""
@@ -94,6 +103,7 @@ class Output:
             token_ids=tuple(self._token_ids),
             text=self._text,
             digest=chain_digest(self._digest, self._token_ids),
+            logprobs=self._logprobs,
         )
 
     def written(self, append: Append) -> None:
@@ -101,7 +111,7 @@ class Output:
         if append.token_ids:
             self.start += len(append.token_ids)
             self._digest = append.digest
-            self._token_ids, self._text = [], ""
+            self._token_ids, self._text, self._logprobs = [], "", b""
 
     def to_finish(self) -> Finish:
         """The end, with what is unsent."""
@@ -112,6 +122,7 @@ class Output:
             token_ids=tuple(self._token_ids),
             text=self._text,
             digest=chain_digest(self._digest, self._token_ids),
+            logprobs=self._logprobs,
             finish_reason=self.finish_reason,
             reason=self.reason,
             usage=Usage(

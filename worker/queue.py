@@ -85,6 +85,8 @@ class Append:
     text: str
     #: `chain_digest` of all tokens up to the end of these.
     digest: str
+    #: `pack_logprobs` of these tokens, and of the prompt with the first ones, where asked for.
+    logprobs: bytes = b""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,6 +100,7 @@ class Finish:
     #: The rest of the text; may be there without tokens.
     text: str = ""
     digest: str = ""
+    logprobs: bytes = b""
     finish_reason: str
     reason: str = ""
     usage: Usage
@@ -338,6 +341,6 @@ def _batch(items: Sequence[_Item]) -> Sequence[_Item]:
     return items
 
 
-def _tokens(item: Append | Finish) -> tuple[int, int, bytes, str, str]:
+def _tokens(item: Append | Finish) -> tuple[int, int, bytes, str, str, bytes]:
     packed = pack_token_ids(item.token_ids)
-    return item.start, len(item.token_ids), packed, item.text, item.digest
+    return item.start, len(item.token_ids), packed, item.text, item.digest, item.logprobs

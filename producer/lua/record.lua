@@ -185,13 +185,23 @@ local function give_back(T, r, total)
   end
 end
 
+-- The fields of an output's entry, with its log probabilities if there are any.
+local function entry_of(logprobs, ...)
+  local fields = { ... }
+  if logprobs and logprobs ~= '' then
+    fields[#fields + 1] = 'l'
+    fields[#fields + 1] = logprobs
+  end
+  return unpack(fields)
+end
+
 -- The last entry of a request's own stream: its last tokens with the finish.
 local function end_output(T, r, total, last, digest, ttl)
   local output = T .. ':o:' .. r.id
   local function add()
-    return try('XADD', output, int(total) .. '-1', 'e', int(r.epoch), 't', last.tokens or '',
-      'x', last.text or '', 'h', digest, 'f', last.finish, 'y', last.reason or '',
-      'p', int(last.prompt or 0), 'c', int(total))
+    return try('XADD', output, int(total) .. '-1', entry_of(last.logprobs, 'e', int(r.epoch),
+      't', last.tokens or '', 'x', last.text or '', 'h', digest, 'f', last.finish,
+      'y', last.reason or '', 'p', int(last.prompt or 0), 'c', int(total)))
   end
   if not add() then
     redis.call('DEL', output) -- nobody could read it
@@ -203,16 +213,17 @@ end
 -- The whole output as one entry of the stream that its producer reads; returns its id.
 local function reply(T, r, total, last, digest, ttl)
   local record, replies = record_of(T, r.id), T .. ':reply:' .. r.reply
-  local tokens, text = last.tokens or '', last.text or ''
+  local tokens, text, logprobs = last.tokens or '', last.text or '', last.logprobs or ''
   if r.offset > 0 then
-    local f = redis.call('HMGET', record, 'tokens', 'text')
+    local f = redis.call('HMGET', record, 'tokens', 'text', 'logprobs')
     tokens, text = (f[1] or '') .. tokens, (f[2] or '') .. text
-    redis.call('HDEL', record, 'tokens', 'text')
+    logprobs = (f[3] or '') .. logprobs
+    redis.call('HDEL', record, 'tokens', 'text', 'logprobs')
   end
   reply_ttls[replies] = ttl
-  return redis.call('XADD', replies, '*', 'id', r.id, 'e', int(r.epoch), 't', tokens, 'x', text,
-    'h', digest, 'f', last.finish, 'y', last.reason or '', 'p', int(last.prompt or 0),
-    'c', int(total))
+  return redis.call('XADD', replies, '*', entry_of(logprobs, 'id', r.id, 'e', int(r.epoch),
+    't', tokens, 'x', text, 'h', digest, 'f', last.finish, 'y', last.reason or '',
+    'p', int(last.prompt or 0), 'c', int(total)))
 end
 
 -- An error keeps its payload, so that it may be tried again.
@@ -225,8 +236,8 @@ local function bury(T, r, last)
 end
 
 -- End a request: terminal entry, references, indexes and time-to-live in one step.
--- last: finish, reason, tokens, text, digest, count (of tokens), prompt (tokens). Whoever ends
--- what a worker runs raises the epoch first, so that the worker is fenced.
+-- last: finish, reason, tokens, text, digest, logprobs, count (of tokens), prompt (tokens).
+-- Whoever ends what a worker runs raises the epoch first, so that the worker is fenced.
 -- A reference that still waits stays: deleting it before delivery would make the group's lag
 -- unknown. The claim that comes to it finds the record ended, or gone, and drops it.
 local function finish_record(T, r, now, last)

@@ -19,7 +19,9 @@ class LetterTokenizer:
     def decode(self, token_ids: Sequence[int]) -> str:
         return letters(token_ids)
 
-    def apply_chat_template(self, messages: Sequence[dict[str, str]]) -> list[int]:
+    def apply_chat_template(
+        self, messages: Sequence[dict[str, str]], tools: Sequence[object] = ()
+    ) -> list[int]:
         return self.encode("".join(message["content"] for message in messages))
 
 

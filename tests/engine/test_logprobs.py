@@ -11,7 +11,7 @@ from tokenmill.engine import logprobs
 from tokenmill.engine.config import EngineConfig
 from tokenmill.engine.engine import Engine
 from tokenmill.engine.loader import LoadedModel, load
-from tokenmill.engine.logprobs import TokenLogprobs
+from tokenmill.producer.logprobs import TokenLogprobs
 from tokenmill.producer.params import SamplingParams
 
 TOLERANCE = 1e-4

@@ -37,7 +37,9 @@ class ScriptedTokenizer:
     def decode(self, token_ids: Sequence[int]) -> str:
         return "".join(chr(97 + (token_id >> 4) % 26) for token_id in token_ids)
 
-    def apply_chat_template(self, messages: Sequence[dict[str, str]]) -> list[int]:
+    def apply_chat_template(
+        self, messages: Sequence[dict[str, str]], tools: Sequence[object] = ()
+    ) -> list[int]:
         return self.encode("".join(f"<{m['role']}>{m['content']}" for m in messages))
 
 

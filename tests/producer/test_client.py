@@ -18,7 +18,8 @@ from tokenmill.producer.errors import (
 )
 from tokenmill.producer.keys import Keys
 from tokenmill.producer.operator import Operator
-from tokenmill.producer.request_id import new_request_id
+from tokenmill.producer.params import choice_seed, derived_seed
+from tokenmill.producer.request_id import new_request_id, request_id_for
 from tokenmill.producer.wire import Request, Usage, chain_digest
 from tokenmill.worker.queue import Append, Claim, Finish, Queue
 
@@ -85,6 +86,19 @@ def test_bad_fields_are_refused_before_anything_is_sent(
         client.submit("x", **fields)
     assert caught.value.field == field
     assert set(server.keys()) <= {Keys().shards.encode()}
+
+
+def test_choices_are_requests_with_seeds_of_their_own(client: Client) -> None:
+    first_id = request_id_for("mine")
+    requests = client.new_choices("x", n=3, request_id=first_id, temperature=1.0)
+    assert requests[0].request_id == first_id
+    assert requests[0].params.seed is None  # the worker derives it from the id
+    seeds = [request.params.seed for request in requests[1:]]
+    assert seeds == [choice_seed(derived_seed(first_id), choice) for choice in (1, 2)]
+    again = client.new_choices("x", n=3, request_id=first_id, temperature=1.0)
+    assert [r.request_id for r in again] == [r.request_id for r in requests]
+    assert [r.fingerprint for r in again] == [r.fingerprint for r in requests]
+    assert len(set(client.submit_many(requests))) == 3
 
 
 def test_a_repeat_is_a_no_op_and_another_content_a_conflict(

@@ -163,6 +163,72 @@ def test_openai_lines(tmp_path: Path) -> None:
     assert good(row).params.stop == ("END",)
 
 
+def test_openai_defaults_are_those_of_openai(tmp_path: Path) -> None:
+    """temperature 1, not 0; what the command line says comes between the two."""
+    line = {"custom_id": "c", "method": "POST", "url": "/v1/completions", "body": {"prompt": "t"}}
+    (chat,) = rows_of(tmp_path, batch_line())
+    (text,) = rows_of(tmp_path, line)
+    (flags,) = rows_of(tmp_path, batch_line(top_p=0.5), sampling={"temperature": 0.3, "top_p": 0.1})
+    assert (good(chat).params.temperature, good(chat).params.top_p) == (1.0, 1.0)
+    assert (good(chat).params.max_tokens, good(text).params.max_tokens) == (4096, 16)
+    assert (good(flags).params.temperature, good(flags).params.top_p) == (0.3, 0.5)
+
+
+def test_openai_sampling_fields(tmp_path: Path) -> None:
+    tool = {"type": "function", "function": {"name": "f"}}
+    given = {
+        "presence_penalty": -0.5,
+        "frequency_penalty": 1,
+        "logit_bias": {"7": -100},
+        "seed": 3,
+        "stop": ["a", "b"],
+        "tools": [tool],
+        "tool_choice": "auto",
+        "logprobs": False,
+        "n": None,
+    }
+    (row,) = rows_of(tmp_path, batch_line(**given))
+    params = good(row).params
+    assert (params.presence_penalty, params.frequency_penalty) == (-0.5, 1)
+    assert (params.logit_bias, params.seed, params.stop) == ({7: -100.0}, 3, ("a", "b"))
+    assert good(row).tools == [tool]
+    (row,) = rows_of(tmp_path, batch_line(tools=[tool], tool_choice="none"))
+    assert not good(row).tools
+
+
+def test_openai_response_format(tmp_path: Path) -> None:
+    schema = {"type": "object", "properties": {"b": {}, "a": {}}}
+    formats: list[dict[str, Any]] = [
+        {"type": "text"},
+        {"type": "json_object"},
+        {"type": "json_schema", "json_schema": {"name": "x", "strict": True, "schema": schema}},
+    ]
+    rows = [rows_of(tmp_path, batch_line(response_format=item))[0] for item in formats]
+    got = [good(row).params.json_schema for row in rows]
+    assert got == [None, '{"type": "object"}', json.dumps(schema)]
+
+
+def test_a_custom_id_is_given_once(tmp_path: Path) -> None:
+    lines = [batch_line() | {"custom_id": name} for name in ("a", "b", "a", "c")]
+    rows = rows_of(tmp_path, *lines)
+    assert [isinstance(row, Row) for row in rows] == [True, True, False, True]
+    assert bad(rows[2]).message == "custom_id must be another than those before, got 'a'"
+
+
+def test_tools_of_plain_rows_come_with_messages(tmp_path: Path) -> None:
+    tool = {"function": {"name": "f"}}
+    messages = [{"role": "user", "content": "u"}]
+    rows = rows_of(
+        tmp_path, {"messages": messages, "tools": [tool]}, {"prompt": "a", "tools": "hammer"}
+    )
+    assert [good(row).tools for row in rows] == [[tool], ()]
+
+
+def test_log_probabilities_are_refused_where_nobody_writes_them(tmp_path: Path) -> None:
+    (row,) = rows_of(tmp_path, {"prompt": "a", "logprobs": 2})
+    assert bad(row).field == "logprobs"
+
+
 def test_openai_text_parts_are_joined(tmp_path: Path) -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     (row,) = rows_of(tmp_path, batch_line(messages=[{"role": "user", "content": parts}]))
@@ -170,8 +236,10 @@ def test_openai_text_parts_are_joined(tmp_path: Path) -> None:
 
 
 def test_openai_completions(tmp_path: Path) -> None:
-    line = {"custom_id": "c", "method": "POST", "url": "/v1/completions"}
-    rows = rows_of(tmp_path, *({**line, "body": {"prompt": p}} for p in ("t", ["t"], [1, 2])))
+    line = {"method": "POST", "url": "/v1/completions"}
+    prompts = ("t", ["t"], [1, 2])
+    lines = [{**line, "custom_id": str(p), "body": {"prompt": p}} for p in prompts]
+    rows = rows_of(tmp_path, *lines)
     assert [good(row).prompt for row in rows] == ["t", "t", [1, 2]]
 
 
@@ -181,6 +249,18 @@ def test_openai_completions(tmp_path: Path) -> None:
         (batch_line(n=2), "body.n"),
         (batch_line(frequency_penalty=5), "body.frequency_penalty"),
         (batch_line(made_up=1), "body.made_up"),
+        (batch_line(logprobs=True), "body.logprobs"),
+        (batch_line(top_logprobs=3), "body.top_logprobs"),
+        (batch_line(presence_penalty="x"), "body.presence_penalty"),
+        (batch_line(logit_bias={"5": 500}), "body.logit_bias.5"),
+        (batch_line(seed=-1), "body.seed"),
+        (batch_line(tool_choice="required"), "body.tool_choice"),
+        (batch_line(response_format={"type": "grammar"}), "body.response_format"),
+        (batch_line(response_format="json"), "body.response_format"),
+        (
+            batch_line(response_format={"type": "json_schema", "json_schema": {"name": "x"}}),
+            "body.response_format.json_schema.schema",
+        ),
         (batch_line(max_tokens=0), "body.max_tokens"),
         (batch_line(max_completion_tokens="x"), "body.max_completion_tokens"),
         (batch_line(stream=True), "body.stream"),

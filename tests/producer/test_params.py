@@ -8,6 +8,10 @@ import pytest
 from tokenmill.producer.errors import InvalidRequest
 from tokenmill.producer.params import SamplingParams, choice_seed
 
+NESTED: dict[str, Any] = {}
+for _ in range(33):
+    NESTED = {"a": NESTED}
+
 
 @pytest.mark.parametrize(
     ("sampling", "message"),
@@ -23,9 +27,19 @@ from tokenmill.producer.params import SamplingParams, choice_seed
         ({"logit_bias": dict.fromkeys(range(1025), 1)}, "logit_bias must be a map of up to 1024"),
         ({"logprobs": 21}, "logprobs must be an integer from 0 to 20, got 21"),
         ({"logprobs": True}, "logprobs must be an integer from 0 to 20, got True"),
+        ({"json_schema": "{"}, "json_schema must be a JSON object of up to 65536 bytes and 32"),
+        ({"json_schema": [1]}, "json_schema must be a JSON object"),
+        ({"json_schema": {"a": {1, 2}}}, "json_schema must be a JSON object"),
+        ({"json_schema": {"a": "x" * 70_000}}, "json_schema must be a JSON object"),
+        ({"json_schema": NESTED}, "json_schema must be .*, got '33 levels'"),
+        ({"json_schema": "[" * 100_000}, "json_schema must be a JSON object"),
+        ({"regex": ""}, "regex must be 1 to 4096 characters"),
+        ({"choice": "yes"}, "choice must be up to 1024 texts of 1 to 1024 characters, got 'yes'"),
+        ({"choice": ["yes", ""]}, "choice must be up to 1024 texts"),
+        ({"choice": ["a"], "regex": "b"}, "choice must be not given together with regex"),
         ({"prompt_logprobs": -1}, "prompt_logprobs must be an integer from 0 to 20, got -1"),
     ],
-    ids=str,
+    ids=lambda value: str(value)[:40],
 )
 def test_what_is_out_of_bounds_is_named(sampling: dict[str, Any], message: str) -> None:
     with pytest.raises(InvalidRequest, match=message):
@@ -34,9 +48,11 @@ def test_what_is_out_of_bounds_is_named(sampling: dict[str, Any], message: str) 
 
 def test_plain_values_there_and_back() -> None:
     bias: dict[Any, float] = {5: 1, "17": -2.5}
-    params = SamplingParams(logit_bias=bias, stop=("a",), logprobs=0, presence_penalty=-1)
+    schema: Any = {"b": 1, "a": [2]}
+    params = SamplingParams(logit_bias=bias, stop=("a",), json_schema=schema, presence_penalty=-1)
     plain = json.loads(json.dumps(params.to_mapping()))
     assert plain["logit_bias"] == {"5": 1.0, "17": -2.5}
+    assert plain["json_schema"] == '{"b": 1, "a": [2]}'
     assert SamplingParams.from_mapping(plain) == params
 
 

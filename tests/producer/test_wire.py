@@ -21,6 +21,7 @@ from tokenmill.producer.wire import (
 )
 
 ID = "0." + "A" * 26
+CHAT = [{"role": "user", "content": "a"}]
 GOOD: dict[str, Any] = {"request_id": ID, "prompt": "hello", "deadline_ms": 1_800_000_000_000}
 
 text = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=50)
@@ -63,6 +64,16 @@ def test_a_request_survives_msgpack_and_json(request: Request) -> None:
     assert Request.unpack(packed).fingerprint == request.fingerprint
 
 
+def test_tools_survive_msgpack() -> None:
+    request = Request.from_mapping(
+        {"request_id": ID, "prompt": CHAT, "deadline_ms": 1, "tools": [{"function": {"a": [None]}}]}
+    )
+    assert Request.unpack(request.pack()) == request
+    bare = Request.from_mapping({"request_id": ID, "prompt": CHAT, "deadline_ms": 1})
+    assert request.fingerprint != bare.fingerprint
+    assert request.prompt_cost > bare.prompt_cost
+
+
 @pytest.mark.parametrize(
     ("fields", "path"),
     [
@@ -72,6 +83,11 @@ def test_a_request_survives_msgpack_and_json(request: Request) -> None:
         ({"request_id": "0." + "A" * 65}, "request_id"),
         ({"request_id": ID + "\n"}, "request_id"),
         ({"request_id": 7}, "request_id"),
+        ({"prompt": CHAT, "tools": {"a": 1}}, "tools"),
+        ({"prompt": CHAT, "tools": ["a"]}, "tools[0]"),
+        ({"prompt": CHAT, "tools": [{}] * 129}, "tools"),
+        ({"prompt": CHAT, "tools": [{"a": "x" * 2**18}]}, "tools"),
+        ({"prompt": "text", "tools": [{"a": 1}]}, "tools"),
         ({"prompt": ""}, "prompt"),
         ({"prompt": []}, "prompt"),
         ({"prompt": None}, "prompt"),

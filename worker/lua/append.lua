@@ -2,7 +2,8 @@
 -- Commit tokens of up to 64 requests, and renew the worker's lease.
 --
 -- KEYS[1]  T, the tag of the shard
--- ARGV     worker, lease ms; per request: id, epoch, start, count, token ids packed, text, digest
+-- ARGV     worker, lease ms; per request: id, epoch, start, count, token ids packed, text, digest,
+--          log probabilities packed
 -- Returns  per request: OK | FENCED | CANCEL | GAP
 -- Twice    the second run finds the offset already there: OK
 --
@@ -13,10 +14,10 @@
 -- @include record
 
 local T, worker = KEYS[1], ARGV[1]
-local FIELDS = 7
+local FIELDS = 8
 local verdicts = {}
 
-local function append(id, epoch, start, count, tokens, text, digest)
+local function append(id, epoch, start, count, tokens, text, digest, logprobs)
   local r = redis.call('HMGET', record_of(T, id), 'state', 'epoch', 'offset', 'cancel',
     'reply')
   if r[1] ~= 'run' or tonumber(r[2]) ~= epoch then
@@ -34,13 +35,14 @@ local function append(id, epoch, start, count, tokens, text, digest)
   end
   local stop = int(start + count)
   if r[5] and r[5] ~= '' then
-    local kept = redis.call('HMGET', record_of(T, id), 'tokens', 'text')
+    local kept = redis.call('HMGET', record_of(T, id), 'tokens', 'text', 'logprobs')
     redis.call('HSET', record_of(T, id), 'offset', stop, 'digest', digest,
-      'tokens', (kept[1] or '') .. tokens, 'text', (kept[2] or '') .. text)
+      'tokens', (kept[1] or '') .. tokens, 'text', (kept[2] or '') .. text,
+      'logprobs', (kept[3] or '') .. logprobs)
     return 'OK'
   end
-  redis.call('XADD', T .. ':o:' .. id, stop .. '-0', 'e', int(epoch), 't', tokens, 'x', text,
-    'h', digest)
+  redis.call('XADD', T .. ':o:' .. id, stop .. '-0', entry_of(logprobs, 'e', int(epoch),
+    't', tokens, 'x', text, 'h', digest))
   redis.call('HSET', record_of(T, id), 'offset', stop, 'digest', digest)
   return 'OK'
 end
@@ -48,6 +50,6 @@ end
 redis.call('ZADD', T .. ':workers', int(now_ms() + tonumber(ARGV[2])), worker)
 for i = 3, #ARGV, FIELDS do
   verdicts[#verdicts + 1] = append(ARGV[i], tonumber(ARGV[i + 1]), tonumber(ARGV[i + 2]),
-    tonumber(ARGV[i + 3]), ARGV[i + 4], ARGV[i + 5], ARGV[i + 6])
+    tonumber(ARGV[i + 3]), ARGV[i + 4], ARGV[i + 5], ARGV[i + 6], ARGV[i + 7])
 end
 return verdicts

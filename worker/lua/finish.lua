@@ -3,7 +3,7 @@
 --
 -- KEYS[1]  T, the tag of the shard
 -- ARGV     worker, lease ms; per request: id, epoch, start, count, token ids packed, text, digest,
---          finish reason, why, prompt tokens
+--          log probabilities packed, finish reason, why, prompt tokens
 -- Returns  per request: OK | FENCED | GAP
 -- Twice    the second run finds the record ended under its own epoch: OK. Everybody else who ends
 --          a request raises its epoch.
@@ -11,7 +11,7 @@
 -- @include record
 
 local T, worker = KEYS[1], ARGV[1]
-local FIELDS = 10
+local FIELDS = 11
 local now = now_ms()
 local verdicts = {}
 
@@ -39,8 +39,8 @@ return settling(T, function()
     local count = tonumber(ARGV[i + 3])
     verdicts[#verdicts + 1] = finish(ARGV[i], tonumber(ARGV[i + 1]), tonumber(ARGV[i + 2]), {
       count = count, tokens = ARGV[i + 4], text = ARGV[i + 5],
-      digest = count > 0 and ARGV[i + 6] or nil, finish = ARGV[i + 7], reason = ARGV[i + 8],
-      prompt = tonumber(ARGV[i + 9]),
+      digest = count > 0 and ARGV[i + 6] or nil, logprobs = ARGV[i + 7],
+      finish = ARGV[i + 8], reason = ARGV[i + 9], prompt = tonumber(ARGV[i + 10]),
     })
   end
   return verdicts
