@@ -3,7 +3,8 @@
 A routed connection asks its route for the address each time that it connects. When the server says
 that it is no longer the one, the connection is closed and a connection error raised: whoever
 retries comes to the new primary, with the same command. So everything above uses plain connections
-and knows of no topology.
+and knows of no topology. A primary that was cut off from its Sentinels does not say so: they are
+asked now and then.
 
 An ASK is not followed, as the libraries for clusters do: while a slot moves key by key, a script
 would run on the other node and find half of its keys missing. Such a shard is away until the move
@@ -12,6 +13,7 @@ has ended, as it is during a failover.
 
 import random
 import threading
+import time
 from collections.abc import Iterable
 from typing import Any, NoReturn, Protocol
 
@@ -37,6 +39,8 @@ from tokenmill.producer.address import Address
 
 #: Of one question to a Sentinel or node; then the next one is asked.
 _TIMEOUT_S = 2.0
+#: How often a connection that is in use asks the Sentinels whether it still is the right one.
+CHECK_S = 5.0
 SLOTS = 16384
 
 HostPort = tuple[str, int]
@@ -58,6 +62,9 @@ class Route(Protocol):
 
     def lost(self, to: HostPort | None = None) -> None:
         """The primary is no longer where it was; `to` is where it was said to be."""
+
+    def has_left(self, address: HostPort) -> bool:
+        """Whether the primary is known to be elsewhere, though that server does not say so."""
 
 
 class SentinelRoute:
@@ -84,6 +91,12 @@ class SentinelRoute:
 
     def lost(self, to: HostPort | None = None) -> None:
         """Nothing is kept: each connection asks."""
+
+    def has_left(self, address: HostPort) -> bool:
+        try:
+            return self.find() != address
+        except RedisError:  # nobody knows better
+            return False
 
     def _ask(self, member: HostPort) -> HostPort:
         where = f"{member[0]}:{member[1]}"
@@ -187,17 +200,23 @@ class SlotRoute:
     def lost(self, to: HostPort | None = None) -> None:
         self._cluster.forget(self._slot, to)
 
+    def has_left(self, address: HostPort) -> bool:  # noqa: ARG002
+        """A node that is cut off from its cluster says so itself."""
+        return False
+
 
 class _Routed:
     """Of a connection: find the primary anew each time it connects."""
 
     def __init__(self, *, route: Route, **options: Any) -> None:
         self._route = route
+        self._check_at = time.monotonic() + CHECK_S
         super().__init__(**options)
 
     def _connect(self) -> Any:
         # The two attributes and this method are the library's own.
         self.host, self.port = self._route.find()
+        self._check_at = time.monotonic() + CHECK_S
         try:
             return super()._connect()  # type: ignore[misc]
         except (OSError, RedisError):
@@ -206,11 +225,20 @@ class _Routed:
 
     def read_response(self, *args: Any, **options: Any) -> Any:
         try:
-            return super().read_response(*args, **options)  # type: ignore[misc]
+            reply = super().read_response(*args, **options)  # type: ignore[misc]
         except MovedError as error:
             self._leave(error, (error.host or self.host, error.port))
         except (AskError, ClusterDownError, MasterDownError, ReadOnlyError, TryAgainError) as error:
             self._leave(error)
+        except ResponseError as error:
+            if str(error).startswith("NOREPLICAS"):  # perhaps because it is cut off
+                self.disconnect()  # type: ignore[attr-defined]
+            raise
+        if time.monotonic() >= self._check_at:
+            self._check_at = time.monotonic() + CHECK_S
+            if self._route.has_left((self.host, self.port)):
+                self.disconnect()  # type: ignore[attr-defined]
+        return reply
 
     def _leave(self, error: RedisError, to: HostPort | None = None) -> NoReturn:
         self._route.lost(to)

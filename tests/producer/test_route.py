@@ -8,6 +8,7 @@ import redis
 
 from servers import SERVICE, Certificates, Cluster, Replicated, Server, free_ports, running
 from tokenmill.producer import connection as connection_module
+from tokenmill.producer import route
 from tokenmill.producer.connection import Connector, connect
 from tokenmill.producer.errors import InvalidRequest, ServerUnreachable, WrongServer
 from tokenmill.producer.route import key_slot
@@ -83,6 +84,31 @@ def test_sentinels_name_the_primary(server_sentinels: Replicated) -> None:
     url = f"redis+sentinel://127.0.0.1:{dead},127.0.0.1:{server_sentinels.sentinels[1].port}"
     with connect(f"{url}/{SERVICE}") as server:
         assert server.ping()
+
+
+def test_a_primary_that_the_sentinels_left_is_left(
+    own_sentinels: Replicated, own_server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one that is cut off from them, and still answers us."""
+    monkeypatch.setattr(route, "CHECK_S", 0.05)
+    other = free_ports(1)[0]
+    with own_server.admin() as admin:
+        admin.config_set("port", other)
+    with (
+        connect(own_sentinels.url) as server,
+        connect(own_sentinels.url, blocking=True) as blocking,
+    ):
+        server.xadd("here", {"f": "old"})
+        for sentinel in own_sentinels.sentinels:
+            with redis.Redis.from_url(sentinel.tcp_url, protocol=2) as asked:
+                _call(asked, "SENTINEL", "REMOVE", SERVICE)
+                _call(asked, "SENTINEL", "MONITOR", SERVICE, "127.0.0.1", other, 2)
+        for client in (server, blocking):
+            while client.xread({"here": "0-0"}, block=20):
+                pass
+        server.xadd("here", {"f": "new"})
+        with own_server.admin() as admin:
+            assert admin.xlen("here") == 1
 
 
 def test_each_is_told_from_the_others(
