@@ -6,7 +6,9 @@ verdict of its next write and drops the request.
 """
 
 import enum
-from collections.abc import Sequence
+import math
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -122,7 +124,9 @@ class Queue:
         blocking: redis.Redis | None = None,
         lease_ms: int = 15_000,
         max_attempts: int = 5,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self._clock = clock
         self.keys = keys
         self.worker_id = worker_id
         self.lease_ms = lease_ms
@@ -134,8 +138,11 @@ class Queue:
         self._claim_seq = 1
         #: Last entry seen of the control stream; "" before the first claim.
         self._control_id = ""
-        #: Server time of the last claim, in ms: what was due by then it has seen.
-        self._claimed_ms = 0
+        #: When the next parked request is due, as the last claim saw it: what was due by then it
+        #: has looked at, and what is parked later is heard of. None: there was none.
+        self._due_at: float | None = None
+        #: Whether the last claim left nothing that anybody could claim then.
+        self.is_drained = False
         #: Entries of the inbox at the last claim.
         self.num_inbox = 0
         self._plain = PlainInbox(server, keys)
@@ -173,7 +180,7 @@ class Queue:
         raises, call it again: nothing is lost.
         """
         while True:
-            more, rows, now_ms, num_inbox, control_id = self._run(
+            more, rows, now_ms, num_inbox, control_id, left, due = self._run(
                 _CLAIM,
                 self.worker_id,
                 self.lease_ms,
@@ -189,7 +196,8 @@ class Queue:
             )
             claims = [claim for row in rows if (claim := self._checked(row))]
             self._claim_seq += 1  # only now: whatever failed above is claimed again as it was
-            self._claimed_ms, self.num_inbox = now_ms, num_inbox
+            self.num_inbox, self.is_drained = num_inbox, not left
+            self._due_at = self._clock() + (float(due) - now_ms) / 1000 if due else None
             self._control_id = control_id.decode()
             if claims or not more:
                 return claims
@@ -276,16 +284,10 @@ class Queue:
 
     def next_due_ms(self) -> int | None:
         """Until the next parked request is due; what was due at the last claim does not count."""
-        with self._server.pipeline(transaction=False) as pipeline:
-            pipeline.time()
-            since = f"({self._claimed_ms}"
-            pipeline.zrangebyscore(self.keys.park, since, "+inf", 0, 1, withscores=True)
-            replies: list[Any] = pipeline.execute()
-        (seconds, micros), first = replies
-        if not first:
+        if self._due_at is None:
             return None
-        now_ms = seconds * 1000 + micros // 1000
-        return int(min(max(first[0][1] - now_ms, 0), 86_400_000))  # it may be infinite
+        left_s = min(max(self._due_at - self._clock(), 0.0), 86_400.0)  # it may be infinite
+        return math.ceil(left_s * 1000)
 
     def retire(self) -> None:
         """Take back the registration; what was not released is parked for others."""

@@ -1,7 +1,8 @@
 """`ShardedQueue`: one worker's side of a queue of several shards, like that of one.
 
     claim            one shard after another, beginning where something was heard of, and else
-                     where the last call ended; the first that has something fills the room
+                     where the last call ended; the first that has something fills the room.
+                     A shard that was empty is not asked until something is heard of it
     append, finish   one call to each shard that is concerned
     leases, reap     on every shard, also when another does not answer
     wait             one read on each shard's control stream at once
@@ -11,6 +12,7 @@ with one: priorities, tenants and their weights hold there, and for the whole as
 are spread evenly, which their ids are.
 """
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar
 
@@ -20,6 +22,9 @@ from tokenmill.producer.connection import MAX_BLOCK_S
 from tokenmill.producer.shards import Shards
 from tokenmill.producer.wire import WorkerInfo
 from tokenmill.worker.queue import MAX_BATCH, Append, Claim, Finish, Queue, Verdict
+
+#: How often shards of which nothing is heard are asked all the same.
+LOOK_S = 1.0
 
 _Write = TypeVar("_Write", Append, Finish)
 _Reply = TypeVar("_Reply")
@@ -69,7 +74,13 @@ def queue_of(shards: Shards, worker_id: str, **options: Any) -> QueueLike:
 class ShardedQueue:
     """One worker's side of several shards. Threads may share it as they may a `Queue`."""
 
-    def __init__(self, shards: Shards, queues: Sequence[Queue]) -> None:
+    def __init__(
+        self,
+        shards: Shards,
+        queues: Sequence[Queue],
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         """`queues` are this worker's sides of each shard."""
         self._shards = shards
         self._queues = queues
@@ -78,6 +89,10 @@ class ShardedQueue:
         self.lease_ms = queues[0].lease_ms
         #: Entries of the inboxes, each at the last claim from its shard.
         self.num_inbox = 0
+        #: Shards that had nothing for anybody, and of which nothing has been heard since.
+        self._quiet: set[int] = set()
+        self._clock = clock
+        self._look_at = clock()
         #: Shards in the order in which they are asked next.
         self._order = list(range(len(queues)))
         #: What this worker runs: a request that fits no room is only for one that runs nothing.
@@ -109,11 +124,15 @@ class ShardedQueue:
     ) -> list[Claim]:
         """As for `Queue`; what one shard has leaves the others to the next call.
 
+        What comes to a shard that was empty is found after `wait` has heard of it.
+
         Raises:
             RedisError: no shard gave anything, and one did not answer.
         """
         lost: RedisError | None = None
-        for number in list(self._order):
+        claims: list[Claim] = []
+        self._stir()
+        for number in [number for number in self._order if number not in self._quiet]:
             self._order.remove(number)
             self._order.append(number)
             queue = self._queues[number]
@@ -129,11 +148,11 @@ class ShardedQueue:
             except RedisError as error:
                 lost = error
                 continue
+            if queue.is_drained:
+                self._quiet.add(number)
             if claims:
                 self._held.update(claim.request_id for claim in claims)
                 break
-        else:
-            claims = []
         self.num_inbox = sum(queue.num_inbox for queue in self._queues)
         if lost and not claims:
             raise lost
@@ -185,7 +204,15 @@ class ShardedQueue:
             return True
         return False
 
+    def _stir(self) -> None:
+        """Now and then ask all: a server that rolled back may have lost what was to be heard."""
+        now = self._clock()
+        if now >= self._look_at:
+            self._look_at = now + LOOK_S
+            self._quiet.clear()
+
     def _ask_first(self, number: int) -> None:
+        self._quiet.discard(number)
         self._order.remove(number)
         self._order.insert(0, number)
 

@@ -16,7 +16,7 @@ from tokenmill.producer.request_id import new_request_id
 from tokenmill.producer.shards import SHARDS, Shards
 from tokenmill.producer.wire import Usage, WorkerInfo, chain_digest
 from tokenmill.worker.queue import Append, Claim, Finish, Queue, Verdict
-from tokenmill.worker.shards import QueueLike, ShardedQueue, queue_of
+from tokenmill.worker.shards import LOOK_S, QueueLike, ShardedQueue, queue_of
 
 COUNT = 5
 AMPLE = {"sequences": 100, "tokens": 100_000, "kv_tokens": 1_000_000}
@@ -74,10 +74,11 @@ def end(claim: Claim, start: int, finish_reason: str = "stop") -> Finish:
 
 
 def claim_all(queue: QueueLike, count: int, **room: int) -> list[Claim]:
+    """As a worker does: what comes to a shard that was empty is heard of by waiting."""
     claims: list[Claim] = []
     while len(claims) < count:
         given = queue.claim(**{**AMPLE, **room})
-        assert given, f"{len(claims)} of {count}"
+        assert given or queue.wait(2.0), f"{len(claims)} of {count}"
         claims += given
     return claims
 
@@ -289,3 +290,37 @@ def test_one_shard_costs_nothing_more(server_url: str, monkeypatch: pytest.Monke
     with Shards(server_url, "alone", count=1) as shards:
         assert type(queue_of(shards, "w")) is Queue
         assert isinstance(shards.reader(), redis.Redis)
+
+
+def test_an_empty_shard_is_not_asked_until_it_is_heard_of(
+    client: Client, make_sharded: MakeQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queue = make_sharded()
+    now = [queue._look_at - LOOK_S]
+    monkeypatch.setattr(queue, "_clock", lambda: now[0])
+    asked: list[int] = []
+    for part in queue._queues:
+        real = part.claim
+
+        def claim(part: Queue = part, real: Any = real, **room: Any) -> list[Claim]:
+            asked.append(part.keys.shard)
+            claims: list[Claim] = real(**room)
+            return claims
+
+        monkeypatch.setattr(part, "claim", claim)
+    assert queue.claim(**AMPLE) == []
+    assert sorted(asked) == list(range(COUNT))
+    asked.clear()
+    assert queue.claim(**AMPLE) == []
+    assert asked == []
+    for request_id in (new_request_id(3), new_request_id(3)):
+        client.submit("x", request_id=request_id)
+    assert queue.wait(1.0)
+    assert len(queue.claim(**AMPLE, limit=1)) == 1
+    assert len(queue.claim(**AMPLE, limit=1)) == 1  # it had more than was asked for
+    assert queue.claim(**AMPLE) == []
+    assert set(asked) == {3}
+    asked.clear()
+    now[0] += LOOK_S  # in case that what was to be heard was lost
+    assert queue.claim(**AMPLE) == []
+    assert sorted(asked) == list(range(COUNT))

@@ -5,10 +5,11 @@
 -- ARGV     worker, lease ms, number of this claim, sequences, tokens, kv tokens, most requests,
 --          most ended references to pass over, most attempts, kv tokens of the worker when it
 --          runs nothing (0: not known), requests that it runs of other shards
--- Returns  {more, claims, now, inbox, control}: more is 1 if it stopped at the references, not at
---          the budget; a claim is {id, epoch, attempts, payload, committed token ids packed as
---          uint32}; what is parked until `now` in ms or earlier was looked at; the entries in the
---          inbox; the last entry of the control stream, to wait from
+-- Returns  {more, claims, now, inbox, control, left, due}: more is 1 if it stopped at the
+--          references, not at the budget; a claim is {id, epoch, attempts, payload, committed token
+--          ids packed as uint32}; what is parked until `now` in ms or earlier was looked at; the
+--          entries in the inbox; the last entry of the control stream, to wait from; left is 0 if
+--          nothing could be claimed by anybody now; when the next parked one is due, or ''
 -- Twice    under the same number it returns the same requests, as far as the worker still runs
 --          them, and takes no others
 --
@@ -339,10 +340,23 @@ local function write_down()
   redis.call('HSET', self, 'claim_seq', seq, 'claim_ids', table.concat(taken, ' '))
 end
 
+local left = false
+
 local function claim()
-  if setting(T, 'paused', 0) == 0 and claim_parked() then
-    claim_waiting()
+  if setting(T, 'paused', 0) ~= 0 then
+    return
   end
+  left = true
+  if claim_parked() then
+    claim_waiting()
+    left = not room() or heads[0] or heads[1] or heads[2]
+  end
+end
+
+local function next_due()
+  local first = redis.call('ZRANGEBYSCORE', T .. ':park', '(' .. int(now), '+inf', 'WITHSCORES',
+    'LIMIT', 0, 1)
+  return first[2] or ''
 end
 
 local inbox = try('XLEN', T .. ':inbox') or 0
@@ -356,7 +370,7 @@ if last[1] == seq then
       give(r)
     end
   end
-  return { 0, claims, now, inbox, control }
+  return { 0, claims, now, inbox, control, 1, next_due() }
 end
 settling(T, function()
   local is_well, why = pcall(claim)
@@ -365,4 +379,4 @@ settling(T, function()
     error(why)
   end
 end)
-return { scans <= 0 and 1 or 0, claims, now, inbox, control }
+return { scans <= 0 and 1 or 0, claims, now, inbox, control, left and 1 or 0, next_due() }
