@@ -251,7 +251,9 @@ def _union(folder: Path) -> set[str]:
 
 
 def _calls(path: Path) -> set[str]:
-    found = re.findall(r"(?:redis\.p?call|try|later)\('([A-Z]+)'(?:, '([A-Z]+)')?", path.read_text())
+    found = re.findall(
+        r"(?:redis\.p?call|try|later)\('([A-Z]+)'(?:, '([A-Z]+)')?", path.read_text()
+    )
     return {
         f"{name}|{sub}".lower() if name in ("XGROUP", "XINFO") else name.lower()
         for name, sub in found
