@@ -50,7 +50,7 @@ def answers_lost(stage: Stage) -> None:
         for _ in range(12):
             proxy.hurt(rng, "lose_answer")
             time.sleep(0.02)
-        stage.until(lambda: all(r["state"] == "end" for r in stage.records()))
+        stage.until(stage.has_ended_or_refused)
         worker.send(signal.SIGTERM)
         worker.poll(5.0)
 

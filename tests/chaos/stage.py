@@ -25,7 +25,7 @@ from zygote import Child, Zygote
 
 LEASE_MS = 300
 #: Longest that anything here takes.
-PATIENCE_S = 5.0
+PATIENCE_S = 15.0
 
 
 @dataclass
@@ -97,10 +97,16 @@ class Stage:
             for row in rows
         ]
 
+    def has_ended_or_refused(self) -> bool:
+        """Whether all has ended, or a worker was refused what it wanted to write."""
+        if all(r["state"] == "end" for r in self.records()):
+            return True
+        return any(b"request_refused" in log.read_bytes() for log in self.home.glob("worker-*"))
+
     def end(self) -> Report:
         """Let the workers bring everything to its end, stop them, and check."""
         is_right = self.report.is_right
-        if is_right and self.until(lambda: all(r["state"] == "end" for r in self.records())):
+        if is_right and self.until(self.has_ended_or_refused):
             alive = [child for child in self.workers if child.poll() is None]
             self.until(lambda: self.direct.zcard(self.keys.workers) <= len(alive))
         for child in self.workers:
