@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from tokenmill.engine.sources import models_home
+from tokenmill.producer.address import TLS_VARIABLES
 from tokenmill.producer.cli import tokenmill
 from tokenmill.worker.config import WorkerConfig
 
@@ -214,6 +215,24 @@ def test_the_redis_url_comes_from_a_secret(documents: list[Document], worker: Do
     (url,) = [v for v in worker["env"] if v["name"] == "TOKENMILL_REDIS_URL"]
     assert url["valueFrom"]["secretKeyRef"] == {"name": "tokenmill-redis", "key": "url"}
     assert not [document for document in documents if document["kind"] == "Secret"]
+
+
+def test_certificates_of_redis_are_mounted_where_they_are_read(
+    tmp_path: Path, render: Render
+) -> None:
+    parts = {"resources": [str(K8S / "base")], "components": [str(K8S / "components/redis-tls")]}
+    (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(parts))
+    documents = render(tmp_path)
+    for document in documents:
+        kubernetes_validate.validate(document, KUBERNETES_VERSIONS[-1], strict=True)
+    pod = only(documents, "Deployment")["spec"]["template"]["spec"]
+    settings = only(documents, "ConfigMap")["data"]
+    mounts = {mount["name"]: mount for mount in pod["containers"][0]["volumeMounts"]}
+    volumes = {volume["name"]: volume for volume in pod["volumes"]}
+    assert mounts["redis-tls"]["readOnly"] is True
+    assert volumes["redis-tls"]["secret"]["secretName"] == "tokenmill-redis-tls"
+    for variable in TLS_VARIABLES.values():
+        assert Path(settings[variable]).parent == Path(mounts["redis-tls"]["mountPath"])
 
 
 def test_the_gpu_is_asked_for_by_the_component_alone(render: Render) -> None:
