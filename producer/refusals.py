@@ -21,8 +21,11 @@ _SERVER_ERRORS = (
     ReadOnlyError,
     TryAgainError,
 )
-#: Those that the client library has no class for.
-_SERVER_CODES = ("MISCONF ", "BUSY ", "NOREPLICAS ", "LOADING ")
+#: Those that the client library, or an older version of it, has no class for.
+_SERVER_CODES = (
+    *("MISCONF ", "BUSY ", "NOREPLICAS ", "LOADING "),
+    *("CLUSTERDOWN ", "MASTERDOWN ", "TRYAGAIN "),
+)
 #: Rights that a script lacks: in the words of Valkey and Redis since 7.2, and of Redis before.
 _RIGHTS = ("ACL failure in script", "The user executing the script can't")
 

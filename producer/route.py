@@ -231,14 +231,24 @@ class _Routed:
         except (AskError, ClusterDownError, MasterDownError, ReadOnlyError, TryAgainError) as error:
             self._leave(error)
         except ResponseError as error:
-            if str(error).startswith("NOREPLICAS"):  # perhaps because it is cut off
-                self.disconnect()  # type: ignore[attr-defined]
+            self._read_code(error)
             raise
         if time.monotonic() >= self._check_at:
             self._check_at = time.monotonic() + CHECK_S
             if self._route.has_left((self.host, self.port)):
                 self.disconnect()  # type: ignore[attr-defined]
         return reply
+
+    def _read_code(self, error: ResponseError) -> None:
+        """What older versions of the library have no class for."""
+        code, _, rest = str(error).partition(" ")
+        if code == "MOVED":
+            host, _, port = rest.rpartition(" ")[2].rpartition(":")
+            self._leave(error, (host or self.host, int(port)))
+        if code in ("ASK", "CLUSTERDOWN", "MASTERDOWN", "TRYAGAIN"):
+            self._leave(error)
+        if code == "NOREPLICAS":  # perhaps because it is cut off
+            self.disconnect()  # type: ignore[attr-defined]
 
     def _leave(self, error: RedisError, to: HostPort | None = None) -> NoReturn:
         self._route.lost(to)
