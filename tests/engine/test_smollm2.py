@@ -1,5 +1,7 @@
 """The real model: greedy tokens equal transformers', its tokenizer and template too."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ from tokenmill.engine.config import EngineConfig
 from tokenmill.engine.engine import Engine
 from tokenmill.engine.loader import LoadedModel
 from tokenmill.engine.sources import resolve
+from tokenmill.producer.logprobs import TokenLogprobs
 from tokenmill.producer.params import SamplingParams
 
 QUESTIONS = [
@@ -115,6 +118,30 @@ def test_greedy_equals_transformers_in_a_batch(
     got = generate(smollm2, prompts, EngineConfig(token_budget=budget, max_num_seqs=20))
     for question, ours, want in zip(QUESTIONS, got, expected, strict=True):
         assert_same(ours, want, question)
+
+
+def test_log_probabilities_equal_transformers(
+    smollm2: LoadedModel, reference: Any, prompts: list[list[int]]
+) -> None:
+    """Of prompt and output, within 1e-4, in a batch with a small budget."""
+    engine = Engine(smollm2, EngineConfig(token_budget=24, max_num_seqs=4))
+    params = SamplingParams(max_tokens=4, logprobs=3, prompt_logprobs=0)
+    for number, prompt in enumerate(prompts[:4]):
+        engine.add(str(number), prompt, params, seed=0)
+    told: list[list[TokenLogprobs]] = [[] for _ in range(4)]
+    while engine.has_work:
+        for output in engine.step():
+            told[int(output.seq_id)] += [*output.prompt_logprobs, *output.logprobs]
+    for prompt, rows in zip(prompts, told, strict=False):
+        ids = [prompt[0], *(row.token_id for row in rows)]
+        assert ids[: len(prompt)] == prompt
+        with torch.inference_mode():
+            expected = reference(torch.tensor([ids[:-1]])).logits[0].log_softmax(-1)
+        for row, want in zip(rows, expected, strict=True):
+            assert row.logprob == pytest.approx(want[row.token_id].item(), abs=1e-4)
+            assert [v for _, v in row.top] == pytest.approx(
+                want.topk(len(row.top)).values.tolist(), abs=1e-4
+            )
 
 
 def test_tokenizer_equals_transformers(smollm2: LoadedModel) -> None:
