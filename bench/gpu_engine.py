@@ -21,9 +21,8 @@ from workloads import provenance
 from tokenmill.engine.config import EngineConfig
 from tokenmill.engine.engine import Engine
 from tokenmill.engine.loader import LoadedModel, choose_device, choose_dtype
-from tokenmill.engine.models.packed import pack
-from tokenmill.engine.models.spec import ModelSpec, spec_from_config
-from tokenmill.engine.models.weights import empty_weights, random_weights
+from tokenmill.engine.models.families import spec_from_config
+from tokenmill.engine.models.weights import empty_weights, pack, random_weights
 from tokenmill.engine.tokenizer import Tokenizer
 from tokenmill.producer.params import SamplingParams
 
@@ -54,7 +53,7 @@ TINY = (
 
 def random_model(config: dict[str, object]) -> LoadedModel:
     """A model of these shapes with seeded random weights, on the best device."""
-    spec: ModelSpec = spec_from_config(config)
+    spec = spec_from_config(config)
     device = choose_device("auto")
     dtype = choose_dtype("auto", device)
     weights = empty_weights(spec, dtype, device)

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from tokenmill.engine.errors import UnsupportedModel
+from tokenmill.engine.models.checkpoint import NamedTensors
 from tokenmill.engine.models.spec import ModelSpec
-from tokenmill.engine.models.weights import NamedTensors
 
 # GGUF value types -> struct codes; 8 is a string, 9 an array.
 _SCALARS = {

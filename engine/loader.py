@@ -8,13 +8,11 @@ import torch
 from tokenmill.engine.errors import OutOfMemory
 from tokenmill.engine.gguf import GGUFFile, config_from_gguf, tensors_of
 from tokenmill.engine.json_file import read_json
-from tokenmill.engine.models.packed import PackedWeights, pack
-from tokenmill.engine.models.spec import ModelSpec, spec_from_config
-from tokenmill.engine.models.weights import (
-    empty_weights,
-    fill_weights,
-    safetensors_of,
-)
+from tokenmill.engine.models.checkpoint import tensors_of_directory
+from tokenmill.engine.models.families import FAMILIES, spec_from_config
+from tokenmill.engine.models.spec import ModelSpec
+from tokenmill.engine.models.weight_map import fill_weights
+from tokenmill.engine.models.weights import ModelWeights, empty_weights, pack
 from tokenmill.engine.sources import resolve
 from tokenmill.engine.tokenizer import Tokenizer, tokenizer_from_directory, tokenizer_from_gguf
 from tokenmill.producer.errors import InvalidRequest
@@ -28,7 +26,7 @@ class LoadedModel:
 
     name: str
     spec: ModelSpec
-    weights: PackedWeights
+    weights: ModelWeights
     tokenizer: Tokenizer
     device: torch.device
     dtype: torch.dtype
@@ -52,13 +50,13 @@ def load(model: str, *, device: str = "auto", dtype: str = "auto") -> LoadedMode
                 file = GGUFFile(path)
                 tokenizer = beside.submit(tokenizer_from_gguf, file.metadata)
                 spec = spec_from_config(config_from_gguf(file.metadata, file.tensors))
-                weights = empty_weights(spec, kind, place)
-                fill_weights(weights, spec, tensors_of(file, spec))
+                tensors = tensors_of(file, spec)
             else:
                 tokenizer = beside.submit(tokenizer_from_directory, path)
                 spec = spec_from_config(read_json(path / "config.json"))
-                weights = empty_weights(spec, kind, place)
-                fill_weights(weights, spec, safetensors_of(path))
+                tensors = tensors_of_directory(path)
+            weights = empty_weights(spec, kind, place)
+            fill_weights(weights, spec, FAMILIES[spec.family].weight_map, tensors)
         except torch.OutOfMemoryError as error:
             raise OutOfMemory(f"{model} in {kind} does not fit {place}: {error}") from error
         return LoadedModel(model, spec, pack(weights), tokenizer.result(), place, kind)

@@ -9,55 +9,79 @@ from torch.nn.functional import embedding
 
 from tokenmill.engine.batch import RaggedBatch
 from tokenmill.engine.kv_cache import KVCache
-from tokenmill.engine.models.packed import PackedLayer, PackedWeights
-from tokenmill.engine.models.spec import ModelSpec, inverse_frequencies
+from tokenmill.engine.models.norm import Norm
+from tokenmill.engine.models.rope import rotary_table
+from tokenmill.engine.models.spec import ModelSpec
+from tokenmill.engine.models.weights import LayerWeights, ModelWeights
 from tokenmill.kernels import ops
 
 
 class Decoder:
-    """Llama-shaped: RMSNorm, rotary positions, grouped-query attention, gated SiLU."""
+    """What a model does is said by its spec and by the weights that it has, nowhere by its name.
 
-    def __init__(self, spec: ModelSpec, weights: PackedWeights, max_model_len: int) -> None:
+    The residual of a layer is kept apart from what is to be added to it, so that the addition is
+    done with the norm that reads it.
+    """
+
+    def __init__(self, spec: ModelSpec, weights: ModelWeights, max_model_len: int) -> None:
         self.spec = spec
         self._weights = weights
-        self._scale = spec.head_dim**-0.5
-        self._cos_sin = rotary_table(spec, max_model_len).to(weights.embedding.device)
+        device, dtype = weights.embedding.device, weights.embedding.dtype
+        tables = {rope: rotary_table(rope, max_model_len).to(device) for rope in set(spec.ropes)}
+        self._cos_sin = [tables[rope] for rope in spec.ropes]
+        # Rounded as the models were trained: they keep the scale in the dtype of the weights.
+        self._embedding_scale = torch.tensor(spec.embedding_scale, dtype=dtype).item()
 
     def forward(self, batch: RaggedBatch, cache: KVCache) -> torch.Tensor:
         """Compute one step; returns the last hidden states [L, H] of the wanted tokens."""
-        weights, eps = self._weights, self.spec.norm_eps
-        residual = embedding(batch.input_ids, weights.embedding)  # [T, H]
-        hidden = ops.rms_norm(residual, weights.layers[0].attention_norm, eps)
+        weights = self._weights
+        added, residual = None, self._embed(batch)  # [T, H]
         for number, layer in enumerate(weights.layers):
-            if number:
-                hidden, residual = ops.add_rms_norm(hidden, residual, layer.attention_norm, eps)
-            hidden = self._attention(hidden, layer, batch, cache.keys[number], cache.values[number])
-            hidden, residual = ops.add_rms_norm(hidden, residual, layer.mlp_norm, eps)
-            hidden = layer.down(ops.gated_activation(layer.gate_up(hidden), "silu"))
+            hidden, residual = _add_norm(added, residual, layer.attention_norm)
+            attended = self._attention(hidden, number, layer, batch, cache)
+            attended = _norm(attended, layer.attention_post_norm)
+            if self.spec.parallel:
+                hidden = hidden if layer.mlp_norm is None else layer.mlp_norm(residual)
+                added = attended + layer.mlp(hidden)
+            else:
+                hidden, residual = _add_norm(attended, residual, layer.mlp_norm)
+                added = _norm(layer.mlp(hidden), layer.mlp_post_norm)
         wanted = batch.logits_indices
-        hidden, _ = ops.add_rms_norm(hidden[wanted], residual[wanted], weights.final_norm, eps)
+        added = None if added is None else added[wanted]
+        hidden, _ = _add_norm(added, residual[wanted], weights.final_norm)
         return hidden
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits [L, V] float32 of last hidden states [L, H]."""
-        return self._weights.lm_head(hidden).float()
+        logits = self._weights.lm_head(hidden).float()
+        cap = self.spec.logit_softcap
+        return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
+
+    def _embed(self, batch: RaggedBatch) -> torch.Tensor:
+        weights = self._weights
+        rows = embedding(batch.input_ids, weights.embedding)
+        if self._embedding_scale != 1.0:
+            rows = rows * self._embedding_scale
+        if weights.positions is not None:
+            rows = rows + embedding(batch.positions, weights.positions)
+        return rows
 
     def _attention(
         self,
         hidden: torch.Tensor,  # [T, H]
-        layer: PackedLayer,
+        number: int,
+        layer: LayerWeights,
         batch: RaggedBatch,
-        keys: torch.Tensor,
-        values: torch.Tensor,
+        cache: KVCache,
     ) -> torch.Tensor:
-        spec = self.spec
+        spec, keys, values = self.spec, cache.keys[number], cache.values[number]
         heads = layer.qkv(hidden).view(hidden.shape[0], -1, spec.head_dim)
         q, k, v = heads.split_with_sizes(
             [spec.num_heads, spec.num_kv_heads, spec.num_kv_heads], dim=1
         )
-        if layer.q_norm is not None and layer.k_norm is not None:
-            q, k = self._head_norm(q, layer.q_norm), self._head_norm(k, layer.k_norm)
-        ops.rope_store_kv(q, k, v, batch.positions, self._cos_sin, batch.slot_mapping, keys, values)
+        q, k = _norm_heads(q, layer.q_norm), _norm_heads(k, layer.k_norm)
+        cos_sin = self._cos_sin[number]
+        ops.rope_store_kv(q, k, v, batch.positions, cos_sin, batch.slot_mapping, keys, values)
         attended = ops.paged_attention(
             q,
             keys,
@@ -66,17 +90,31 @@ class Decoder:
             context_lens=batch.context_lens,
             block_tables=batch.block_tables,
             max_query_len=batch.max_query_len,
-            scale=self._scale,
+            scale=spec.attention_scale,
+            window=spec.windows[number],
+            softcap=spec.attention_softcap,
         )
         return layer.attention_out(attended.view(hidden.shape[0], -1))
 
-    def _head_norm(self, heads: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        flat = heads.reshape(-1, self.spec.head_dim)
-        return ops.rms_norm(flat, weight, self.spec.norm_eps).view(heads.shape)
+
+def _norm(x: torch.Tensor, norm: Norm | None) -> torch.Tensor:
+    return x if norm is None else norm(x)
 
 
-def rotary_table(spec: ModelSpec, max_model_len: int) -> torch.Tensor:
-    """Cosines and sines of every position: [max_model_len, head_dim] float32, cosines first."""
-    frequencies = torch.tensor(inverse_frequencies(spec), dtype=torch.float64)
-    angles = torch.outer(torch.arange(max_model_len, dtype=torch.float64), frequencies)
-    return torch.cat([angles.cos(), angles.sin()], dim=1).float()
+def _add_norm(
+    added: torch.Tensor | None, residual: torch.Tensor, norm: Norm | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The normed sum and the sum; where there is no norm, the sum twice."""
+    if added is None:
+        return _norm(residual, norm), residual
+    if norm is None:
+        total = added + residual
+        return total, total
+    return norm.add(added, residual)
+
+
+def _norm_heads(heads: torch.Tensor, norm: Norm | None) -> torch.Tensor:
+    """Norm [T, heads, D] in rows as wide as the norm: of one head, or of all of them."""
+    if norm is None:
+        return heads
+    return norm(heads.reshape(-1, norm.weight.shape[0])).view(heads.shape)

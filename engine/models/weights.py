@@ -1,42 +1,72 @@
-"""Weights of a model, fused (qkv, gate-up) while they stream in, one tensor at a time."""
+"""`ModelWeights`: the weights of a model as the decoder computes with them.
+
+They are allocated fused (qkv, gate-up), filled in place from a checkpoint, then packed one by one:
+at no time is more than one linear in memory twice.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
-from tokenmill.engine.errors import OutOfMemory, UnsupportedModel
-from tokenmill.engine.json_file import read_json
-from tokenmill.engine.models.spec import ModelSpec
-
-#: A named tensor as a checkpoint stores it.
-NamedTensors = Iterator[tuple[str, torch.Tensor]]
+from tokenmill.engine.errors import OutOfMemory
+from tokenmill.engine.models.linear import Linear
+from tokenmill.engine.models.mlp import MLP, MoE
+from tokenmill.engine.models.norm import Norm
+from tokenmill.engine.models.spec import ModelSpec, MoESpec
 
 
 @dataclass(slots=True)
 class LayerWeights:
-    """One decoder layer; H hidden, I intermediate, D head size, Hq / Hkv heads."""
+    """One decoder layer; a norm that the model lacks is None."""
 
-    attention_norm: torch.Tensor  # [H]
-    qkv: torch.Tensor  # [(Hq + 2 Hkv) * D, H]
-    qkv_bias: torch.Tensor | None  # [(Hq + 2 Hkv) * D]
-    q_norm: torch.Tensor | None  # [D]
-    k_norm: torch.Tensor | None  # [D]
-    attention_out: torch.Tensor  # [H, Hq * D]
-    mlp_norm: torch.Tensor  # [H]
-    gate_up: torch.Tensor  # [2 I, H]
-    down: torch.Tensor  # [H, I]
+    attention_norm: Norm | None
+    qkv: Linear  # [H] -> [(Hq + 2 Hkv) * D]
+    q_norm: Norm | None
+    k_norm: Norm | None
+    attention_out: Linear  # [Hq * D] -> [H]
+    attention_post_norm: Norm | None
+    mlp_norm: Norm | None
+    mlp: MLP | MoE
+    mlp_post_norm: Norm | None
+
+    def norms(self) -> dict[str, Norm]:
+        """The norms that there are, by name."""
+        named = {
+            name: getattr(self, name)
+            for name in (
+                "attention_norm",
+                "q_norm",
+                "k_norm",
+                "attention_post_norm",
+                "mlp_norm",
+                "mlp_post_norm",
+            )
+        }
+        return {name: norm for name, norm in named.items() if norm is not None}
 
 
 @dataclass(slots=True)
 class ModelWeights:
-    """All weights of a model; `lm_head` is the embedding itself where they are tied."""
+    """All weights; the head's weight is the embedding itself where they are tied."""
 
     embedding: torch.Tensor  # [V, H]
+    positions: torch.Tensor | None  # [P, H]
     layers: list[LayerWeights]
-    final_norm: torch.Tensor  # [H]
-    lm_head: torch.Tensor  # [V, H]
+    final_norm: Norm
+    lm_head: Linear  # [H] -> [V]
+
+    def linears(self) -> Iterator[Linear]:
+        """Every linear of the model."""
+        for layer in self.layers:
+            yield from (layer.qkv, layer.attention_out, *layer.mlp.linears())
+        yield self.lm_head
+
+    def norms(self) -> Iterator[Norm]:
+        """Every norm of the model."""
+        for layer in self.layers:
+            yield from layer.norms().values()
+        yield self.final_norm
 
 
 def empty_weights(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> ModelWeights:
@@ -46,140 +76,105 @@ def empty_weights(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> 
         OutOfMemory: the device has no room for them.
     """
     try:
-        return _empty_weights(spec, dtype, device)
+        return _Allocation(spec, dtype, device).weights()
     except RuntimeError as error:  # torch.OutOfMemoryError on a GPU, the plain class on a CPU
         raise OutOfMemory(f"the weights do not fit {device}: {error}") from error
 
 
-def _empty_weights(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> ModelWeights:
-
-    def new(*shape: int) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device=device)
-
-    hidden, inner = spec.hidden_size, spec.intermediate_size
-    q_size = spec.num_heads * spec.head_dim
-    qkv_size = q_size + 2 * spec.num_kv_heads * spec.head_dim
-    layers = [
-        LayerWeights(
-            attention_norm=new(hidden),
-            qkv=new(qkv_size, hidden),
-            qkv_bias=new(qkv_size) if spec.qkv_bias else None,
-            q_norm=new(spec.head_dim) if spec.qk_norm else None,
-            k_norm=new(spec.head_dim) if spec.qk_norm else None,
-            attention_out=new(hidden, q_size),
-            mlp_norm=new(hidden),
-            gate_up=new(2 * inner, hidden),
-            down=new(hidden, inner),
-        )
-        for _ in range(spec.num_layers)
-    ]
-    embedding = new(spec.vocab_size, hidden)
-    lm_head = embedding if spec.tied_embeddings else new(spec.vocab_size, hidden)
-    return ModelWeights(embedding, layers, new(hidden), lm_head)
-
-
-def fill_weights(weights: ModelWeights, spec: ModelSpec, tensors: NamedTensors) -> None:
-    """Copy every tensor of a Llama-named checkpoint to its place.
-
-    Raises:
-        UnsupportedModel: a tensor is unknown, missing, or of another shape.
-    """
-    places = _places(weights, spec)
-    for name, tensor in tensors:
-        if name.endswith("rotary_emb.inv_freq") or (
-            name == "lm_head.weight" and name not in places
-        ):
-            continue  # derived, or stored although tied
-        place = places.pop(name, None)
-        if place is None:
-            raise UnsupportedModel(f"the checkpoint has a tensor of no known place: {name}")
-        if place.shape != tensor.shape:
-            raise UnsupportedModel(
-                f"{name} must have shape {tuple(place.shape)}, got {tuple(tensor.shape)}"
-            )
-        place.copy_(tensor)
-    if places:
-        raise UnsupportedModel(f"the checkpoint lacks {len(places)} tensors: {sorted(places)[:3]}")
-
-
-def _places(weights: ModelWeights, spec: ModelSpec) -> dict[str, torch.Tensor]:
-    """Checkpoint name -> view of the fused tensor that it fills."""
-    places = {
-        "model.embed_tokens.weight": weights.embedding,
-        "model.norm.weight": weights.final_norm,
-    }
-    if not spec.tied_embeddings:
-        places["lm_head.weight"] = weights.lm_head
-    q_size, kv_size = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
-    for number, layer in enumerate(weights.layers):
-        prefix = f"model.layers.{number}."
-        named: dict[str, torch.Tensor | None] = {
-            "input_layernorm.weight": layer.attention_norm,
-            "post_attention_layernorm.weight": layer.mlp_norm,
-            "self_attn.o_proj.weight": layer.attention_out,
-            "self_attn.q_norm.weight": layer.q_norm,
-            "self_attn.k_norm.weight": layer.k_norm,
-            "mlp.down_proj.weight": layer.down,
-            "mlp.gate_proj.weight": layer.gate_up[: spec.intermediate_size],
-            "mlp.up_proj.weight": layer.gate_up[spec.intermediate_size :],
-        }
-        for kind, fused in (("weight", layer.qkv), ("bias", layer.qkv_bias)):
-            if fused is not None:
-                q, k, v = fused.split_with_sizes([q_size, kv_size, kv_size])
-                named |= {
-                    f"self_attn.{x}_proj.{kind}": t for x, t in zip("qkv", (q, k, v), strict=True)
-                }
-        places |= {prefix + name: place for name, place in named.items() if place is not None}
-    return places
-
-
-def safetensors_of(directory: Path) -> NamedTensors:
-    """Every tensor of a directory's safetensors files, one at a time, mapped from disk.
-
-    Raises:
-        UnsupportedModel: there is no such file, or one is broken.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    for file in _shards(directory):
-        try:
-            with safe_open(file, framework="pt") as shard:
-                for name in shard.keys():  # noqa: SIM118 (not a dict)
-                    yield name, shard.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise UnsupportedModel(
-                f"{file} is not a whole safetensors file: {error}; pull it again"
-            ) from error
-
-
-def _shards(directory: Path) -> list[Path]:
-    """The files that the index names, or the only file: others may hold the same weights again."""
-    index = read_json(directory / "model.safetensors.index.json")
-    if index:
-        named = index.get("weight_map")
-        return sorted({directory / file for file in named.values()}) if named else []
-    if (directory / "model.safetensors").is_file():
-        return [directory / "model.safetensors"]
-    files = sorted(directory.glob("*.safetensors"))
-    if not files:
-        raise UnsupportedModel(
-            f"{directory} holds no *.safetensors; convert the model to safetensors first"
-        )
-    return files
+def pack(weights: ModelWeights) -> ModelWeights:
+    """Lay out every linear for its device, in place; returns `weights`."""
+    for linear in weights.linears():
+        linear.pack()
+    return weights
 
 
 def random_weights(weights: ModelWeights, seed: int) -> None:
     """Fill with seeded noise of a trained model's size: for benches where no weights can be had."""
     generator = torch.Generator(device=weights.embedding.device).manual_seed(seed)
-    for layer in weights.layers:
-        for matrix in (layer.qkv, layer.attention_out, layer.gate_up, layer.down):
-            matrix.normal_(0.0, matrix.shape[1] ** -0.5, generator=generator)
-        for norm in (layer.attention_norm, layer.mlp_norm, layer.q_norm, layer.k_norm):
-            if norm is not None:
-                norm.fill_(1.0)
-        if layer.qkv_bias is not None:
-            layer.qkv_bias.zero_()
     weights.embedding.normal_(0.0, 1.0, generator=generator)
-    weights.final_norm.fill_(1.0)
-    if weights.lm_head is not weights.embedding:
-        weights.lm_head.normal_(0.0, weights.lm_head.shape[1] ** -0.5, generator=generator)
+    if weights.positions is not None:
+        weights.positions.normal_(0.0, 0.1, generator=generator)
+    for linear in weights.linears():
+        if linear.weight is not weights.embedding:
+            linear.weight.normal_(0.0, linear.weight.shape[1] ** -0.5, generator=generator)
+        if linear.bias is not None:
+            linear.bias.zero_()
+    for norm in weights.norms():
+        norm.weight.fill_(1.0)
+        if norm.bias is not None:
+            norm.bias.zero_()
+
+
+@dataclass(frozen=True, slots=True)
+class _Allocation:
+    """The shapes of a model, as empty tensors."""
+
+    spec: ModelSpec
+    dtype: torch.dtype
+    device: torch.device
+
+    def weights(self) -> ModelWeights:
+        spec = self.spec
+        embedding = self._new(spec.vocab_size, spec.hidden_size)
+        positions = None
+        if spec.position_offset is not None:
+            positions = self._new(spec.max_position, spec.hidden_size)
+        head = embedding if spec.tied_embeddings else self._new(spec.vocab_size, spec.hidden_size)
+        return ModelWeights(
+            embedding=embedding,
+            positions=positions,
+            layers=[self._layer(number) for number in range(spec.num_layers)],
+            final_norm=self._norm(spec.hidden_size),
+            lm_head=Linear(head, self._new(spec.vocab_size) if spec.head_bias else None),
+        )
+
+    def _layer(self, number: int) -> LayerWeights:
+        spec, hidden = self.spec, self.spec.hidden_size
+        pre = self._norm(hidden) if spec.pre_norm else None
+        has_mlp_norm = spec.pre_norm and not spec.shared_norm
+        q_width, k_width = spec.q_size, spec.kv_size
+        if spec.qk_norm == "head":
+            q_width = k_width = spec.head_dim
+        return LayerWeights(
+            attention_norm=pre,
+            qkv=self._linear(hidden, spec.q_size + 2 * spec.kv_size, bias=spec.qkv_bias),
+            q_norm=self._norm(q_width) if spec.qk_norm else None,
+            k_norm=self._norm(k_width) if spec.qk_norm else None,
+            attention_out=self._linear(spec.q_size, hidden, bias=spec.out_bias),
+            attention_post_norm=self._norm(hidden) if spec.post_norm else None,
+            mlp_norm=self._norm(hidden) if has_mlp_norm else None,
+            mlp=(
+                self._moe(spec.moe)
+                if spec.moe and spec.moe.layers[number]
+                else self._mlp(spec.intermediate_size)
+            ),
+            mlp_post_norm=self._norm(hidden) if spec.post_norm else None,
+        )
+
+    def _mlp(self, inner: int) -> MLP:
+        spec, hidden = self.spec, self.spec.hidden_size
+        up = self._linear(hidden, 2 * inner if spec.gated else inner, bias=spec.mlp_bias)
+        down = self._linear(inner, hidden, bias=spec.mlp_bias)
+        return MLP(up, down, spec.activation, gated=spec.gated)
+
+    def _moe(self, moe: MoESpec) -> MoE:
+        hidden, shared = self.spec.hidden_size, moe.shared_intermediate_size
+        return MoE(
+            self._linear(hidden, moe.num_experts, bias=False),
+            [self._mlp(moe.intermediate_size) for _ in range(moe.num_experts)],
+            top_k=moe.top_k,
+            normalize=moe.normalize,
+            shared=self._mlp(shared) if shared else None,
+            shared_gate=self._linear(hidden, 1, bias=False) if shared else None,
+        )
+
+    def _linear(self, width: int, out: int, *, bias: bool) -> Linear:
+        return Linear(self._new(out, width), self._new(out) if bias else None)
+
+    def _norm(self, width: int) -> Norm:
+        weight = torch.empty(width, device=self.device)
+        bias = torch.empty(width, device=self.device) if self.spec.layer_norm else None
+        return Norm(weight, bias, self.spec.norm_eps)
+
+    def _new(self, *shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=self.dtype, device=self.device)

@@ -30,11 +30,11 @@ def smollm2() -> LoadedModel:
     return load("smollm2", device="cpu")
 
 
-@pytest.fixture
-def tiny_checkpoint(tmp_path: Path) -> Callable[..., tuple[Path, Any]]:
-    """A random checkpoint written by transformers: its directory, and transformers' own model."""
+@pytest.fixture(scope="session")
+def write_checkpoint() -> Callable[..., Any]:
+    """Write a random checkpoint of a family by transformers; returns transformers' own model."""
 
-    def make(family: str, **overrides: object) -> tuple[Path, Any]:
+    def write(directory: Path, family: str, **overrides: object) -> Any:
         import torch
         from tokenizers import Tokenizer, models, pre_tokenizers
         from transformers import AutoConfig, AutoModelForCausalLM
@@ -49,12 +49,24 @@ def tiny_checkpoint(tmp_path: Path) -> Callable[..., tuple[Path, Any]]:
                     torch.randn_like(weight) * (0.15 if weight.dim() > 1 else 0.5)
                     + (weight.dim() == 1)
                 )
-        directory = tmp_path / family
         model.save_pretrained(directory)
         words = {f"w{n}": n for n in range(TINY["vocab_size"])}
         tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
         tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
         tokenizer.save(str(directory / "tokenizer.json"))
-        return directory, model
+        return model
+
+    return write
+
+
+@pytest.fixture
+def tiny_checkpoint(
+    tmp_path: Path, write_checkpoint: Callable[..., Any]
+) -> Callable[..., tuple[Path, Any]]:
+    """A random checkpoint written by transformers: its directory, and transformers' own model."""
+
+    def make(family: str, **overrides: object) -> tuple[Path, Any]:
+        directory = tmp_path / family
+        return directory, write_checkpoint(directory, family, **overrides)
 
     return make

@@ -15,9 +15,8 @@ from tokenmill.engine.config import EngineConfig
 from tokenmill.engine.cost_model import CostModel
 from tokenmill.engine.engine import Engine, best_budget
 from tokenmill.engine.loader import LoadedModel
-from tokenmill.engine.models.packed import pack
-from tokenmill.engine.models.spec import ModelSpec, RopeScaling
-from tokenmill.engine.models.weights import empty_weights, random_weights
+from tokenmill.engine.models.families import spec_from_config
+from tokenmill.engine.models.weights import empty_weights, pack, random_weights
 from tokenmill.engine.probe import Probe
 from tokenmill.engine.sequence import FinishReason
 from tokenmill.engine.tokenizer import Tokenizer
@@ -40,20 +39,17 @@ def tiny() -> LoadedModel:
     from tokenizers import Tokenizer as Backend
     from tokenizers import models
 
-    spec = ModelSpec(
-        family="llama",
-        vocab_size=97,
-        hidden_size=32,
-        intermediate_size=48,
-        num_layers=2,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=8,
-        max_position=128,
-        norm_eps=1e-5,
-        rope_theta=10000.0,
-        rope_scaling=RopeScaling(),
-        tied_embeddings=False,
+    spec = spec_from_config(
+        {
+            "model_type": "llama",
+            "vocab_size": 97,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 128,
+        }
     )
     cpu = torch.device("cpu")
     weights = empty_weights(spec, torch.float32, cpu)

@@ -16,20 +16,25 @@ def test_product_equals_the_plain_one(rows: int, shape: tuple[int, int], with_bi
     x = torch.randn(rows, shape[1], generator=generator)
     expected = x.double() @ weight.double().T + (0 if bias is None else bias.double())
     with torch.inference_mode():
-        got = Linear(weight, bias)(x)
+        layer = Linear(weight, bias)
+        layer.pack()
+        got = layer(x)
     assert got.shape == (rows, shape[0])
     assert torch.allclose(got.double(), expected, atol=1e-4)
 
 
 def test_other_types_keep_their_weight() -> None:
     weight, x = torch.randn(6, 4, dtype=torch.bfloat16), torch.randn(3, 4, dtype=torch.bfloat16)
-    assert torch.equal(Linear(weight)(x), torch.nn.functional.linear(x, weight))
+    layer = Linear(weight)
+    layer.pack()
+    assert torch.equal(layer(x), torch.nn.functional.linear(x, weight))
 
 
 def test_a_change_of_the_plain_weight_does_not_reach_a_packed_one() -> None:
     """So the plain weight can be dropped after packing."""
     weight = torch.ones(8, 8)
     layer = Linear(weight)
+    layer.pack()
     weight.zero_()
     packed = hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
     assert layer(torch.ones(1, 8)).sum().item() == (64.0 if packed else 0.0)

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tokenmill.engine.errors import OutOfMemory, UnsupportedModel
 from tokenmill.engine.kv_cache import allocate_kv_cache
 from tokenmill.engine.loader import choose_device, choose_dtype, load
-from tokenmill.engine.models.spec import spec_from_config
+from tokenmill.engine.models.families import spec_from_config
 from tokenmill.producer.errors import InvalidRequest
 
 Checkpoint = Callable[..., tuple[Path, Any]]
@@ -36,7 +37,7 @@ def truncate(path: Path) -> None:
         ("model.safetensors", truncate, "not a whole safetensors file"),
         ("model.safetensors", lambda p: p.write_bytes(b""), "not a whole safetensors file"),
         ("model.safetensors", lambda p: p.write_text("version https://git-lfs"), "not a whole"),
-        ("model.safetensors", lambda p: p.unlink(), r"holds no \*\.safetensors"),
+        ("model.safetensors", lambda p: p.unlink(), r"holds no \*\.safetensors and no pytorch"),
         ("tokenizer.json", lambda p: p.write_text("{"), "is not a tokenizer"),
         ("tokenizer.json", lambda p: p.unlink(), r"must hold a tokenizer\.json"),
         (
@@ -81,6 +82,76 @@ def test_shards_are_found_by_their_index(tiny_checkpoint: Checkpoint) -> None:
     model.save_pretrained(directory, max_shard_size="40KB")
     assert len(list(directory.glob("*.safetensors"))) > 1
     assert torch.equal(load(str(directory), device="cpu").weights.embedding, expected)
+
+
+def as_bin(directory: Path, **options: bool) -> Path:
+    """The checkpoint in two .bin shards with their index, as torch writes them."""
+    stored = load_file(directory / "model.safetensors")
+    (directory / "model.safetensors").unlink()
+    names = sorted(stored)
+    shards = {f"pytorch_model-0000{n + 1}-of-00002.bin": names[n::2] for n in range(2)}
+    for file, chosen in shards.items():
+        torch.save({name: stored[name] for name in chosen}, directory / file, **options)
+    index = {name: file for file, chosen in shards.items() for name in chosen}
+    (directory / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": index}))
+    return directory / next(iter(shards))
+
+
+@pytest.mark.parametrize("mapped", [True, False], ids=["zip", "before torch 1.6"])
+def test_bin_shards_are_read(directory: Path, mapped: bool) -> None:
+    expected = load(str(directory), device="cpu").weights
+    as_bin(directory, _use_new_zipfile_serialization=mapped)
+    loaded = load(str(directory), device="cpu").weights
+    assert torch.equal(loaded.embedding, expected.embedding)
+    rows = torch.randn(3, 48)
+    for ours, theirs in zip(loaded.linears(), expected.linears(), strict=True):
+        if ours is not loaded.layers[0].attention_out:
+            continue
+        assert torch.equal(ours(rows), theirs(rows))
+
+
+def test_safetensors_are_preferred_to_bin(directory: Path) -> None:
+    (directory / "pytorch_model.bin").write_bytes(b"rubbish")
+    load(str(directory), device="cpu")
+
+
+class Evil:
+    """Unpickled, it writes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.write_text, (self._path, "run")
+
+
+@pytest.mark.parametrize("mapped", [True, False], ids=["zip", "before torch 1.6"])
+def test_a_bin_file_with_code_is_refused_and_not_run(directory: Path, mapped: bool) -> None:
+    shard = as_bin(directory)
+    trace = directory / "trace"
+    torch.save({"x": Evil(trace)}, shard, _use_new_zipfile_serialization=mapped)
+    with pytest.raises(UnsupportedModel, match=r"not a whole file of weights alone: .*; use its"):
+        load(str(directory), device="cpu")
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"rubbish", b"PK\x03\x04 rubbish", b"version https://git-lfs"], ids=str
+)
+def test_a_broken_bin_file_is_refused(directory: Path, content: bytes) -> None:
+    as_bin(directory).write_bytes(content)
+    with pytest.raises(UnsupportedModel, match="is not a whole file of weights alone"):
+        load(str(directory), device="cpu")
+
+
+def test_a_bin_file_of_something_else_is_refused(directory: Path) -> None:
+    shard = as_bin(directory)
+    torch.save([1, 2], shard)
+    with pytest.raises(UnsupportedModel, match="must hold a dict of tensors, got list"):
+        load(str(directory), device="cpu")
+    torch.save({"x": 1}, shard)
+    with pytest.raises(UnsupportedModel, match="tensors alone, got x of another type"):
+        load(str(directory), device="cpu")
 
 
 def test_a_template_that_cannot_be_read_leaves_plain_texts(directory: Path) -> None:

@@ -1,0 +1,74 @@
+"""`MLP`, and `MoE`, the mixture of experts that stands in its place."""
+
+from collections.abc import Iterator
+
+import torch
+
+from tokenmill.engine.models.linear import Linear
+from tokenmill.kernels import ops
+
+
+class MLP:
+    """down(activation(up(x))); gated: `up` gives gate and up side by side, [T, 2I]."""
+
+    def __init__(self, up: Linear, down: Linear, activation: str, *, gated: bool) -> None:
+        self.up = up
+        self.down = down
+        self.gated = gated
+        self._activation = activation
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        inner = self.up(x)
+        activate = ops.gated_activation if self.gated else ops.activation
+        return self.down(activate(inner, self._activation))
+
+    def linears(self) -> Iterator[Linear]:
+        """All linears in it."""
+        yield from (self.up, self.down)
+
+
+class MoE:
+    """Each token goes through `top_k` of the experts, and through the shared one if there is one.
+
+    The experts run one after another on the tokens routed to them; a token's sum is in the order
+    of the experts, whatever else is in the batch.
+    """
+
+    def __init__(
+        self,
+        router: Linear,
+        experts: list[MLP],
+        *,
+        top_k: int,
+        normalize: bool,
+        shared: MLP | None,
+        shared_gate: Linear | None,
+    ) -> None:
+        self.router = router
+        self.experts = experts
+        self.shared = shared
+        self.shared_gate = shared_gate
+        self._top_k = top_k
+        self._normalize = normalize
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        shares, chosen = self.router(x).float().softmax(dim=-1).topk(self._top_k, dim=-1)  # [T, k]
+        if self._normalize:
+            shares /= shares.sum(dim=-1, keepdim=True)
+        shares = shares.to(x.dtype)
+        out = torch.zeros_like(x)
+        for number in sorted(set(chosen.flatten().tolist())):
+            rows, places = (chosen == number).nonzero(as_tuple=True)
+            share = shares[rows, places].unsqueeze(1)
+            out.index_add_(0, rows, self.experts[number](x[rows]) * share)
+        if self.shared is not None and self.shared_gate is not None:
+            out += self.shared_gate(x).sigmoid() * self.shared(x)
+        return out
+
+    def linears(self) -> Iterator[Linear]:
+        """All linears in it."""
+        yield self.router
+        for expert in self.experts:
+            yield from expert.linears()
+        if self.shared is not None and self.shared_gate is not None:
+            yield from (*self.shared.linears(), self.shared_gate)

@@ -1,0 +1,26 @@
+"""`Norm`: RMSNorm, or layer norm where there is a bias, alone or behind a residual addition."""
+
+import torch
+
+from tokenmill.kernels import ops
+
+
+class Norm:
+    """Callable on rows [T, H]; the parameters are float32 whatever the model computes in."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, eps: float) -> None:
+        self.weight = weight
+        self.bias = bias
+        self._eps = eps
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if self.bias is None:
+            return ops.rms_norm(x, self.weight, self._eps)
+        return ops.layer_norm(x, self.weight, self.bias, self._eps)
+
+    def add(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the normed sum and the sum, both [T, H]; `residual` may have become the sum."""
+        if self.bias is None:
+            return ops.add_rms_norm(x, residual, self.weight, self._eps)
+        total = x + residual
+        return self(total), total

@@ -1,0 +1,66 @@
+"""Loading: the weights are in memory once, and not twice while they come in."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# A process of its own. RssAnon leaves out the pages of mapped files, which the kernel takes back
+# when it needs them: what is read there is the checkpoint itself, which is never copied whole.
+MEASURE = """
+import re, sys, threading
+from pathlib import Path
+import torch
+from tokenmill.engine.loader import load
+
+def resident():
+    return int(re.search(r"RssAnon:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) << 10
+
+torch.ones(512, 512) @ torch.ones(512, 512)
+before, peak, done = resident(), 0, threading.Event()
+
+def watch():
+    global peak
+    while not done.wait(0.002):
+        peak = max(peak, resident())
+
+watcher = threading.Thread(target=watch)
+watcher.start()
+model = load(sys.argv[1], device="cpu")
+done.set()
+watcher.join()
+print(before, peak, resident())
+"""
+SIZES = {
+    "vocab_size": 8192,
+    "hidden_size": 768,
+    "intermediate_size": 2560,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 4,
+}
+
+
+@pytest.mark.parametrize("form", ["safetensors", "bin"])
+def test_the_peak_of_loading_is_at_most_1_3_times_the_weights(
+    form: str, tmp_path: Path, write_checkpoint: Callable[..., Any]
+) -> None:
+    """200 MB of float32 weights, an untied head among them."""
+    import torch
+
+    model = write_checkpoint(tmp_path, "llama", **SIZES)
+    size = sum(weight.nbytes for weight in model.parameters())
+    if form == "bin":
+        torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+        (tmp_path / "model.safetensors").unlink()
+    del model
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, tmp_path], capture_output=True, text=True, check=True
+    )
+    before, peak, after = map(int, done.stdout.split())
+    assert size > 190e6
+    assert after - before > 0.9 * size, "the weights must be in memory for this to mean anything"
+    assert peak - before <= 1.3 * size, (before, peak, after, size)
