@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check -qq
 READY  := $(VENV)/.ready
 
-.PHONY: help demo test properties check lint types fmt bench chaos fuzz servers clean
+.PHONY: help demo test properties check lint types fmt docs bench chaos fuzz servers clean
 
 SECONDS ?= 60
 
@@ -37,6 +37,9 @@ types: $(READY)  ## mypy strict
 
 fmt: $(READY)    ## format and fix what can be fixed
 	@$(BIN)/ruff format . && $(BIN)/ruff check --fix .
+
+docs: $(READY)   ## write the tables that are made from the tests
+	@UPDATE_DOCS=1 $(BIN)/pytest -q tests/engine/test_families.py -k docs
 
 bench: $(READY)  ## the CPU benches, as JSON in bench/results
 	@$(BIN)/python bench/queue_overhead.py

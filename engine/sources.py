@@ -18,6 +18,8 @@ from tokenmill.engine.errors import ModelNotFound
 
 #: What a hub snapshot needs: weights as safetensors, never code.
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja"]
+#: What is fetched where there are no safetensors.
+HUB_OLDER_WEIGHTS = ["pytorch_model*.bin"]
 #: Some repositories hold the same weights again under other names.
 HUB_DOUBLES = ["consolidated*", "original/*"]
 
@@ -198,15 +200,21 @@ def _pull_hub(model: str, progress: Callable[[str], None]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    progress(f"fetching {model} from the hub")
-    try:
+    def fetch(patterns: list[str]) -> Path:
         found = snapshot_download(
             model,
             cache_dir=models_home() / "hub",
-            allow_patterns=HUB_FILES,
+            allow_patterns=patterns,
             ignore_patterns=HUB_DOUBLES,
         )
+        return Path(found)
+
+    progress(f"fetching {model} from the hub")
+    try:
+        path = fetch(HUB_FILES)
+        if not any(path.glob("*.safetensors")):
+            path = fetch(HUB_OLDER_WEIGHTS)
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise ModelNotFound(f"the hub did not give {model!r}: {first}") from error
-    return Path(found)
+    return path

@@ -57,6 +57,7 @@ def _spec(config: Config) -> ModelSpec:
     hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
     layers = int(config["num_hidden_layers"])
     head_dim = int(config.get("head_dim") or hidden // heads)
+    config["head_dim"] = head_dim
     common: dict[str, Any] = {
         "family": name,
         "vocab_size": int(config["vocab_size"]),
@@ -71,11 +72,13 @@ def _spec(config: Config) -> ModelSpec:
         "tied_embeddings": bool(config.get("tie_word_embeddings", False)),
         "attention_scale": head_dim**-0.5,
         "activation": fields.activation(config),
+        "ropes": (fields.rope(config),) * layers,
         "windows": (None,) * layers,
     }
     spec = {**common, **family.read(config)}
-    if "ropes" not in spec:
-        spec["ropes"] = (fields.rope(config),) * layers
+    for per_layer in ("ropes", "windows"):
+        if len(spec[per_layer]) != layers:
+            raise ValueError(f"{per_layer} of {len(spec[per_layer])} layers, not of {layers}")
     return ModelSpec(**spec)
 
 

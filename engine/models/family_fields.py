@@ -1,7 +1,7 @@
 """The fields of a `ModelSpec` that the families read each in their own way from their configs.
 
-Every function takes a config under the common names and returns what differs from Llama without
-biases; `families.py` says which family has which.
+Each family's function takes a config under the common names and returns what differs from a Llama
+without biases; `families.py` says which family has which.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,6 +26,11 @@ _ACTIVATIONS = {
 
 
 def activation(config: Config) -> str:
+    """Our name of the activation.
+
+    Raises:
+        UnsupportedModel: one that no supported family has.
+    """
     kind = str(config.get("hidden_act", "silu"))
     if kind not in _ACTIVATIONS:
         raise UnsupportedModel(f"hidden_act must be one of {', '.join(_ACTIVATIONS)}, got {kind!r}")
@@ -41,12 +46,8 @@ def _refuse(config: Config, *wanted: tuple[str, object]) -> None:
 
 def rope(config: Config, layer_type: str = "") -> Rope:
     """Newer configs have `rope_parameters`, for some families by layer type; older two fields."""
-    heads = int(config["num_attention_heads"])
-    head_dim = int(config.get("head_dim") or int(config["hidden_size"]) // heads)
-    parameters: Mapping[str, Any] = (
-        config.get("rope_parameters") or config.get("rope_scaling") or {}
-    )
-    return read_rope(config, parameters.get(layer_type, parameters), head_dim)
+    parameters: Config = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    return read_rope(config, parameters.get(layer_type, parameters), config["head_dim"])
 
 
 def _layer_types(config: Config, otherwise: Sequence[bool]) -> list[bool]:

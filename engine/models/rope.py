@@ -103,7 +103,7 @@ def inverse_frequencies(rope: Rope, max_model_len: int) -> list[float]:
     """Rotation per position of each of dim / 2 channel pairs, in radians.
 
     LongRoPE has two sets: the long one serves every sequence as soon as the context that the
-    engine is started with is longer than the original one (docs/decisions/0009-model-families.md).
+    engine is started with is longer than the original one (docs/models.md).
     """
     half = rope.dim // 2
     plain = [rope.theta ** (-i / half) for i in range(half)]

@@ -31,16 +31,28 @@ def smollm2() -> LoadedModel:
 
 
 @pytest.fixture(scope="session")
-def write_checkpoint() -> Callable[..., Any]:
+def tiny_config() -> Callable[..., Any]:
+    """transformers' config of a tiny model of a family."""
+
+    def make(family: str, **overrides: object) -> Any:
+        from transformers import AutoConfig
+
+        return AutoConfig.for_model(family, **(TINY | overrides))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def write_checkpoint(tiny_config: Callable[..., Any]) -> Callable[..., Any]:
     """Write a random checkpoint of a family by transformers; returns transformers' own model."""
 
     def write(directory: Path, family: str, **overrides: object) -> Any:
         import torch
         from tokenizers import Tokenizer, models, pre_tokenizers
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM
 
         torch.manual_seed(0)
-        config = AutoConfig.for_model(family, **(TINY | overrides))
+        config = tiny_config(family, **overrides)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
         # Larger weights than transformers starts from: the logits of a tiny model must differ.
         with torch.no_grad():

@@ -3,6 +3,7 @@
 import hashlib
 import subprocess
 import zipfile
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -93,3 +94,21 @@ def test_directories_and_files_are_taken_as_they_are(tmp_path: Path) -> None:
         resolve(str(tmp_path / "one"))
     with pytest.raises(ModelNotFound, match=r"missing\.gguf"):
         resolve(str(tmp_path / "missing.gguf"))
+
+
+@pytest.mark.parametrize("weights", ["model.safetensors", "pytorch_model.bin"])
+def test_bin_files_are_pulled_only_where_there_are_no_safetensors(
+    home: Path, weights: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored = [weights, "pytorch_model.bin", "config.json", "modeling_x.py"]
+
+    def download(model: str, *, allow_patterns: list[str], **_options: object) -> str:
+        snapshot = home / "hub" / model.replace("/", "--")
+        snapshot.mkdir(parents=True, exist_ok=True)
+        for name in stored:
+            if any(fnmatch(name, pattern) for pattern in allow_patterns):
+                (snapshot / name).touch()
+        return str(snapshot)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert {file.name for file in pull("owner/model").iterdir()} == {weights, "config.json"}

@@ -39,6 +39,10 @@ LLAMA = {
             "must be False, got True",
         ),
         ({"model_type": "gemma", "use_bidirectional_attention": True}, "must be False, got True"),
+        (
+            {"model_type": "mistral", "sliding_window": 9, "layer_types": ["full_attention"]},
+            "the model's config has a wrong value: windows of 1 layers, not of 2",
+        ),
         ({"hidden_size": None}, "the model's config has a wrong value"),
         ({"num_attention_heads": 0}, "the model's config has a wrong value"),
         ({"rope_scaling": "yes"}, "the model's config has a wrong value"),
