@@ -59,6 +59,7 @@ class Report:
     resumes: int = 0
     fenced: int = 0
     gaps: int = 0
+    failed_steps: int = 0
     #: The first few of what is wrong, in words.
     examples: list[str] = field(default_factory=list)
 
@@ -244,6 +245,7 @@ def _read_logs(home: Path, report: Report) -> Logs:
         event = line.get("event")
         report.fenced += event == "request_fenced"
         report.gaps += event == "request_gap"
+        report.failed_steps += event == "step_failed"
         if event == "request_refused":
             report.note("refused", line["reason"])
         if event == "thread_failed":

@@ -7,6 +7,8 @@ import functools
 import heapq
 import json
 import logging
+import os
+import random
 import time
 from pathlib import Path
 from typing import Any
@@ -42,17 +44,22 @@ def worker(
     first_step_ms: float = 0.0,
     max_num_seqs: int = 16,
     max_attempts: int = MAX_ATTEMPTS,
+    failing: float = 0.0,
     mutant: str = "",
 ) -> int:
     """A whole worker around the scripted engine."""
     configure(as_json=True, level=logging.DEBUG)
+    random.seed(os.getpid())
     plant(mutant)
     adapt(max_attempts)
     config = WorkerConfig(model="scripted", redis_url=url, queue=queue, lease_ms=lease_ms)
 
     def make_engine(_: WorkerConfig) -> ScriptedEngine:
         return ScriptedEngine(
-            step_s=step_ms / 1000, first_step_s=first_step_ms / 1000, max_num_seqs=max_num_seqs
+            step_s=step_ms / 1000,
+            first_step_s=first_step_ms / 1000,
+            max_num_seqs=max_num_seqs,
+            failing=failing,
         )
 
     return process.run(config, make_engine=make_engine, waits_for_server=True)
@@ -73,27 +80,30 @@ def producer(
     following = max(known, default=index - of) + of
     pending = [(0.0, n) for n in known if _is_cancelled(job(seed, n)) and n not in cancelled]
     client = _client(url, queue)
+    # Whoever was killed may have sent them: they are sent to the end, whatever comes.
+    unsaid = _batch(following, of, count)
     while True:
-        is_over = following >= count or (home / "stop").exists()
-        if is_over and not pending:
+        if not unsaid and not (home / "stop").exists():
+            unsaid = _batch(following, of, count)
+        if not unsaid and not pending:
             journal.write({"end": True})
             return 0
         try:
             _cancel_due(client, seed, journal, pending)
-            if is_over or client.live() >= window:
+            if not unsaid or client.live() >= window:
                 time.sleep(0.02)
                 continue
-            numbers = [n for n in range(following, following + BATCH * of, of) if n < count]
-            submit(client, [job(seed, number) for number in numbers])
+            submit(client, [job(seed, number) for number in unsaid])
         except (ServerUnreachable, Busy):
             time.sleep(0.05)
             continue
-        for number in numbers:
+        for number in unsaid:
             journal.write({"sent": number})
             delay = job(seed, number).cancel_after_s
             if delay is not None:
                 heapq.heappush(pending, (time.monotonic() + delay, number))
-        following = numbers[-1] + of
+        following = unsaid[-1] + of
+        unsaid = []
 
 
 def reader(url: str, queue: str, seed: str, directory: str, index: int, of: int) -> int:
@@ -185,7 +195,7 @@ def collector(url: str, queue: str, seed: str, directory: str, index: int, of: i
                 kept.add(number)
             undeleted.append(result.request_id)
         try:
-            replies.done(undeleted)
+            client.forget(undeleted, within_s=86_400)  # the checker still reads the records
             undeleted.clear()
         except ServerUnreachable:
             continue
@@ -209,6 +219,10 @@ def _client(url: str, queue: str) -> Client:
             return Client(url, queue=queue)
         except ServerUnreachable:
             time.sleep(0.05)
+
+
+def _batch(following: int, of: int, count: int) -> list[int]:
+    return [number for number in range(following, following + BATCH * of, of) if number < count]
 
 
 def _has_replies(client: Client) -> bool:

@@ -1,5 +1,6 @@
 """An engine that generates the tokens of `mix`, one for every sequence and step."""
 
+import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -38,11 +39,13 @@ class Running:
 
 @dataclass
 class ScriptedEngine:
-    """A step takes `step_s`, the first one after an idle time `first_step_s`."""
+    """A step takes `step_s`, the first one after an idle time `first_step_s`; some fail."""
 
     step_s: float
     first_step_s: float
     max_num_seqs: int
+    #: Share of the steps that fail.
+    failing: float = 0.0
     max_model_len: int = 100_000
     model_name: str = "scripted"
     tokenizer: LetterTokenizer = field(default_factory=LetterTokenizer)
@@ -75,6 +78,8 @@ class ScriptedEngine:
     def step(self) -> list[StepOutput]:
         time.sleep(self.first_step_s if self.is_first else self.step_s)
         self.is_first = False
+        if random.random() < self.failing:
+            raise RuntimeError("a step that was to fail")
         return [self._advance(seq_id) for seq_id in list(self.running)[: self.max_num_seqs]]
 
     def _advance(self, seq_id: str) -> StepOutput:

@@ -37,11 +37,13 @@ from zygote import Child, Zygote
 HERE = Path(__file__).parent
 QUEUE = "chaos"
 LEASE_MS, STEP_MS = 1000, 15
+#: Share of the engine's steps that fail.
+FAILING = 0.001
 WORKERS, PRODUCERS, READERS = 3, 2, 2
 #: Requests that are live at once.
 WINDOW = 120
 #: Longest from the last fault to the end of the last request.
-REST_S = 60.0
+REST_S = 180.0
 AUDIT_S = 0.5
 MOST_TIMES = 4
 #: Tenants differ in weight, and one meets its quota.
@@ -205,6 +207,7 @@ class Run:
                     queue=QUEUE,
                     lease_ms=LEASE_MS,
                     step_ms=STEP_MS,
+                    failing=FAILING,
                 )
             )
         for role, children, of in (
