@@ -45,7 +45,7 @@ def check(server: Server) -> None:
         if verdicts != wanted or tokens != list(range(2 * DELTA_TOKENS)):
             raise SystemExit(f"the protocol is wrong: {verdicts}, {tokens}")
     queue.retire()
-    server.client.flushall()
+    server.clear()
 
 
 def fenced_deltas(server: Server, *, batches: int) -> dict[str, float]:
@@ -66,7 +66,7 @@ def fenced_deltas(server: Server, *, batches: int) -> dict[str, float]:
         raise SystemExit(f"{calls_after - calls} script calls, {batches} expected")
     deltas = batches * MAX_BATCH
     queue.retire()
-    server.client.flushall()
+    server.clear()
     return {
         "per_script_s": deltas / (inside_us_after - inside_us) * 1e6,
         "per_cpu_s": deltas / cpu_s,
@@ -86,29 +86,36 @@ def submits(server: Server, *, requests: int) -> dict[str, float]:
         built_s = time.perf_counter() - began
         if client.live() != 2 * requests:
             raise SystemExit(f"{client.live()} requests are live, {2 * requests} were submitted")
-    server.client.flushall()
+    server.clear()
     return {"submit_many": requests / alone_s, "with_new_request": requests / built_s}
 
 
-def memory(server: Server, *, requests: int) -> dict[str, float]:
-    """Bytes a request of W1's mean size (260 prompt ids, 60 tokens in 15 deltas) takes."""
+def memory(server: Server, *, requests: int, reply_to: str = "") -> dict[str, float]:
+    """Bytes a request of W1's mean size (260 prompt ids, 60 tokens in 15 deltas) takes.
+
+    With `reply_to` the worker commits no delta of so short an output, and its entry is in the
+    reply stream still.
+    """
     queue = Queue(server.client, Keys(), "bench-memory")
     with Client(server.url) as client:
         empty = server.memory()
         client.submit_many(
-            client.new_request(PROMPT, max_tokens=OUTPUT_TOKENS) for _ in range(requests)
+            client.new_request(PROMPT, max_tokens=OUTPUT_TOKENS, reply_to=reply_to)
+            for _ in range(requests)
         )
         waiting = server.memory()
     left = requests
     while left:
         claims = _claims(queue, min(left, MAX_BATCH))
-        for start in range(0, OUTPUT_TOKENS, DELTA_TOKENS):
+        starts = () if reply_to else range(0, OUTPUT_TOKENS, DELTA_TOKENS)
+        for start in starts:
             queue.append([_append(claim, start) for claim in claims])
-        queue.finish([_finish(claim, OUTPUT_TOKENS) for claim in claims])
+        unsent = OUTPUT_TOKENS if reply_to else 0
+        queue.finish([_finish(claim, OUTPUT_TOKENS, unsent) for claim in claims])
         left -= len(claims)
     finished = server.memory()
     queue.retire()
-    server.client.flushall()
+    server.clear()
     return {"waiting": (waiting - empty) / requests, "finished": (finished - empty) / requests}
 
 
@@ -134,11 +141,14 @@ def _append(claim: Claim, start: int) -> Append:
     )
 
 
-def _finish(claim: Claim, total: int) -> Finish:
+def _finish(claim: Claim, total: int, unsent: int = 0) -> Finish:
     return Finish(
         request_id=claim.request_id,
         epoch=claim.epoch,
-        start=total,
+        start=total - unsent,
+        token_ids=tuple(range(total - unsent, total)),
+        text=DELTA_TEXT * (unsent // DELTA_TOKENS),
+        digest=_digest(total),
         finish_reason="length",
         usage=Usage(prompt_tokens=1, completion_tokens=total),
     )

@@ -9,7 +9,8 @@ On each server in turn, with an append-only file (everysec):
                Dramatiq and Celery
     latency    of a request on an idle queue: until its work begins, and until  aim p95 2.5 ms
                its result is at the producer
-    memory     bytes of a waiting and of a finished request
+    memory     bytes of a waiting and of a finished request, with a stream of its own or by one
+               reply stream
 
     python bench/queue_speed.py --peer-python PATH --arq-python PATH [--server redis|valkey]
 
@@ -128,7 +129,7 @@ def end_to_end(system: System, server: Server, options: argparse.Namespace) -> d
     with started(system, server.url) as producer:
         rounds = [producer.ask("round", system.jobs) for _ in range(options.rounds)]
         probes = producer.ask("probe", options.probes)
-    server.client.flushall()
+    server.clear()
     return {
         "jobs_a_round": system.jobs,
         "requests_per_s": spread([system.jobs / item["total_s"] for item in rounds]),
@@ -157,7 +158,10 @@ def measure(server: Server, options: argparse.Namespace) -> dict[str, Any]:
     figures: dict[str, Any] = {
         "fenced_deltas": repeated([protocol.fenced_deltas(server, batches=200) for _ in count]),
         "submit": repeated([protocol.submits(server, requests=10_000) for _ in count]),
-        "memory_bytes": protocol.memory(server, requests=2000),
+        "memory_bytes": {
+            "stream": protocol.memory(server, requests=2000),
+            "result": protocol.memory(server, requests=2000, reply_to="bench"),
+        },
     }
     show_own(server.name, figures)
     figures["no_op"] = {}
@@ -169,7 +173,7 @@ def measure(server: Server, options: argparse.Namespace) -> dict[str, Any]:
 
 def show_own(name: str, figures: dict[str, Any]) -> None:
     deltas, submit = figures["fenced_deltas"], figures["submit"]
-    size = figures["memory_bytes"]
+    size = {f"{k} ({d})": v for d, row in figures["memory_bytes"].items() for k, v in row.items()}
     print(f"\n{name}")
     print(
         f"  fenced deltas/s of server time: {deltas['per_script_s']['median']:,.0f} in the script, "
@@ -180,7 +184,8 @@ def show_own(name: str, figures: dict[str, Any]) -> None:
         f"  submit_many: {submit['submit_many']['median']:,.0f} requests/s, with new_request "
         f"{submit['with_new_request']['median']:,.0f}"
     )
-    print(f"  bytes a request: {', '.join(f'{k} {v:,.0f}' for k, v in size.items())}")
+    sizes = ", ".join(f"{name} {value:,.0f}" for name, value in size.items())
+    print(f"  bytes a request of 260 + 60 tokens: {sizes}")
     print("  no-op requests        req/s (all rounds)     began p50/p95 ms   result p50/p95 ms")
 
 
