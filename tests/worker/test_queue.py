@@ -552,3 +552,32 @@ def test_wait_sleeps_while_what_is_due_does_not_fit(
 def _server_ms(server: redis.Redis) -> int:
     seconds, micros = server.time()
     return int(seconds * 1000 + micros // 1000)
+
+
+def test_what_ended_before_an_error_has_left_every_index(
+    client: Client, server: redis.Redis, make_queue: MakeQueue
+) -> None:
+    queue = make_queue()
+    good, last = client.submit("good"), client.submit("last")
+    first, second = queue.claim(**AMPLE)
+    server.set(KEYS.dead, "no stream")
+    with pytest.raises(redis.exceptions.ResponseError, match="WRONGTYPE"):
+        queue.finish([end(first, 0, 7), end(second, 0, reason="error")])
+    assert queue.finish([end(first, 0, 7)]) == [Verdict.OK]
+    assert server.zrange(KEYS.live, 0, -1) == [last.encode()]
+    assert server.smembers(KEYS.own("w1")) == {last.encode()}
+    assert server.xlen(KEYS.lane(1, "default")) == 1
+    assert state(server, good)["finish"] == "stop"
+
+
+def test_an_interrupted_claim_is_found_by_its_repeat(
+    client: Client, server: redis.Redis, make_queue: MakeQueue
+) -> None:
+    queue = make_queue()
+    good, last = client.submit("good"), client.submit("last")
+    server.hset(KEYS.record(last), "attempts", 5)  # given up by the next claim
+    server.set(KEYS.dead, "no stream")
+    with pytest.raises(redis.exceptions.ResponseError, match="WRONGTYPE"):
+        queue.claim(**AMPLE)
+    assert ids(queue.claim(**AMPLE)) == [good]
+    assert server.smembers(KEYS.own("w1")) == {good.encode()}
