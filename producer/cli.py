@@ -82,7 +82,7 @@ def generate_command(
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
     # The report tells of a lost server; the log line beside it would say it twice.
-    logging.getLogger("tokenmill.producer.follower").setLevel(logging.ERROR)
+    logging.getLogger("tokenmill.producer.following").setLevel(logging.ERROR)
     try:
         if as_json:
             outcome = generate(made, JsonReport(live=live), url=url, check_model=check_model)

@@ -1,11 +1,13 @@
 """`Script`: one atomic operation on one shard, written in Lua beside the package that calls it."""
 
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
 from importlib import resources
 from typing import Any
 
 import redis
 from redis.exceptions import NoScriptError
+
+from tokenmill.producer.steps import Call, run
 
 SHEBANG = "#!lua"
 _INCLUDE = "-- @include "
@@ -28,14 +30,20 @@ class Script:
         self, server: redis.Redis, tag: str, arguments: Iterable[str | bytes | float]
     ) -> Any:
         """Run it on the shard of `tag`; what it returns is described in its header."""
+        steps = self.steps(0, tag, arguments)
+        return run(steps, lambda call: getattr(server, call.method)(*call.arguments))
+
+    def steps(
+        self, shard: int, tag: str, arguments: Iterable[str | bytes | float]
+    ) -> Generator[Call, Any, Any]:
+        """The same, as steps."""
         given = tuple(arguments)
-        call: Any = server.execute_command
         if not self._sha:
-            self._sha = _text(server.script_load(self.source))
+            self._sha = _text((yield Call(shard, "script_load", (self.source,))))
         try:
-            return call("EVALSHA", self._sha, 1, tag, *given)
+            return (yield Call(shard, "execute_command", ("EVALSHA", self._sha, 1, tag, *given)))
         except NoScriptError:  # the server was restarted or its scripts were flushed
-            return call("EVAL", self.source, 1, tag, *given)
+            return (yield Call(shard, "execute_command", ("EVAL", self.source, 1, tag, *given)))
 
 
 def _source(package: str, name: str) -> str:

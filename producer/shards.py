@@ -38,44 +38,13 @@ class ReadsStreams(Protocol):
     ) -> Any: ...
 
 
-class Shards:
-    """The shards of a queue and connections to them; threads may share it."""
+class Layout:
+    """How a queue is spread over its shards: no connection is needed to know it."""
 
-    def __init__(self, url: str, queue: str, *, count: int | None = None) -> None:
-        """Find out how many there are; `count` or `TOKENMILL_SHARDS` says it for a new queue.
-
-        Raises:
-            InvalidRequest: the queue has another number, or the URL another form.
-            ServerUnreachable, WrongServer: as for `connect`.
-        """
+    def __init__(self, queue: str, count: int) -> None:
         self.queue = queue
-        self._connector = Connector(url)
-        first = self._connector.connect(key=Keys(queue).tag)
-        try:
-            self.count = _agreed(
-                first, Keys(queue), _wanted(count), CLUSTER_SHARDS if self.is_cluster else 1
-            )
-        except BaseException:
-            first.close()
-            raise
-        self.keys = tuple(Keys(queue, number) for number in range(self.count))
-        self._servers = self._open(first)
-        self._blocking = self._open(self._connector.connect(key=Keys(queue).tag, blocking=True))
-
-    @property
-    def is_cluster(self) -> bool:
-        return self._connector.is_cluster
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Close the connections."""
-        for server in {*self._servers, *self._blocking}:
-            server.close()
+        self.count = count
+        self.keys = tuple(Keys(queue, number) for number in range(count))
 
     def number_of(self, request_id: str) -> int:
         """The shard of a request.
@@ -101,6 +70,52 @@ class Shards:
         """The keys of the shard of a request."""
         return self.keys[self.number_of(request_id)]
 
+    def split(self, items: Iterable[tuple[str, _Item]]) -> dict[int, list[_Item]]:
+        """Items with their request ids, by shard."""
+        parts: dict[int, list[_Item]] = {}
+        for request_id, item in items:
+            parts.setdefault(self.number_of(request_id), []).append(item)
+        return parts
+
+
+class Shards(Layout):
+    """The shards of a queue and connections to them; threads may share it."""
+
+    def __init__(self, url: str, queue: str, *, count: int | None = None) -> None:
+        """Find out how many there are; `count` or `TOKENMILL_SHARDS` says it for a new queue.
+
+        Raises:
+            InvalidRequest: the queue has another number, or the URL another form.
+            ServerUnreachable, WrongServer: as for `connect`.
+        """
+        self._connector = Connector(url)
+        first = self._connector.connect(key=Keys(queue).tag)
+        try:
+            found = _agreed(
+                first, Keys(queue), _wanted(count), CLUSTER_SHARDS if self.is_cluster else 1
+            )
+        except BaseException:
+            first.close()
+            raise
+        super().__init__(queue, found)
+        self._servers = self._open(first)
+        self._blocking = self._open(self._connector.connect(key=Keys(queue).tag, blocking=True))
+
+    @property
+    def is_cluster(self) -> bool:
+        return self._connector.is_cluster
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connections."""
+        for server in {*self._servers, *self._blocking}:
+            server.close()
+
     def server_of(self, request_id: str) -> redis.Redis:
         """A connection to the shard of a request."""
         return self._servers[self.number_of(request_id)]
@@ -122,13 +137,6 @@ class Shards:
         if self.count == 1:
             return self._blocking[0]
         return ShardReader(self._blocking, shard_of)
-
-    def split(self, items: Iterable[tuple[str, _Item]]) -> dict[int, list[_Item]]:
-        """Items with their request ids, by shard."""
-        parts: dict[int, list[_Item]] = {}
-        for request_id, item in items:
-            parts.setdefault(self.number_of(request_id), []).append(item)
-        return parts
 
     def _open(self, first: redis.Redis) -> Sequence[redis.Redis]:
         if not self.is_cluster:

@@ -1,13 +1,16 @@
 """`Window`: a bounded number of requests in flight, and their results as they end or in order."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Protocol
 
+from tokenmill.producer.collecting import Collecting
 from tokenmill.producer.connection import MAX_BLOCK_S
 from tokenmill.producer.errors import Busy, ServerUnreachable, TokenmillError
+from tokenmill.producer.exchange import KEPT_S
 from tokenmill.producer.replies import Replies
+from tokenmill.producer.steps import Sleep, Steps, run
 from tokenmill.producer.wire import Request, Result
 
 #: Before a request that met no server is sent again.
@@ -17,27 +20,28 @@ _BATCH, _QUICK_S = 64, 0.01
 
 
 class Submitter(Protocol):
-    """What a window needs of a client."""
+    """What a window needs of an `Exchange`."""
 
-    def submit_many(self, requests: list[Request]) -> list[str]: ...
-    def cancel(self, request_id: str) -> bool: ...
+    def submit_many(self, requests: Iterable[Request]) -> Steps[list[str]]: ...
+    def cancel(self, request_id: str) -> Steps[bool]: ...
+    def forget(self, request_ids: Sequence[str], within_s: float) -> Steps[None]: ...
 
 
-class Window:
+class Sliding:
     """Sends requests while fewer than `size` are unfinished or not yet taken."""
 
     def __init__(
         self,
-        client: Submitter,
+        exchange: Submitter,
         requests: Iterator[Request],
-        replies: Replies,
+        replies: Collecting,
         *,
         size: int,
         ordered: bool,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`requests` name the stream of `replies` as their `reply_to`."""
-        self._client = client
+        self._exchange = exchange
         self._requests = requests
         self._replies = replies
         self._size = size
@@ -54,36 +58,40 @@ class Window:
         #: Taken by the caller, to be deleted from the server.
         self._taken: list[str] = []
 
-    def results(self) -> Iterator[Result]:
-        """Every result once; whoever leaves the loop early cancels what is in flight."""
-        try:
-            while self._more or self._results:
-                self._fill()
-                self._collect()
-                yield from self._take()
-                self._delete_taken()
-        finally:
-            self._cancel()
+    def __bool__(self) -> bool:
+        """Whether there may be more results."""
+        return bool(self._more or self._results)
 
-    def _cancel(self) -> None:
+    def turn(self) -> Steps[None]:
+        """Send what there is room for, and receive."""
+        yield from self._delete_taken()
+        yield from self._fill()
+        yield from self._collect()
+
+    def end(self) -> Steps[None]:
+        """After the last result."""
+        yield from self._delete_taken()
+
+    def cancel(self) -> Steps[None]:
+        """End what is in flight."""
         for request_id, result in self._results.items():
             if result is not None:
                 continue
             try:
-                self._client.cancel(request_id)
+                yield from self._exchange.cancel(request_id)
             except ServerUnreachable:  # the others would only wait as long; deadlines end them
                 return
             except TokenmillError:
                 continue
 
-    def _fill(self) -> None:
+    def _fill(self) -> Steps[None]:
         while self._more and len(self._results) < self._size and self._clock() >= self._retry_at:
             batch = self._refused or self._next_batch(self._size - len(self._results))
             if not batch:
                 self._more = False
                 return
             try:
-                self._client.submit_many(batch)
+                yield from self._exchange.submit_many(batch)
             except (Busy, ServerUnreachable) as error:
                 # Sending again is safe: the ids are the same.
                 wait_s = error.retry_after_s if isinstance(error, Busy) else _RETRY_S
@@ -103,19 +111,20 @@ class Window:
         self._batch = min(2 * self._batch, _BATCH) if is_quick else 1
         return batch
 
-    def _collect(self) -> None:
+    def _collect(self) -> Steps[None]:
         patience_s = MAX_BLOCK_S
         if self._refused:
             patience_s = min(max(self._retry_at - self._clock(), 0.0), MAX_BLOCK_S)
         if not len(self._replies):
             if self._refused:
-                time.sleep(patience_s)
+                yield Sleep(patience_s)
             return
-        for result in self._replies.poll(patience_s):
+        for result in (yield from self._replies.polled(patience_s)):
             if result.request_id in self._results:
                 self._results[result.request_id] = result
 
-    def _take(self) -> Iterator[Result]:
+    def take(self) -> Iterator[Result]:
+        """What has ended; each is the caller's once it asks for the next."""
         for request_id, result in list(self._results.items()):
             if result is not None:
                 del self._results[request_id]
@@ -124,10 +133,36 @@ class Window:
             elif self._ordered:
                 return
 
-    def _delete_taken(self) -> None:
+    def _delete_taken(self) -> Steps[None]:
         if self._taken:
             try:
-                self._replies.done(self._taken)
+                yield from self._exchange.forget(tuple(self._taken), KEPT_S)
             except ServerUnreachable:
                 return  # tried with the next; in the end its time to live deletes it
             self._taken.clear()
+
+
+class Window(Sliding):
+    """The same for one thread."""
+
+    def __init__(
+        self,
+        exchange: Submitter,
+        requests: Iterator[Request],
+        replies: Replies,
+        *,
+        size: int,
+        ordered: bool,
+    ) -> None:
+        super().__init__(exchange, requests, replies, size=size, ordered=ordered)
+        self._perform = replies.perform
+
+    def results(self) -> Iterator[Result]:
+        """Every result once; whoever leaves the loop early cancels what is in flight."""
+        try:
+            while self:
+                run(self.turn(), self._perform)
+                yield from self.take()
+            run(self.end(), self._perform)
+        finally:
+            run(self.cancel(), self._perform)

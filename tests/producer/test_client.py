@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import redis
 
-from tokenmill.producer import client as client_module
 from tokenmill.producer.client import REDIS_URL, Client
 from tokenmill.producer.errors import (
     Busy,
@@ -20,6 +19,7 @@ from tokenmill.producer.keys import Keys
 from tokenmill.producer.operator import Operator
 from tokenmill.producer.params import choice_seed, derived_seed
 from tokenmill.producer.request_id import new_request_id, request_id_for
+from tokenmill.producer.scripts import Script
 from tokenmill.producer.wire import Request, Usage, chain_digest
 from tokenmill.worker.queue import Append, Claim, Finish, Queue
 
@@ -130,13 +130,13 @@ def test_submit_many_goes_in_batches_by_number_and_size(
     client: Client, server: redis.Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = []
-    enqueue = client_module._ENQUEUE
+    steps = Script.steps
 
-    def counted(server: redis.Redis, tag: str, arguments: list[Any]) -> Any:
+    def counted(self: Script, shard: int, tag: str, arguments: list[Any]) -> Any:
         calls.append(len(arguments) // 9)
-        return enqueue(server, tag, arguments)
+        return steps(self, shard, tag, arguments)
 
-    monkeypatch.setattr(client_module, "_ENQUEUE", counted)
+    monkeypatch.setattr(Script, "steps", counted)
     client.submit_many(client.new_request("x") for _ in range(150))
     client.submit_many(client.new_request("x" * 2_000_000) for _ in range(3))
     assert calls == [64, 64, 22, 2, 1]

@@ -3,10 +3,11 @@ from collections.abc import Callable
 import pytest
 import redis
 
-from tokenmill.producer import follower as follower_module
+from tokenmill.producer import following as following_module
 from tokenmill.producer.client import Client
 from tokenmill.producer.errors import InvalidRequest, NotFound, OutputChanged
-from tokenmill.producer.follower import Follower, check_position
+from tokenmill.producer.follower import Follower
+from tokenmill.producer.following import check_position
 from tokenmill.producer.keys import Keys
 from tokenmill.producer.operator import Operator
 
@@ -42,7 +43,7 @@ def test_a_vanished_request_is_noticed_after_a_silence(
     follower = client.follower()
     follower.add(request_id)
     assert follower.poll(0.01) == []
-    monkeypatch.setattr(follower_module, "MAX_BLOCK_S", 0.0)
+    monkeypatch.setattr(following_module, "MAX_BLOCK_S", 0.0)
     assert follower.poll(0.01) == []  # silent, but it is there
     server.delete(Keys().record(request_id))
     with pytest.raises(NotFound, match=request_id):
@@ -91,7 +92,7 @@ def test_an_end_before_what_was_read_is_told_and_the_others_go_on(
     follower.add(other)
     follower._cursors[Keys().output(short)] = "5-0"
     client.cancel(short)
-    monkeypatch.setattr(follower_module, "MAX_BLOCK_S", 0.0)
+    monkeypatch.setattr(following_module, "MAX_BLOCK_S", 0.0)
     with pytest.raises(OutputChanged) as caught:
         follower.poll(0.01)
     assert caught.value.request_id == short

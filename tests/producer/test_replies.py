@@ -141,7 +141,7 @@ def test_it_cannot_be_followed(client: Client) -> None:
 def test_a_silence_shows_what_is_gone(
     client: Client, server: redis.Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tokenmill.producer.replies.MAX_BLOCK_S", 0.01)
+    monkeypatch.setattr("tokenmill.producer.collecting.MAX_BLOCK_S", 0.01)
     request_id = client.submit("x", reply_to="mine")
     replies = client.replies("mine")
     replies.add(request_id)
@@ -156,7 +156,7 @@ def test_a_silence_finds_what_came_behind_the_cursor(
     client: Client, make_queue: MakeQueue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A server whose clock was set back gives an entry an earlier id."""
-    monkeypatch.setattr("tokenmill.producer.replies.MAX_BLOCK_S", 0.01)
+    monkeypatch.setattr("tokenmill.producer.collecting.MAX_BLOCK_S", 0.01)
     request_id = client.submit("x", reply_to="mine")
     replies = client.replies("mine")
     replies.add(request_id)

@@ -1,6 +1,6 @@
 """What `Client.map` does not show of it: a full queue, and leaving while the server is gone."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import pytest
 import redis
@@ -8,6 +8,7 @@ import redis
 from tokenmill.producer.client import Client
 from tokenmill.producer.errors import Busy, ServerUnreachable
 from tokenmill.producer.keys import Keys
+from tokenmill.producer.steps import Sleep, Steps, run
 from tokenmill.producer.window import Window
 from tokenmill.producer.wire import Request
 
@@ -24,18 +25,23 @@ class Full:
         self.sent: list[str] = []
         self.cancelled: list[str] = []
 
-    def submit_many(self, requests: list[Request]) -> list[str]:
+    def submit_many(self, requests: Iterable[Request]) -> Steps[list[str]]:
+        requests = list(requests)
         if self.refusals:
             self.refusals -= 1
             if self.is_lost:
                 raise ServerUnreachable("gone")
             raise Busy("full", retry_after_s=0.01)
         self.sent += [request.request_id for request in requests]
-        return self.client.submit_many(requests)
+        return (yield from self.client._exchange.submit_many(requests))
 
-    def cancel(self, request_id: str) -> bool:
+    def cancel(self, request_id: str) -> Steps[bool]:
         self.cancelled.append(request_id)
+        yield Sleep(0)
         raise ServerUnreachable("gone")
+
+    def forget(self, request_ids: Sequence[str], within_s: float) -> Steps[None]:
+        return self.client._exchange.forget(request_ids, within_s)
 
 
 @pytest.fixture
@@ -67,8 +73,8 @@ def test_no_more_in_flight_than_the_window(
 def test_an_unordered_result_does_not_wait_for_the_first(
     client: Client, requests: list[Request]
 ) -> None:
-    window = Window(client, iter(requests), client.replies(NAME), size=7, ordered=False)
-    window._fill()
+    window = Window(client._exchange, iter(requests), client.replies(NAME), size=7, ordered=False)
+    run(window._fill(), window._perform)
     client.cancel(requests[4].request_id)
     assert next(window.results()).request_id == requests[4].request_id
 
@@ -76,7 +82,7 @@ def test_an_unordered_result_does_not_wait_for_the_first(
 def test_leaving_early_cancels_what_is_in_flight(client: Client, requests: list[Request]) -> None:
     full = Full(client, refusals=0)
     window = Window(full, iter(requests), client.replies(NAME), size=7, ordered=False)
-    window._fill()
+    run(window._fill(), window._perform)
     client.cancel(requests[4].request_id)
     results = window.results()
     next(results)
@@ -91,7 +97,11 @@ def test_an_error_of_the_source_is_not_hidden(client: Client, requests: list[Req
         raise KeyError("row 3")
 
     with pytest.raises(KeyError, match="row 3"):
-        next(Window(client, broken(), client.replies(NAME), size=6, ordered=False).results())
+        next(
+            Window(
+                client._exchange, broken(), client.replies(NAME), size=6, ordered=False
+            ).results()
+        )
 
 
 def test_a_lost_server_is_waited_for(
@@ -110,7 +120,7 @@ def test_a_lost_server_is_waited_for(
 def test_replies_are_deleted_once_taken(
     client: Client, server: redis.Redis, requests: list[Request], echo_worker: None
 ) -> None:
-    window = Window(client, iter(requests), client.replies(NAME), size=6, ordered=False)
+    window = Window(client._exchange, iter(requests), client.replies(NAME), size=6, ordered=False)
     assert len(list(window.results())) == 6
     assert server.xlen(Keys().reply(NAME)) == 0
     assert server.ttl(Keys().record(requests[0].request_id)) <= 600
