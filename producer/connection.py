@@ -9,7 +9,7 @@ the same in every version of the library.
 from typing import Any
 
 import redis
-from redis.backoff import ExponentialBackoff, NoBackoff
+from redis.backoff import AbstractBackoff, ExponentialBackoff, NoBackoff
 from redis.exceptions import (
     AuthenticationError,
     AuthorizationError,
@@ -60,38 +60,47 @@ class Connector:
 
     def connect(self, *, blocking: bool = False, key: str = "", checks: bool = True) -> redis.Redis:
         """As the function `connect`; without `checks` the server is not asked what it is."""
-        retry = (
-            Retry(NoBackoff(), 0) if blocking else Retry(ExponentialBackoff(cap=0.5, base=0.02), 3)
-        )
-        timeout_s = MAX_BLOCK_S + _TIMEOUT_S if blocking else _TIMEOUT_S
         if checks and not blocking:
             with self._open(key, Retry(NoBackoff(), 0), _HELLO_TIMEOUT_S) as first:
                 _check(first, self.address)
-        return self._open(key, retry, timeout_s)
+        return self._open(key, Retry(*retries(blocking=blocking)), timeout_of(blocking=blocking))
 
-    def _open(self, key: str, retry: Retry, timeout_s: float) -> redis.Redis:
+    def options(self, key: str, timeout_s: float) -> dict[str, Any]:
+        """Of a connection, by the client library's names; a `route` where the primary may move."""
         options = dict(self.address.options)
         if route := self._route(key):
             options["route"] = route
-            is_tls = self.address.is_tls
-            options["connection_class"] = RoutedSSLConnection if is_tls else RoutedConnection
         elif self.address.members:
             options["host"], options["port"] = self.address.members[0]
-        pool = redis.ConnectionPool(
-            protocol=2,
-            max_connections=2**31,  # one for each thread that uses it
-            retry=retry,
-            socket_timeout=timeout_s,
-            socket_connect_timeout=min(timeout_s, _HELLO_TIMEOUT_S),
+        return {
             **options,
-        )
-        return redis.Redis.from_pool(pool)
+            "protocol": 2,
+            "socket_timeout": timeout_s,
+            "socket_connect_timeout": min(timeout_s, _HELLO_TIMEOUT_S),
+        }
+
+    def _open(self, key: str, retry: Retry, timeout_s: float) -> redis.Redis:
+        options = self.options(key, timeout_s)
+        if "route" in options:
+            is_tls = self.address.is_tls
+            options["connection_class"] = RoutedSSLConnection if is_tls else RoutedConnection
+        return redis.Redis.from_pool(redis.ConnectionPool(retry=retry, **options))
 
     def _route(self, key: str) -> Route | None:
         """What leads to the primary; None where it never moves."""
         if self._cluster:
             return SlotRoute(self._cluster, key_slot(key))
         return SentinelRoute(self.address) if self.address.kind is Kind.SENTINEL else None
+
+
+def retries(*, blocking: bool) -> tuple[AbstractBackoff, int]:
+    """How often a command is repeated: a blocking read, whose end cannot be told, never."""
+    return (NoBackoff(), 0) if blocking else (ExponentialBackoff(cap=0.5, base=0.02), 3)
+
+
+def timeout_of(*, blocking: bool) -> float:
+    """Longest to wait for an answer, in seconds."""
+    return MAX_BLOCK_S + _TIMEOUT_S if blocking else _TIMEOUT_S
 
 
 def connect(url: str, *, blocking: bool = False, key: str = "") -> redis.Redis:

@@ -15,7 +15,7 @@ import random
 import threading
 import time
 from collections.abc import Iterable
-from typing import Any, NoReturn, Protocol
+from typing import Any, Protocol
 
 import redis
 from redis.backoff import NoBackoff
@@ -44,6 +44,10 @@ CHECK_S = 5.0
 SLOTS = 16384
 
 HostPort = tuple[str, int]
+
+#: Answers of a server that is not the one, or not now.
+_ELSEWHERE = (AskError, ClusterDownError, MasterDownError, ReadOnlyError, TryAgainError)
+_ELSEWHERE_CODES = ("ASK", "CLUSTERDOWN", "MASTERDOWN", "TRYAGAIN")
 
 
 class Misdirected(RedisConnectionError):
@@ -226,12 +230,12 @@ class _Routed:
     def read_response(self, *args: Any, **options: Any) -> Any:
         try:
             reply = super().read_response(*args, **options)  # type: ignore[misc]
-        except MovedError as error:
-            self._leave(error, (error.host or self.host, error.port))
-        except (AskError, ClusterDownError, MasterDownError, ReadOnlyError, TryAgainError) as error:
-            self._leave(error)
         except ResponseError as error:
-            self._read_code(error)
+            away = misled(self._route, (self.host, self.port), error)
+            if away or is_cut_off(error):
+                self.disconnect()  # type: ignore[attr-defined]
+            if away:
+                raise away from error
             raise
         if time.monotonic() >= self._check_at:
             self._check_at = time.monotonic() + CHECK_S
@@ -239,22 +243,25 @@ class _Routed:
                 self.disconnect()  # type: ignore[attr-defined]
         return reply
 
-    def _read_code(self, error: ResponseError) -> None:
-        """What older versions of the library have no class for."""
-        code, _, rest = str(error).partition(" ")
-        if code == "MOVED":
-            host, _, port = rest.rpartition(" ")[2].rpartition(":")
-            self._leave(error, (host or self.host, int(port)))
-        if code in ("ASK", "CLUSTERDOWN", "MASTERDOWN", "TRYAGAIN"):
-            self._leave(error)
-        if code == "NOREPLICAS":  # perhaps because it is cut off
-            self.disconnect()  # type: ignore[attr-defined]
 
-    def _leave(self, error: RedisError, to: HostPort | None = None) -> NoReturn:
-        self._route.lost(to)
-        self.disconnect()  # type: ignore[attr-defined]
-        where = f"{self.host}:{self.port}"
-        raise RedisConnectionError(f"{where} is not the primary now: {error}") from error
+def misled(route: Route, here: HostPort, error: ResponseError) -> RedisConnectionError | None:
+    """What to raise where a server says that it is not the one, of which the route is told."""
+    code, _, rest = str(error).partition(" ")  # older versions of the library have no class for it
+    to: HostPort | None = None
+    if isinstance(error, MovedError):
+        to = error.host or here[0], error.port
+    elif code == "MOVED":
+        host, _, port = rest.rpartition(" ")[2].rpartition(":")
+        to = host or here[0], int(port)
+    elif not isinstance(error, _ELSEWHERE) and code not in _ELSEWHERE_CODES:
+        return None
+    route.lost(to)
+    return RedisConnectionError(f"{here[0]}:{here[1]} is not the primary now: {error}")
+
+
+def is_cut_off(error: ResponseError) -> bool:
+    """Whether the server may be cut off from the others."""
+    return str(error).startswith("NOREPLICAS ")
 
 
 class RoutedConnection(_Routed, Connection):

@@ -1,5 +1,6 @@
 """A worker without a model: it answers through the real queue, a word a token."""
 
+import asyncio
 import os
 import select
 import signal
@@ -8,14 +9,31 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from portal import Portal
 from tokenmill.producer import embedded
+from tokenmill.producer.async_client import AsyncClient
+from tokenmill.producer.client import Client
 from tokenmill.producer.shards import Shards
 from tokenmill.producer.wire import Request, Usage, WorkerInfo, chain_digest
 from tokenmill.worker.queue import Append, Claim, Finish
 from tokenmill.worker.shards import QueueLike, queue_of
+
+
+@pytest.fixture(params=["blocking", "asyncio"])
+def either_client(request: pytest.FixtureRequest, server_url: str) -> Iterator[Any]:
+    """A `Client`, and an `AsyncClient` called as if it were one."""
+    if request.param == "blocking":
+        with Client(server_url) as client:
+            yield client
+        return
+    with asyncio.Runner() as runner:
+        portal = Portal(runner.run(AsyncClient(server_url).open()), runner)
+        yield portal
+        portal.aclose()
 
 
 @pytest.fixture(autouse=True)

@@ -29,6 +29,11 @@ AMPLE = {"sequences": 100, "tokens": 100_000, "kv_tokens": 1_000_000}
 MakeQueue = Callable[..., Queue]
 
 
+@pytest.fixture
+def client(either_client: Client) -> Client:
+    return either_client
+
+
 def append(
     queue: Queue, claim: Claim, start: int, *token_ids: int, before: tuple[int, ...] = ()
 ) -> None:
@@ -165,11 +170,11 @@ def test_follow_reads_from_any_offset_and_ends(client: Client, make_queue: MakeQ
     assert list(deltas) == []
     assert [delta.text for delta in client.follow(request_id, start=first.end)] == ["C", ""]
     with pytest.raises(InvalidRequest, match="start must be at most 3"):
-        client.follow(request_id, start=4)
+        next(client.follow(request_id, start=4))
     with pytest.raises(NotFound, match="wrong id"):
-        client.follow(new_request_id())
+        next(client.follow(new_request_id()))
     with pytest.raises(InvalidRequest, match="request_id must be"):
-        client.follow("nonsense")
+        next(client.follow("nonsense"))
 
 
 def test_result_waits_for_the_end(client: Client, echo_worker: None) -> None:
@@ -226,7 +231,7 @@ def test_map_keeps_to_its_window_and_cancels_what_it_leaves(
     results.close()  # type: ignore[attr-defined]
     assert server.zcard(Keys().live) == 0
     with pytest.raises(InvalidRequest, match="window must be"):
-        client.map([], window=0)
+        next(client.map([], window=0))
 
 
 def test_map_waits_for_a_full_queue(client: Client, server: redis.Redis, echo_worker: None) -> None:

@@ -14,6 +14,11 @@ from tokenmill.producer.operator import Operator
 pytestmark = pytest.mark.everywhere
 
 
+@pytest.fixture
+def client(either_client: Client) -> Client:
+    return either_client
+
+
 def test_an_empty_follower_has_nothing(client: Client) -> None:
     follower = client.follower()
     assert follower.poll(10) == []

@@ -17,6 +17,11 @@ KEYS = Keys()
 AMPLE: dict[str, Any] = {"sequences": 100, "tokens": 100_000, "kv_tokens": 1_000_000}
 
 
+@pytest.fixture
+def client(either_client: Client) -> Client:
+    return either_client
+
+
 def commit(queue: Queue, claim: Claim, start: int, *ids: int, text: str) -> Verdict:
     append = Append(
         request_id=claim.request_id,
@@ -135,7 +140,7 @@ def test_result_waits_for_one_reply(client: Client, make_queue: MakeQueue) -> No
 def test_it_cannot_be_followed(client: Client) -> None:
     request_id = client.submit("x", reply_to="mine")
     with pytest.raises(InvalidRequest, match="read its result"):
-        client.follow(request_id)
+        next(client.follow(request_id))
 
 
 def test_a_silence_shows_what_is_gone(

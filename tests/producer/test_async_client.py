@@ -1,0 +1,119 @@
+"""What is asyncio's own: cancelled tasks, many of them, and several shards in one loop."""
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from tokenmill.producer.async_client import AsyncClient
+from tokenmill.producer.errors import InvalidRequest, ServerUnreachable
+from tokenmill.producer.wire import Delta
+
+pytestmark = pytest.mark.everywhere
+
+
+async def text_of(client: AsyncClient, request_id: str) -> str:
+    return "".join([delta.text async for delta in client.follow(request_id)])
+
+
+def in_use(client: AsyncClient) -> int:
+    """Connections that somebody reads from."""
+    shards: Any = client._shards
+    return sum(len(server.connection_pool._in_use_connections) for server in shards._blocking)
+
+
+def test_many_tasks_share_a_client(server_url: str, echo_worker: None) -> None:
+    async def main() -> list[str]:
+        async with AsyncClient(server_url) as client:
+            ids = [await client.submit(f"text {number}") for number in range(20)]
+            return await asyncio.gather(*(text_of(client, request_id) for request_id in ids))
+
+    assert asyncio.run(main()) == [f"text {number}" for number in range(20)]
+
+
+def test_requests_of_many_shards_are_followed_and_mapped(
+    server_url: str, echo_worker: None
+) -> None:
+    async def main() -> None:
+        async with AsyncClient(server_url) as client:
+            prompts = [f"text {number}" for number in range(20)]
+            ids = await client.submit_many(client.new_request(prompt) for prompt in prompts)
+            deltas: list[Delta] = [delta async for delta in client.follow_many(ids)]
+            texts = ["".join(d.text for d in deltas if d.request_id == name) for name in ids]
+            assert texts == prompts
+            results = [r.text async for r in client.map(prompts, window=6, ordered=True)]
+            assert results == prompts
+            assert in_use(client) == 0
+
+    asyncio.run(main())
+
+
+def test_a_cancelled_follow_gives_its_connection_back(server_url: str) -> None:
+    async def main() -> None:
+        async with AsyncClient(server_url) as client:
+            ids = [await client.submit("x") for _ in range(8)]
+            deltas = client.follow_many(ids)
+            reading = asyncio.ensure_future(anext(deltas))
+            while not in_use(client):
+                await asyncio.sleep(0)
+            reading.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await reading
+            assert in_use(client) == 0
+            assert await client.live() == 8  # it goes on
+            assert await client.cancel(ids[0])
+            assert (await client.result(ids[0], timeout_s=5)).finish_reason == "cancelled"
+
+    asyncio.run(main())
+
+
+def test_a_cancelled_map_cancels_what_is_in_flight(server_url: str) -> None:
+    async def main() -> None:
+        async with AsyncClient(server_url) as client:
+
+            async def consume() -> None:
+                async for _ in client.map(["x"] * 10, window=4):
+                    pytest.fail("nobody answers")
+
+            task = asyncio.ensure_future(consume())
+            while await client.live() < 4:
+                await asyncio.sleep(0.01)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            assert await client.live() == 0
+            assert in_use(client) == 0
+
+    asyncio.run(main())
+
+
+def test_a_client_that_is_not_open_says_so(server_url: str) -> None:
+    client = AsyncClient(server_url)
+    with pytest.raises(InvalidRequest, match="async with"):
+        client.new_request("x")
+    with pytest.raises(InvalidRequest, match="async with"):
+        asyncio.run(client.submit("x"))
+
+
+def test_a_reader_goes_on_after_a_crash(own_server: Any) -> None:
+    async def main() -> None:
+        async with AsyncClient(own_server.url) as client:
+            with own_server.admin() as admin:
+                admin.config_set("appendfsync", "always")
+            request_id = await client.submit("x")
+            reading = asyncio.ensure_future(text_of(client, request_id))
+            while not in_use(client):
+                await asyncio.sleep(0)
+            own_server.kill()
+            with pytest.raises(ServerUnreachable, match="does not answer"):
+                await client.submit("y")
+            own_server.start()
+            assert await client.cancel(request_id)
+            assert await reading == ""
+
+    asyncio.run(main())
+
+
+def test_no_server(tmp_path: Any) -> None:
+    with pytest.raises(ServerUnreachable, match="start it"):
+        asyncio.run(AsyncClient(f"unix://{tmp_path}/none").open())
