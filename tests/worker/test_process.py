@@ -1,5 +1,6 @@
 """A worker with all its threads: what stops it, and in which order; on a real server."""
 
+import gc
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -226,6 +227,8 @@ def test_a_server_that_comes_later_is_waited_for(
         return script.ScriptedEngine()
 
     assert run(config, make_engine=make_engine, waits_for_server=True) == 0
+    assert gc.get_freeze_count() > 0
+    gc.unfreeze()
     assert loaded == [True]  # without waiting for the server
     assert events(caplog).count("server_awaited") == 1
     assert "worker_ready" in events(caplog)
