@@ -43,6 +43,8 @@ class Server:
     options: tuple[str, ...] = ()
     #: Listens there too; 0: on its socket alone.
     port: int = 0
+    #: Of TLS; with them the port speaks nothing else.
+    tls: tuple[str, ...] = ()
 
     @property
     def url(self) -> str:
@@ -58,7 +60,9 @@ class Server:
         self.wait_ready()
 
     def launch(self) -> None:
-        command = [*_binary(self.kind), "--port", str(self.port)]
+        command = [*_binary(self.kind), "--tls-port" if self.tls else "--port", str(self.port)]
+        if self.tls:
+            command += ["--port", "0", "--tls-replication", "yes", *self.tls]
         command += ["--unixsocket", f"{self.directory}/s", "--dir", str(self.directory)]
         command += ["--save", "", "--appendonly", "yes", "--maxmemory-policy", "noeviction"]
         self._launch([*command, *self.options])
@@ -129,7 +133,8 @@ class Replicated:
     @property
     def url(self) -> str:
         members = ",".join(f"127.0.0.1:{s.port}" for s in self.sentinels)
-        return f"redis+sentinel://{members}/{SERVICE}/0"
+        scheme = "rediss" if self.sentinels[0].tls else "redis"
+        return f"{scheme}+sentinel://{members}/{SERVICE}/0"
 
     def primary(self) -> Server:
         """The server that a Sentinel that lives names."""
@@ -152,7 +157,8 @@ class Cluster:
 
     @property
     def url(self) -> str:
-        return "redis+cluster://" + ",".join(f"127.0.0.1:{s.port}" for s in self.servers)
+        scheme = "rediss" if self.servers[0].tls else "redis"
+        return f"{scheme}+cluster://" + ",".join(f"127.0.0.1:{s.port}" for s in self.servers)
 
     def primary_of(self, key: str) -> Server:
         """The server that has the slot of a key, as a server that lives sees it."""
@@ -224,10 +230,10 @@ class Certificates:
 
 
 @contextmanager
-def running(kind: str, *options: str, port: int = 0) -> Iterator[Server]:
+def running(kind: str, *options: str, port: int = 0, tls: tuple[str, ...] = ()) -> Iterator[Server]:
     """One server, killed at the end."""
     with _directory() as directory:
-        server = Server(kind, directory, options=options, port=port)
+        server = Server(kind, directory, options=options, port=port, tls=tls)
         try:
             server.start()
             yield server
@@ -236,7 +242,9 @@ def running(kind: str, *options: str, port: int = 0) -> Iterator[Server]:
 
 
 @contextmanager
-def replicated(kind: str, *options: str, down_after_ms: int = 1000) -> Iterator[Replicated]:
+def replicated(
+    kind: str, *options: str, down_after_ms: int = 1000, tls: tuple[str, ...] = ()
+) -> Iterator[Replicated]:
     """A primary with two replicas and three Sentinels, which know each other from the start."""
     with ExitStack() as stack:
         ports = free_ports(6)
@@ -246,7 +254,7 @@ def replicated(kind: str, *options: str, down_after_ms: int = 1000) -> Iterator[
             own = ["--repl-diskless-sync", "yes", "--repl-diskless-sync-delay", "0", *options]
             if port != ports[0]:
                 own += ["--replicaof", "127.0.0.1", str(ports[0])]
-            servers.append(Server(kind, directory, options=tuple(own), port=port))
+            servers.append(Server(kind, directory, options=tuple(own), port=port, tls=tls))
             stack.callback(servers[-1].kill)
         _start_all(servers)
         _until(lambda: _online(servers[0]) == 2, "the replicas")
@@ -255,15 +263,22 @@ def replicated(kind: str, *options: str, down_after_ms: int = 1000) -> Iterator[
         for port in ports[3:]:
             directory = stack.enter_context(_directory())
             conf = _sentinel_conf(port, ports[:3], ids, down_after_ms)
+            if tls:
+                pairs = zip(tls[::2], tls[1::2], strict=True)
+                lines = [f"{name.removeprefix('--')} {value}" for name, value in pairs]
+                conf = conf.replace(f"port {port}\n", f"port 0\ntls-port {port}\n", 1)
+                conf += "\n".join(["tls-replication yes", *lines]) + "\n"
             (directory / "sentinel.conf").write_text(conf)
-            sentinels.append(Sentinel(kind, directory, port=port))
+            sentinels.append(Sentinel(kind, directory, port=port, tls=tls))
             stack.callback(sentinels[-1].kill)
         _start_all(sentinels)
         yield Replicated(servers, list(sentinels))
 
 
 @contextmanager
-def cluster(kind: str, *options: str, replicas: int = 0) -> Iterator[Cluster]:
+def cluster(
+    kind: str, *options: str, replicas: int = 0, tls: tuple[str, ...] = ()
+) -> Iterator[Cluster]:
     """A cluster of three primaries; each node is given the whole table before it starts."""
     count = 3 * (1 + replicas)
     with ExitStack() as stack:
@@ -276,7 +291,9 @@ def cluster(kind: str, *options: str, replicas: int = 0) -> Iterator[Cluster]:
             own = ["--cluster-enabled", "yes", "--cluster-port", str(bus)]
             own += ["--cluster-node-timeout", str(NODE_TIMEOUT_MS)]
             own += ["--cluster-require-full-coverage", "no", "--repl-diskless-sync-delay", "0"]
-            servers.append(Server(kind, directory, options=(*own, *options), port=port))
+            if tls:
+                own += ["--tls-cluster", "yes"]
+            servers.append(Server(kind, directory, options=(*own, *options), port=port, tls=tls))
             stack.callback(servers[-1].kill)
         _start_all(servers)
         for server in servers:
