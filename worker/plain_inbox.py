@@ -86,17 +86,19 @@ def _admission(entry_id: str, fields: dict[bytes, bytes], shard: int) -> list[st
     try:
         values = _parse(fields)
         request = _request(values, entry_id, made, shard)
-        payload = request.pack()
+        payload, cost = request.pack(), request.prompt_cost
+    except InvalidRequest as error:
+        refusal = str(error)[:1000]
     except Exception as error:  # noqa: BLE001 - no bytes of strangers may end a worker
-        is_ours = isinstance(error, InvalidRequest)
-        refusal = str(error)[:1000] if is_ours else f"it cannot be read: {type(error).__name__}"
-        request_id, tenant, priority, reply_to = _address(values, made, shard)
-        return [entry_id, made, refusal, request_id, "", "", tenant, priority, 0, 0, 0, reply_to]
-    return [
-        *(entry_id, made, ""),
-        *(request.request_id, request.fingerprint, payload, request.tenant, request.priority),
-        *(request.deadline_ms, request.prompt_cost, request.params.max_tokens, request.reply_to),
-    ]
+        refusal = str(InvalidRequest("entry", "a readable request", type(error).__name__))
+    else:
+        return [
+            *(entry_id, made, ""),
+            *(request.request_id, request.fingerprint, payload, request.tenant, request.priority),
+            *(request.deadline_ms, cost, request.params.max_tokens, request.reply_to),
+        ]
+    request_id, tenant, priority, reply_to = _address(values, made, shard)
+    return [entry_id, made, refusal, request_id, "", "", tenant, priority, 0, 0, 0, reply_to]
 
 
 def _parse(fields: dict[bytes, bytes]) -> dict[str, Any]:

@@ -303,7 +303,8 @@ class Queue:
             request = Request.unpack(payload or b"")
         except Exception as error:  # noqa: BLE001 - no bytes of strangers may end a worker
             is_ours = isinstance(error, InvalidRequest)
-            reason = str(error) if is_ours else f"it cannot be read: {type(error).__name__}"
+            unread = InvalidRequest("payload", "a readable request", type(error).__name__)
+            reason = str(error if is_ours else unread)
             end = Finish(
                 request_id=request_id.decode(),
                 epoch=epoch,

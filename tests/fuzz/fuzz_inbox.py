@@ -15,11 +15,12 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import msgpack
 import redis
 
 from near_misses import Entry, NearMisses
@@ -33,7 +34,6 @@ BATCH = 500
 #: Longest to wait for a batch to end.
 PATIENCE_S = 60.0
 NAMES_A_FIELD = re.compile(r"[^ ].* must be .*, got ", re.DOTALL)
-_GIVEN_ID = re.compile(rb"0\.[0-9A-Z]{26}")
 
 
 class Failed(Exception):
@@ -156,8 +156,7 @@ class Run:
     def _check(self, entry: Entry, made: str) -> None:
         reason = self._ended(made)
         if reason is None:
-            for given in _GIVEN_ID.findall(b" ".join(entry.fields.values())):
-                reason = reason if reason is not None else self._ended(given.decode())
+            reason = self._ended(_given_id(entry.fields))
         self.report["entries"][entry.kind] += 1
         shown = f"{entry.kind}, {str(entry.fields)[:500]}: {reason!r}"
         if reason is None:
@@ -182,6 +181,15 @@ class Run:
 def _made(entry_id: str) -> str:
     ms, _, seq = entry_id.partition("-")
     return f"0.{int(ms):020d}-{int(seq):05d}"
+
+
+def _given_id(fields: Mapping[bytes, bytes]) -> str:
+    """The id that an entry names, if it can be read."""
+    ((name, data),) = fields.items()
+    parse: Callable[[bytes], Any] = json.loads if name == b"json" else msgpack.unpackb
+    with suppress(ValueError):
+        return str(parse(data).get("request_id"))
+    return ""
 
 
 def _as_string(server: redis.Redis, key: str) -> None:

@@ -37,6 +37,7 @@ BAD: dict[str, tuple[Any, ...]] = {
         ),
     ),
     "params": (None, 0, "", [], [["max_tokens", 1]]),
+    "tools": (None, 0, "x", {}, [1], [None], [{}] * 129, [{"a": "x" * 300_000}]),
     "model": (None, 0, [], {}, "m" * 257, "m\ud83d"),
     "tenant": (None, 0, "", "a b", "-a", "a" * 65, "ä", "a:b", "{a}", "a\n", "\ud800"),
     "priority": (None, -1, 3, 1.0, True, "1", 2**64),
@@ -59,6 +60,9 @@ BAD: dict[str, tuple[Any, ...]] = {
     ),
 }
 BAD_PARAMS: dict[str, tuple[Any, ...]] = {
+    "json_schema": (0, "", "x", [], "[]", True),
+    "regex": (0, "", True, "a" * 10**6),
+    "choice": (None, 0, "a", [1], [""], {}),
     "max_tokens": (None, 0, -1, 1_000_001, 1.0, "1", True, 2**64),
     "min_tokens": (None, -1, 10**9, "0", False),
     "temperature": (None, -0.1, 100.1, "1", True, math.nan, math.inf, 10**400),
@@ -167,7 +171,8 @@ class NearMisses:
             values[name] = rng.choice([*BAD[name], *never])
         elif where < 0.9:
             name = rng.choice(list(BAD_PARAMS))
-            values["params"] = {name: rng.choice([*BAD_PARAMS[name], *NEVER])}
+            never = () if name == "json_schema" else NEVER  # any map is a schema
+            values["params"] = {name: rng.choice([*BAD_PARAMS[name], *never])}
         else:
             name = "".join(rng.choices(string.ascii_lowercase, k=rng.randint(1, 12))) + "_"
             values |= {"params": {name: 1}} if rng.random() < 0.5 else {name: 1}
@@ -225,6 +230,8 @@ class NearMisses:
             {b"json": b'{"prompt":""}', b"msgpack": b"\x80"},
             {b"\xff\xfe": b"\xff" * rng.randint(0, 100)},
         ]
+        if rng.random() < 0.2:
+            return Entry("another form", {b"json": _nested(rng)})
         if rng.random() < 0.02:
             forms = [
                 {b"json": b'{"prompt":"' + b"x" * _OVERSIZED + b'"}'},
@@ -240,6 +247,15 @@ class NearMisses:
             except (OverflowError, UnicodeEncodeError):  # JSON can carry it
                 pass
         return {b"json": json.dumps(values, default=lambda _: {"": None}).encode()}
+
+
+def _nested(rng: random.Random) -> bytes:
+    """A value that may be nested, around where recursion ends."""
+    deep = rng.choice([10, 60, 200, 500, 900]) + rng.randint(0, 99)
+    value = '{"a":' * deep + "1" + "}" * deep
+    if rng.random() < 0.5:
+        return b'{"prompt": "x", "params": {"json_schema": %s}}' % value.encode()
+    return b'{"prompt": [{"role": "user", "content": "x"}], "tools": [%s]}' % value.encode()
 
 
 def mutated(rng: random.Random, data: bytes) -> bytes:
