@@ -79,6 +79,8 @@ class Address:
         if not found:
             raise _wrong(shown)
         scheme, user, authority, path, query = (part or "" for part in found.groups())
+        if "@" in query and not all(_MEMBER.fullmatch(part) for part in authority.split(",")):
+            raise _wrong(shown, "a ? in a password is written %3F")  # what we split is not shown
         if scheme.lower() == "unix":
             return cls._socket(shown, user, unquote(path), query)
         is_tls = scheme.lower().startswith("rediss")
@@ -113,11 +115,12 @@ def shown_url(url: str) -> str:
     if not separator:
         scheme, rest = "", url
     base, question, query = rest.partition("?")
-    user, at, host = base.rpartition("@")
+    query = re.sub(r"((?:^|&)[a-z_]*password=)[^&]*", r"\1***", query, flags=re.IGNORECASE)
+    # To the last @ of all of it: a password may hold a ? that should have been written %3F.
+    user, at, host = f"{base}{question}{query}".rpartition("@")
     name, colon, _ = user.partition(":")
     hidden = f"{name}:***@" if colon else f"{user}{at}"
-    query = re.sub(r"((?:^|&)[a-z_]*password=)[^&]*", r"\1***", query, flags=re.IGNORECASE)
-    return f"{scheme}{separator}{hidden}{host}{question}{query}"
+    return f"{scheme}{separator}{hidden}{host}"
 
 
 def _wrong(shown: str, remedy: str = "") -> InvalidRequest:

@@ -83,6 +83,10 @@ def test_what_is_refused_and_why(url: str, says: str) -> None:
         ("redis://:secret@h", "redis://:***@h"),
         ("redis://h:1", "redis://h:1"),
         ("redis://u:se@cret/x@h", "redis://u:***@h"),
+        ("redis://u:sec?secret@h:1/0", "redis://u:***@h:1/0"),
+        ("redis://u:secret?sec=x@h:1/0", "redis://u:***@h:1/0"),
+        ("redis://u:sec?a=1&secret=1@h?db=1", "redis://u:***@h?db=1"),
+        ("redis://h:1?password=se@secret&db=1", "redis://h:1?password=***&db=1"),
         ("unix://:secret@/path", "unix://:***@/path"),
         ("redis+sentinel://u:secret@a:1,b:2/m", "redis+sentinel://u:***@a:1,b:2/m"),
         ("redis://h?password=secret&db=1", "redis://h?password=***&db=1"),
@@ -97,6 +101,12 @@ def test_what_is_refused_and_why(url: str, says: str) -> None:
 def test_no_password_is_shown(url: str, shown: str) -> None:
     assert shown_url(url) == shown
     assert "secret" not in _said_of(url)
+
+
+def test_a_path_with_an_at_sign_is_no_password() -> None:
+    address = Address.parse("rediss://h:7/3?ssl_ca_certs=/a@b/ca.pem")
+    assert (address.members, address.options["db"]) == ((("h", 7),), 3)
+    assert address.options["ssl_ca_certs"] == "/a@b/ca.pem"
 
 
 def _said_of(url: str) -> str:
