@@ -54,6 +54,7 @@ local function try(...)
 end
 
 local NUMBERS = { 'epoch', 'offset', 'attempts', 'deadline', 'cost', 'most' }
+local TEXTS = { 'worker', 'tenant', 'priority', 'entry' }
 
 -- Whoever may write records may write anything there. `damage` says what is wrong; the claim ends
 -- such a request, and until then it is as good as one with a 0 in that place.
@@ -63,7 +64,7 @@ local function mend(r)
       r[name], r.damage = 0, name .. ' must be a whole number'
     end
   end
-  for _, name in ipairs({ 'worker', 'tenant', 'priority', 'entry' }) do
+  for _, name in ipairs(TEXTS) do
     if not r[name] then
       r[name], r.damage = '', name .. ' must be given'
     end
