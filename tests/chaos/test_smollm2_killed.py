@@ -16,7 +16,6 @@ from tokenmill.producer.wire import Request, Result
 from zygote import Child, Zygote
 
 LEASE_MS = 400
-MOST = 64
 #: Greedy, sampled with a seed, and sampled with the seed of the id; with penalties, as a whole, and
 #: with a stop string.
 SAMPLING: dict[str, dict[str, Any]] = {
@@ -30,13 +29,13 @@ SAMPLING: dict[str, dict[str, Any]] = {
 }
 
 
-def requests_of(client: Client) -> list[Request]:
+def requests_of(client: Client, most: int) -> list[Request]:
     """Under the same ids in every queue: seeds come from them."""
     return [
         client.new_request(
             [{"role": "user", "content": prompt}],
             request_id=request_id_for(prompt),
-            **{"max_tokens": MOST, "ignore_eos": True, **sampling},
+            **{"max_tokens": most, "ignore_eos": True, **sampling},
         )
         for prompt, sampling in SAMPLING.items()
     ]
@@ -53,21 +52,22 @@ def model_zygote() -> Any:
 def run(model_zygote: Zygote, chaos_server: ChaosServer) -> Any:
     stages = []
 
-    def run(kills: int, seed: int) -> tuple[list[Result], list[int]]:
+    def run(kills: int, most: int) -> tuple[list[Result], list[int]]:
         """Results, and how many tokens there were at each kill."""
         stages.append(Stage(model_zygote, chaos_server))
-        return run_killed(stages[-1], kills, random.Random(seed))
+        return run_killed(stages[-1], kills, most)
 
     yield run
     for stage in stages:
         stage.close()
 
 
-def run_killed(stage: Stage, kills: int, rng: random.Random) -> tuple[list[Result], list[int]]:
+def run_killed(stage: Stage, kills: int, most: int) -> tuple[list[Result], list[int]]:
+    rng = random.Random(kills)
     with Client(stage.server.url, queue=stage.queue) as client:
-        ids = client.submit_many(requests_of(client))
+        ids = client.submit_many(requests_of(client, most))
         child = start(stage)
-        points = sorted(rng.sample(range(len(ids), MOST * (len(ids) - 1)), kills))
+        points = sorted(rng.sample(range(len(ids), most * (len(ids) - 2)), kills))
         killed_at = []
         for point in points:
             killed_at.append(wait_for_tokens(stage, ids, point, child))
@@ -106,25 +106,16 @@ def epochs_of(stage: Stage, request_id: str) -> set[bytes]:
     return {fields[b"e"] for _, fields in entries}
 
 
-@pytest.fixture(scope="module")
-def undisturbed() -> list[Result]:
-    """Filled by the first test that needs it."""
-    return []
-
-
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("kills", "most"), [(2, 24), pytest.param(10, 64, marks=pytest.mark.slow)])
 def test_a_killed_worker_changes_no_token(
-    run: Callable[[int, int], tuple[list[Result], list[int]]],
-    undisturbed: list[Result],
-    kills: int,
+    run: Callable[[int, int], tuple[list[Result], list[int]]], kills: int, most: int
 ) -> None:
-    if not undisturbed:
-        undisturbed += run(0, 0)[0]
-    results, killed_at = run(kills, kills)
+    undisturbed, _ = run(0, most)
+    results, killed_at = run(kills, most)
     assert len(killed_at) == kills
     for expected, result in zip(undisturbed, results, strict=True):
         assert result.token_ids == expected.token_ids, f"killed at {killed_at}"
         assert result.text == expected.text
         assert result.finish_reason == expected.finish_reason
-    assert sum(len(result.token_ids) for result in results) > 5 * MOST
+    assert sum(len(result.token_ids) for result in results) > 5 * most
