@@ -33,7 +33,7 @@ KEYS = Keys()
 BATCH = 500
 #: Longest to wait for a batch to end.
 PATIENCE_S = 60.0
-NAMES_A_FIELD = re.compile(r"[^ ].* must be .*, got ", re.DOTALL)
+NAMES_A_FIELD = re.compile(r".+ must be .*, got ", re.DOTALL)
 
 
 class Failed(Exception):
