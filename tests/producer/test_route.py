@@ -1,5 +1,6 @@
 """Sentinels, clusters and TLS as a connection meets them: what is found, and what is said."""
 
+import asyncio
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,6 +10,7 @@ import redis
 from servers import SERVICE, Certificates, Cluster, Replicated, Server, free_ports, running
 from tokenmill.producer import connection as connection_module
 from tokenmill.producer import route
+from tokenmill.producer.async_client import AsyncClient
 from tokenmill.producer.connection import Connector, connect
 from tokenmill.producer.errors import InvalidRequest, ServerUnreachable, WrongServer
 from tokenmill.producer.route import key_slot
@@ -159,8 +161,15 @@ def test_tls_by_the_environment(
     monkeypatch.setenv("TOKENMILL_REDIS_CA", str(certificates.ca))
     monkeypatch.setenv("TOKENMILL_REDIS_CERT", str(certificates.certificate("client")))
     monkeypatch.setenv("TOKENMILL_REDIS_KEY", str(certificates.key("client")))
-    with connect(f"rediss://localhost:{tls_server.port}") as server:
+    url = f"rediss://localhost:{tls_server.port}"
+    with connect(url) as server:
         assert server.ping()
+
+    async def live() -> int:
+        async with AsyncClient(url) as client:
+            return await client.live()
+
+    assert asyncio.run(live()) == 0
 
 
 def test_what_is_wrong_with_tls_is_said(
