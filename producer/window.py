@@ -7,7 +7,7 @@ from typing import Protocol
 
 from tokenmill.producer.collecting import Collecting
 from tokenmill.producer.connection import MAX_BLOCK_S
-from tokenmill.producer.errors import Busy, ServerUnreachable, TokenmillError
+from tokenmill.producer.errors import Busy, Conflict, ServerUnreachable, TokenmillError
 from tokenmill.producer.exchange import KEPT_S
 from tokenmill.producer.replies import Replies
 from tokenmill.producer.steps import Sleep, Steps, run
@@ -49,8 +49,11 @@ class Sliding:
         self._clock = clock
         #: In the order of submission: the result once it has ended, until it is taken.
         self._results: dict[str, Result | None] = {}
-        #: Taken from `requests` and refused by a full queue or no server, to be sent first.
+        #: Taken from `requests` and not accepted as a whole by a full queue or no server, to be
+        #: sent first. Some of them may be in flight.
         self._refused: list[Request] = []
+        #: Results of such.
+        self._early: dict[str, Result] = {}
         self._retry_at = 0.0
         self._more = True
         #: How many to send together next time.
@@ -74,9 +77,8 @@ class Sliding:
 
     def cancel(self) -> Steps[None]:
         """End what is in flight."""
-        for request_id, result in self._results.items():
-            if result is not None:
-                continue
+        open_ids = [name for name, result in self._results.items() if result is None]
+        for request_id in (*open_ids, *(request.request_id for request in self._refused)):
             try:
                 yield from self._exchange.cancel(request_id)
             except ServerUnreachable:  # the others would only wait as long; deadlines end them
@@ -90,18 +92,23 @@ class Sliding:
             if not batch:
                 self._more = False
                 return
+            self._refused = batch  # until all are accepted: this may be cancelled halfway
             try:
                 yield from self._exchange.submit_many(batch)
             except (Busy, ServerUnreachable) as error:
                 # Sending again is safe: the ids are the same.
                 wait_s = error.retry_after_s if isinstance(error, Busy) else _RETRY_S
-                self._refused = batch
                 self._retry_at = self._clock() + wait_s
                 return
+            except Conflict:  # an id of somebody else, whose request is not ours to cancel
+                self._refused = []
+                raise
             self._refused = []
             for request in batch:
-                self._results[request.request_id] = None
-                self._replies.add(request.request_id)
+                result = self._early.pop(request.request_id, None)
+                self._results[request.request_id] = result
+                if result is None:
+                    self._replies.add(request.request_id)
 
     def _next_batch(self, room: int) -> list[Request]:
         """Some requests to send together; of a source that takes its time, one alone."""
@@ -119,9 +126,12 @@ class Sliding:
             if self._refused:
                 yield Sleep(patience_s)
             return
+        refused = {request.request_id for request in self._refused}
         for result in (yield from self._replies.polled(patience_s)):
             if result.request_id in self._results:
                 self._results[result.request_id] = result
+            elif result.request_id in refused:
+                self._early[result.request_id] = result
 
     def take(self) -> Iterator[Result]:
         """What has ended; each is the caller's once it asks for the next."""

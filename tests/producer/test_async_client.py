@@ -4,9 +4,12 @@ import asyncio
 from typing import Any
 
 import pytest
+import redis
 
 from tokenmill.producer.async_client import AsyncClient
 from tokenmill.producer.errors import InvalidRequest, ServerUnreachable
+from tokenmill.producer.keys import Keys
+from tokenmill.producer.operator import Operator
 from tokenmill.producer.wire import Delta
 
 pytestmark = pytest.mark.everywhere
@@ -83,6 +86,23 @@ def test_a_cancelled_map_cancels_what_is_in_flight(server_url: str) -> None:
                 await task
             assert await client.live() == 0
             assert in_use(client) == 0
+
+    asyncio.run(main())
+
+
+def test_a_cancelled_map_cancels_what_a_quota_let_in(server_url: str, server: redis.Redis) -> None:
+    Operator(server, Keys()).configure(quotas={"default": 10})
+
+    async def main() -> None:
+        async with AsyncClient(server_url) as client:
+            results = client.map(["x"] * 20, window=20)
+            task = asyncio.ensure_future(anext(results))
+            while await client.live() < 10:
+                await asyncio.sleep(0.01)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            assert await client.live() == 0
 
     asyncio.run(main())
 

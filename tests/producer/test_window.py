@@ -1,18 +1,22 @@
 """What `Client.map` does not show of it: a full queue, and leaving while the server is gone."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import pytest
 import redis
 
 from tokenmill.producer.client import Client
-from tokenmill.producer.errors import Busy, ServerUnreachable
+from tokenmill.producer.errors import Busy, Conflict, ServerUnreachable
 from tokenmill.producer.keys import Keys
+from tokenmill.producer.operator import Operator
 from tokenmill.producer.steps import Sleep, Steps, run
 from tokenmill.producer.window import Window
-from tokenmill.producer.wire import Request
+from tokenmill.producer.wire import Request, Usage
+from tokenmill.worker.queue import Finish, Queue
 
 NAME = "a-run"
+AMPLE: dict[str, Any] = {"sequences": 100, "tokens": 100_000, "kv_tokens": 1_000_000}
 
 
 class Full:
@@ -124,3 +128,79 @@ def test_replies_are_deleted_once_taken(
     assert len(list(window.results())) == 6
     assert server.xlen(Keys().reply(NAME)) == 0
     assert server.ttl(Keys().record(requests[0].request_id)) <= 600
+
+
+@pytest.fixture
+def partly(
+    client: Client, server: redis.Redis, make_request: Callable[..., Request]
+) -> tuple[Window, list[Request]]:
+    """A window with 20 requests and a quota of 10: of its last batch a part was accepted."""
+    Operator(server, Keys()).configure(quotas={"default": 10})
+    requests = [make_request(f"text {number}", reply_to=NAME) for number in range(20)]
+    replies = client.replies(NAME)
+    window = Window(client._exchange, iter(requests), replies, size=20, ordered=True)
+    window._clock = lambda: 0.0
+    run(window._fill(), window._perform)
+    assert client.live() == 10
+    assert len(window._results) < 10
+    return window, requests
+
+
+def test_leaving_early_cancels_what_was_accepted_of_a_batch(
+    client: Client, partly: tuple[Window, list[Request]]
+) -> None:
+    window, requests = partly
+    client.cancel(requests[0].request_id)
+    results = window.results()
+    next(results)
+    results.close()  # type: ignore[attr-defined]
+    assert client.live() == 0
+
+
+def test_what_was_interrupted_while_it_was_sent_is_cancelled(
+    client: Client, requests: list[Request]
+) -> None:
+    window = Window(client._exchange, iter(requests), client.replies(NAME), size=6, ordered=True)
+
+    def interrupted(effect: Any) -> Any:
+        window._perform(effect)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(window._fill(), interrupted)
+    assert client.live() == 1
+    run(window.cancel(), window._perform)
+    assert client.live() == 0
+
+
+def test_an_answer_before_the_batch_was_accepted_is_kept(
+    partly: tuple[Window, list[Request]], make_queue: Callable[..., Queue]
+) -> None:
+    window, requests = partly
+    queue = make_queue()
+    for claim in queue.claim(**AMPLE, limit=100):
+        end = Finish(
+            request_id=claim.request_id,
+            epoch=claim.epoch,
+            start=0,
+            finish_reason="stop",
+            usage=Usage(prompt_tokens=1, completion_tokens=0),
+        )
+        queue.finish([end])
+    run(window._collect(), window._perform)
+    window._clock = lambda: 1e9
+    run(window._fill(), window._perform)
+    ended = [result.request_id for result in window.take()]
+    assert ended == [request.request_id for request in requests[:10]]
+
+
+def test_the_request_of_somebody_else_is_not_cancelled(
+    client: Client, make_request: Callable[..., Request]
+) -> None:
+    theirs = make_request("theirs")
+    client.submit_many([theirs])
+    ours = make_request("ours", request_id=theirs.request_id, reply_to=NAME)
+    window = Window(client._exchange, iter([ours]), client.replies(NAME), size=6, ordered=True)
+    with pytest.raises(Conflict):
+        next(window.results())
+    assert client.live() == 1
