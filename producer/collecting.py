@@ -28,11 +28,13 @@ class Collecting:
         self._cursors: dict[Any, Any] = {keys.reply(name): "0-0" for keys in layout.keys}
         #: Requests whose reply is awaited: looked after in a silence.
         self._awaited: set[str] = set()
+        #: Those of them that are gone: told by the next polls.
+        self._gone: list[NotFound] = []
         self._silence = Silence()
         self._heard = time.monotonic()
 
     def __len__(self) -> int:
-        return len(self._awaited)
+        return len(self._awaited) + len(self._gone)
 
     def add(self, request_id: str) -> None:
         """Await a reply: `poll` raises if the server no longer knows the request."""
@@ -41,9 +43,12 @@ class Collecting:
     def remove(self, request_id: str) -> None:
         """Await it no longer; an id that is not awaited is no error."""
         self._awaited.discard(request_id)
+        self._gone = [error for error in self._gone if error.request_id != request_id]
 
     def polled(self, timeout_s: float) -> Steps[list[Result]]:
         """`Replies.poll`, as steps."""
+        if self._gone:
+            raise self._gone.pop(0)
         try:
             results = yield from self._read(timeout_s)
             if not results and time.monotonic() - self._heard >= MAX_BLOCK_S:
@@ -56,6 +61,8 @@ class Collecting:
             self._awaited.discard(result.request_id)
         if results:
             self._heard = time.monotonic()
+        elif self._gone:
+            raise self._gone.pop(0)
         return results
 
     def _read(self, timeout_s: float) -> Steps[list[Result]]:
@@ -72,7 +79,12 @@ class Collecting:
         self._heard = time.monotonic()
         found = []
         for request_id in tuple(self._awaited):
-            result = yield from ended_result(self._layout, request_id)
+            try:
+                result = yield from ended_result(self._layout, request_id)
+            except NotFound as error:
+                self._awaited.discard(request_id)
+                self._gone.append(error)
+                continue
             if result is not None:
                 found.append(result)
         return found
@@ -90,7 +102,8 @@ def ended_result(layout: Layout, request_id: str) -> Steps[Result | None]:
     record: Any = yield Call(number, "hmget", (keys.record(request_id), names))
     state, name, at, finish, reason, offset = (item.decode() if item else "" for item in record)
     if not state:
-        raise NotFound(f"no request {request_id} in this queue: a wrong id, or its result expired")
+        text = f"no request {request_id} in this queue: a wrong id, or its result expired"
+        raise NotFound(text, request_id)
     if state != "end":
         return None
     entries: Any = []
@@ -99,7 +112,8 @@ def ended_result(layout: Layout, request_id: str) -> Steps[Result | None]:
     if entries:
         return result_of(entries[0][1])
     if finish != "error":
-        raise NotFound(f"the reply of request {request_id} was taken from {name}, or has expired")
+        text = f"the reply of request {request_id} was taken from {name}, or has expired"
+        raise NotFound(text, request_id)
     return Result(
         request_id=request_id,
         token_ids=(),

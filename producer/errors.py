@@ -47,6 +47,10 @@ class Busy(TokenmillError):
 class NotFound(TokenmillError):
     """No request of that id is known: a wrong id, another queue, or its result has expired."""
 
+    def __init__(self, message: str, request_id: str = "") -> None:
+        super().__init__(message)
+        self.request_id = request_id
+
 
 class OutputChanged(TokenmillError):
     """The server lost part of an output, and it was generated again otherwise: read it anew."""

@@ -28,6 +28,6 @@ class Follower(Following):
         Raises:
             NotFound: a followed request is not known, or its result has expired.
             OutputChanged: the output of one does not go on from what was read: the server has
-                lost part of it. That one is followed no longer; the others are.
+                lost part of it. In both cases that one is followed no longer; the others are.
         """
         return run(self.polled(timeout_s), self._perform)

@@ -59,8 +59,8 @@ class Following:
         self._ids: dict[str, str] = {}
         #: Stream key -> digest of all tokens read; None where reading began in the middle.
         self._digests: dict[str, str | None] = {}
-        #: Where an output no longer goes on from what was read: told by the next poll.
-        self._changed: list[OutputChanged] = []
+        #: What is gone, or no longer goes on from what was read: told by the next polls.
+        self._changed: list[OutputChanged | NotFound] = []
         self._silence = Silence()
         self._heard = time.monotonic()
 
@@ -152,6 +152,9 @@ class Following:
                 check_position(request_id, self._position(key), state, offset)
             except InvalidRequest:  # it ended before what was read of it
                 self._give_up(key)
+            except NotFound as error:
+                self._changed.append(error)
+                self._forget(key)
 
     def _forget(self, key: str) -> None:
         self._ids.pop(key, None)
@@ -167,7 +170,8 @@ def check_position(request_id: str, start: int, state: bytes | None, offset: byt
         InvalidRequest: it ended before `start`.
     """
     if state is None:
-        raise NotFound(f"no request {request_id} in this queue: a wrong id, or its result expired")
+        text = f"no request {request_id} in this queue: a wrong id, or its result expired"
+        raise NotFound(text, request_id)
     total = int(offset or 0)
     if state == b"end" and start > total:
         raise InvalidRequest("start", f"at most {total}, where the request ended", start)

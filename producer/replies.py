@@ -32,7 +32,8 @@ class Replies(Collecting):
         A server that does not answer is not an error, as for `Follower.poll`.
 
         Raises:
-            NotFound: an awaited request is not known, or its reply is gone.
+            NotFound: an awaited request is not known, or its reply is gone. That one is awaited no
+                longer; the others are.
         """
         return run(self.polled(timeout_s), self.perform)
 

@@ -245,9 +245,14 @@ class Run:
         try:
             polled = self._reader.poll(_POLL_S)
             deltas = [item if isinstance(item, Delta) else item.as_delta() for item in polled]
-        except NotFound:
-            # The server has lost what it had: send and read everything again.
+        except NotFound as error:
+            # The server has lost what it had: send everything again, and read this from its start.
             self._resend()
+            item = self._open[error.request_id]
+            if item.parts:
+                self._reread(item)
+            else:
+                self._reader.add(error.request_id)
             return
         except OutputChanged as error:
             self._reread(self._open[error.request_id])

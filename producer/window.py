@@ -1,13 +1,20 @@
 """`Window`: a bounded number of requests in flight, and their results as they end or in order."""
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Protocol
 
 from tokenmill.producer.collecting import Collecting
 from tokenmill.producer.connection import MAX_BLOCK_S
-from tokenmill.producer.errors import Busy, Conflict, ServerUnreachable, TokenmillError
+from tokenmill.producer.errors import (
+    Busy,
+    Conflict,
+    NotFound,
+    ServerUnreachable,
+    TokenmillError,
+)
 from tokenmill.producer.exchange import KEPT_S
 from tokenmill.producer.replies import Replies
 from tokenmill.producer.steps import Sleep, Steps, run
@@ -17,6 +24,8 @@ from tokenmill.producer.wire import Request, Result
 _RETRY_S = 1.0
 #: Most that are sent together, and how soon a source must have given them.
 _BATCH, _QUICK_S = 64, 0.01
+#: How often a request that the server lost is sent again.
+_RESENDS = 3
 
 
 class Submitter(Protocol):
@@ -49,6 +58,11 @@ class Sliding:
         self._clock = clock
         #: In the order of submission: the result once it has ended, until it is taken.
         self._results: dict[str, Result | None] = {}
+        #: What is in flight, for when the server loses it.
+        self._sent: dict[str, Request] = {}
+        #: Lost by the server, to be sent again; and how often each was.
+        self._lost: list[Request] = []
+        self._resent: Counter[str] = Counter()
         #: Taken from `requests` and not accepted as a whole by a full queue or no server, to be
         #: sent first. Some of them may be in flight.
         self._refused: list[Request] = []
@@ -87,6 +101,12 @@ class Sliding:
                 continue
 
     def _fill(self) -> Steps[None]:
+        if self._lost and self._clock() >= self._retry_at:
+            if not (yield from self._is_accepted(self._lost)):
+                return
+            for request in self._lost:
+                self._replies.add(request.request_id)
+            self._lost = []
         while self._more and len(self._results) < self._size and self._clock() >= self._retry_at:
             batch = self._refused or self._next_batch(self._size - len(self._results))
             if not batch:
@@ -94,12 +114,8 @@ class Sliding:
                 return
             self._refused = batch  # until all are accepted: this may be cancelled halfway
             try:
-                yield from self._exchange.submit_many(batch)
-            except (Busy, ServerUnreachable) as error:
-                # Sending again is safe: the ids are the same.
-                wait_s = error.retry_after_s if isinstance(error, Busy) else _RETRY_S
-                self._retry_at = self._clock() + wait_s
-                return
+                if not (yield from self._is_accepted(batch)):
+                    return
             except Conflict:  # an id of somebody else, whose request is not ours to cancel
                 self._refused = []
                 raise
@@ -108,7 +124,18 @@ class Sliding:
                 result = self._early.pop(request.request_id, None)
                 self._results[request.request_id] = result
                 if result is None:
+                    self._sent[request.request_id] = request
                     self._replies.add(request.request_id)
+
+    def _is_accepted(self, batch: list[Request]) -> Steps[bool]:
+        """Send requests; if they are refused, it is safe to do so again: the ids are the same."""
+        try:
+            yield from self._exchange.submit_many(batch)
+        except (Busy, ServerUnreachable) as error:
+            wait_s = error.retry_after_s if isinstance(error, Busy) else _RETRY_S
+            self._retry_at = self._clock() + wait_s
+            return False
+        return True
 
     def _next_batch(self, room: int) -> list[Request]:
         """Some requests to send together; of a source that takes its time, one alone."""
@@ -120,18 +147,32 @@ class Sliding:
 
     def _collect(self) -> Steps[None]:
         patience_s = MAX_BLOCK_S
-        if self._refused:
+        if self._refused or self._lost:
             patience_s = min(max(self._retry_at - self._clock(), 0.0), MAX_BLOCK_S)
         if not len(self._replies):
-            if self._refused:
+            if self._refused or self._lost:
                 yield Sleep(patience_s)
             return
         refused = {request.request_id for request in self._refused}
-        for result in (yield from self._replies.polled(patience_s)):
+        try:
+            results = yield from self._replies.polled(patience_s)
+        except NotFound as error:
+            self._lose(error)
+            return
+        for result in results:
             if result.request_id in self._results:
                 self._results[result.request_id] = result
+                self._sent.pop(result.request_id, None)
             elif result.request_id in refused:
                 self._early[result.request_id] = result
+
+    def _lose(self, error: NotFound) -> None:
+        """Have a request sent again that the server no longer knows; not for ever."""
+        request = self._sent.get(error.request_id)
+        if request is None or self._resent[error.request_id] >= _RESENDS:
+            raise error
+        self._resent[error.request_id] += 1
+        self._lost.append(request)
 
     def take(self) -> Iterator[Result]:
         """What has ended; each is the caller's once it asks for the next."""

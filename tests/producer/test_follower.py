@@ -51,8 +51,14 @@ def test_a_vanished_request_is_noticed_after_a_silence(
     monkeypatch.setattr(following_module, "MAX_BLOCK_S", 0.0)
     assert follower.poll(0.01) == []  # silent, but it is there
     server.delete(Keys().record(request_id))
-    with pytest.raises(NotFound, match=request_id):
+    other = client.submit("y")
+    follower.add(other)
+    with pytest.raises(NotFound, match=request_id) as caught:
         follower.poll(0.01)
+    assert caught.value.request_id == request_id
+    assert len(follower) == 1
+    client.cancel(other)
+    assert [delta.request_id for delta in follower.poll(5)] == [other]
 
 
 @pytest.mark.parametrize(("start", "offset"), [(0, b"0"), (3, b"3"), (0, b"3")])

@@ -153,8 +153,14 @@ def test_a_silence_shows_what_is_gone(
     assert replies.poll(0.02) == []
     assert replies.poll(0.02) == []  # it waits, and is known
     server.delete(KEYS.record(request_id))
-    with pytest.raises(NotFound):
+    other = client.submit("y", reply_to="mine")
+    replies.add(other)
+    with pytest.raises(NotFound) as caught:
         replies.poll(0.02)
+    assert caught.value.request_id == request_id
+    assert len(replies) == 1
+    client.cancel(other)
+    assert [result.request_id for result in replies.poll(1)] == [other]
 
 
 def test_a_silence_finds_what_came_behind_the_cursor(

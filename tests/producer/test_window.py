@@ -7,7 +7,7 @@ import pytest
 import redis
 
 from tokenmill.producer.client import Client
-from tokenmill.producer.errors import Busy, Conflict, ServerUnreachable
+from tokenmill.producer.errors import Busy, Conflict, NotFound, ServerUnreachable
 from tokenmill.producer.keys import Keys
 from tokenmill.producer.operator import Operator
 from tokenmill.producer.steps import Sleep, Steps, run
@@ -192,6 +192,57 @@ def test_an_answer_before_the_batch_was_accepted_is_kept(
     run(window._fill(), window._perform)
     ended = [result.request_id for result in window.take()]
     assert ended == [request.request_id for request in requests[:10]]
+
+
+@pytest.fixture
+def _quick_to_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tokenmill.producer.collecting.MAX_BLOCK_S", 0.01)
+    monkeypatch.setattr("tokenmill.producer.window.MAX_BLOCK_S", 0.01)
+
+
+def lose(server: redis.Redis, request: Request) -> None:
+    """As a server does that comes back without its last second."""
+    keys = Keys()
+    server.delete(keys.record(request.request_id))
+    server.zrem(keys.live, request.request_id)
+
+
+@pytest.mark.usefixtures("_quick_to_look")
+def test_lost_requests_are_sent_again(
+    client: Client,
+    server: redis.Redis,
+    requests: list[Request],
+    make_queue: Callable[..., Queue],
+) -> None:
+    window = Window(client._exchange, iter(requests), client.replies(NAME), size=7, ordered=True)
+    run(window._fill(), window._perform)
+    for request in requests[2:4]:
+        lose(server, request)
+    while any(not server.exists(Keys().record(request.request_id)) for request in requests):
+        run(window.turn(), window._perform)
+    for request in requests:
+        client.cancel(request.request_id)
+    ended = [result.request_id for result in window.results()]
+    assert ended == [request.request_id for request in requests]
+
+
+@pytest.mark.usefixtures("_quick_to_look")
+def test_a_request_that_is_lost_again_and_again_is_an_error(
+    client: Client, server: redis.Redis, requests: list[Request]
+) -> None:
+    window = Window(
+        client._exchange, iter(requests[:1]), client.replies(NAME), size=1, ordered=True
+    )
+
+    def lose_it_always() -> None:
+        for _ in range(100):
+            run(window.turn(), window._perform)
+            lose(server, requests[0])
+
+    with pytest.raises(NotFound) as caught:
+        lose_it_always()
+    assert caught.value.request_id == requests[0].request_id
+    assert window._resent[requests[0].request_id] == 3
 
 
 def test_the_request_of_somebody_else_is_not_cancelled(
