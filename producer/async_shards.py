@@ -86,6 +86,10 @@ class AsyncTransport:
         for key, entry_id in streams.items():
             shard = shard_of(key) if self._shards.is_cluster else 0
             wanted.setdefault(shard, {})[key] = entry_id
+        # The answer to a read of what nobody follows any more would have no taker.
+        for shard in list(self._reads):
+            if len(wanted) == 1 or shard not in wanted:
+                await self._give_up(shard)
         if len(wanted) == 1:
             ((shard, only),) = wanted.items()
             rows: Any = await self._shards.blocking(shard).xread(only, count, block_ms)

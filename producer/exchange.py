@@ -25,7 +25,7 @@ from tokenmill.producer.errors import (
     ServerUnreachable,
     WrongServer,
 )
-from tokenmill.producer.following import Following, check_position
+from tokenmill.producer.following import Following, Silence, check_position
 from tokenmill.producer.params import SamplingParams, check_choices, choice_seed, derived_seed
 from tokenmill.producer.refusals import is_about_the_server
 from tokenmill.producer.request_id import new_request_id, request_id_for
@@ -190,19 +190,32 @@ class Exchange:
 
     def _replied(self, request_id: str, replies: str, timeout_s: float | None) -> Steps[Result]:
         ends_at = math.inf if timeout_s is None else time.monotonic() + timeout_s
-        number = self.layout.number_of(request_id)
+        silence = Silence()
         while True:
-            with self._reaching():
-                newest: Any = yield Call(number, "xrevrange", (replies, "+", "-", 1))
-                result = yield from ended_result(self.layout, request_id)
-                left = ends_at - time.monotonic()
-                if result is not None:
-                    return result
-                if left <= 0:
-                    raise _late(request_id, timeout_s)
-                block_ms = max(int(min(left, MAX_BLOCK_S) * 1000), 1)
-                after = newest[0][0].decode() if newest else "0-0"
-                yield Read({replies: after}, 1, block_ms)
+            left = ends_at - time.monotonic()
+            try:
+                with self._reaching():
+                    result = yield from self._reply_or_wait(request_id, replies, left)
+            except ServerUnreachable as error:  # waited for, as when following
+                result = None
+                yield silence.lost(error, left)
+            else:
+                silence.back()
+            if result is not None:
+                return result
+            if left <= 0:
+                raise _late(request_id, timeout_s)
+
+    def _reply_or_wait(self, request_id: str, replies: str, left_s: float) -> Steps[Result | None]:
+        """The reply, or None after a wait for anything new in its stream."""
+        number = self.layout.number_of(request_id)
+        newest: Any = yield Call(number, "xrevrange", (replies, "+", "-", 1))
+        result = yield from ended_result(self.layout, request_id)
+        if result is None and left_s > 0:
+            block_ms = max(int(min(left_s, MAX_BLOCK_S) * 1000), 1)
+            after = newest[0][0].decode() if newest else "0-0"
+            yield Read({replies: after}, 1, block_ms)
+        return result
 
     def cancel(self, request_id: str) -> Steps[bool]:
         number = self.layout.number_of(request_id)

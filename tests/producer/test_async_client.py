@@ -70,6 +70,46 @@ def test_a_cancelled_follow_gives_its_connection_back(server_url: str) -> None:
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("left", [1, 2])
+def test_the_read_of_a_request_that_was_left_is_given_up(
+    server_url: str, server: redis.Redis, monkeypatch: pytest.MonkeyPatch, left: int
+) -> None:
+    """As on a cluster: a read for each shard; here all are on one server."""
+    if server.get(Keys("three").shards) is None:
+        monkeypatch.setenv("TOKENMILL_SHARDS", "3")
+
+    async def main() -> None:
+        async with AsyncClient(server_url, queue="three") as client:
+            shards: Any = client._shards
+            if not shards.is_cluster:
+                shards.is_cluster = True
+                shards._servers *= 3
+                shards._blocking *= 3
+            ids: dict[int, str] = {}
+            while len(ids) < 3:
+                request_id = client.new_request("x").request_id
+                ids[shards.number_of(request_id)] = request_id
+            for request_id in ids.values():
+                await client.submit("x", request_id=request_id)
+            follower = client.follower()
+            for request_id in ids.values():
+                follower.add(request_id)
+            assert await follower.poll(0.01) == []
+            for number in range(3 - left):
+                follower.remove(ids[number])
+                await client.cancel(ids[number])  # its last delta comes
+                await asyncio.wait([follower._perform._reads[number].task])
+            await client.cancel(ids[2])
+            deltas: list[Delta] = []
+            while not deltas:
+                deltas = await follower.poll(1)
+            assert [delta.request_id for delta in deltas] == [ids[2]]
+            await follower.aclose()
+            assert in_use(client) == 0
+
+    asyncio.run(main())
+
+
 def test_a_cancelled_map_cancels_what_is_in_flight(server_url: str) -> None:
     async def main() -> None:
         async with AsyncClient(server_url) as client:
@@ -130,6 +170,27 @@ def test_a_reader_goes_on_after_a_crash(own_server: Any) -> None:
             own_server.start()
             assert await client.cancel(request_id)
             assert await reading == ""
+
+    asyncio.run(main())
+
+
+def test_a_result_of_a_reply_stream_is_waited_for_through_a_crash(own_server: Any) -> None:
+    async def main() -> None:
+        async with AsyncClient(own_server.url) as client:
+            with own_server.admin() as admin:
+                admin.config_set("appendfsync", "always")
+            request_id = await client.submit("x", reply_to="mine")
+            reading = asyncio.ensure_future(client.result(request_id))
+            while not in_use(client):
+                await asyncio.sleep(0)
+            own_server.kill()
+            with pytest.raises(ServerUnreachable, match="does not answer"):
+                await client.submit("y")
+            with pytest.raises(ServerUnreachable, match="does not answer"):
+                await client.submit("y")
+            own_server.start()
+            assert await client.cancel(request_id)
+            assert (await reading).finish_reason == "cancelled"
 
     asyncio.run(main())
 
