@@ -1,6 +1,7 @@
 """`Collecting`: whole outputs of many requests, read from the one stream they were sent to."""
 
 import time
+from collections.abc import Iterable
 from typing import Any
 
 from redis.exceptions import ConnectionError as RedisConnectionError
@@ -8,10 +9,10 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from tokenmill.producer.connection import MAX_BLOCK_S
 from tokenmill.producer.errors import NotFound
-from tokenmill.producer.following import Silence
+from tokenmill.producer.following import CHECK_S, Silence
 from tokenmill.producer.logprobs import unpack_logprobs
 from tokenmill.producer.shards import Layout
-from tokenmill.producer.steps import Call, Read, Steps
+from tokenmill.producer.steps import Call, Calls, Read, Steps
 from tokenmill.producer.wire import Result, Usage, check_name, unpack_token_ids
 
 #: Entries taken by one read.
@@ -31,7 +32,9 @@ class Collecting:
         #: Those of them that are gone: told by the next polls.
         self._gone: list[NotFound] = []
         self._silence = Silence()
-        self._heard = time.monotonic()
+        self._heard = self._checked = time.monotonic()
+        #: Those that were awaited at the last check.
+        self._unheard: set[str] = set()
 
     def __len__(self) -> int:
         return len(self._awaited) + len(self._gone)
@@ -52,7 +55,12 @@ class Collecting:
         try:
             results = yield from self._read(timeout_s)
             if not results and time.monotonic() - self._heard >= MAX_BLOCK_S:
+                self._heard = time.monotonic()
                 results = yield from self._look_after()
+            elif time.monotonic() - self._checked >= CHECK_S:
+                self._checked = time.monotonic()
+                yield from self._find_lost(self._unheard & self._awaited)
+                self._unheard = set(self._awaited)
         except (RedisConnectionError, RedisTimeoutError) as error:
             yield self._silence.lost(error, timeout_s)
             return []
@@ -76,18 +84,35 @@ class Collecting:
 
     def _look_after(self) -> Steps[list[Result]]:
         """After a silence: what is awaited may have ended behind the cursor, or be gone."""
-        self._heard = time.monotonic()
         found = []
         for request_id in tuple(self._awaited):
             try:
                 result = yield from ended_result(self._layout, request_id)
             except NotFound as error:
-                self._awaited.discard(request_id)
-                self._gone.append(error)
+                self._lose(error)
                 continue
             if result is not None:
                 found.append(result)
         return found
+
+    def _find_lost(self, request_ids: Iterable[str]) -> Steps[None]:
+        """While others answer: whether these are still there. An entry of theirs is yet to come."""
+        for number, some in self._layout.split((item, item) for item in request_ids).items():
+            keys = self._layout.keys[number]
+            calls = tuple(("hget", (keys.record(request_id), "state")) for request_id in some)
+            replies: list[Any] = yield Calls(number, calls)
+            for request_id, state in zip(some, replies, strict=True):
+                if state is None:
+                    self._lose(_unknown(request_id))
+
+    def _lose(self, error: NotFound) -> None:
+        self._awaited.discard(error.request_id)
+        self._gone.append(error)
+
+
+def _unknown(request_id: str) -> NotFound:
+    text = f"no request {request_id} in this queue: a wrong id, or its result expired"
+    return NotFound(text, request_id)
 
 
 def ended_result(layout: Layout, request_id: str) -> Steps[Result | None]:
@@ -102,8 +127,7 @@ def ended_result(layout: Layout, request_id: str) -> Steps[Result | None]:
     record: Any = yield Call(number, "hmget", (keys.record(request_id), names))
     state, name, at, finish, reason, offset = (item.decode() if item else "" for item in record)
     if not state:
-        text = f"no request {request_id} in this queue: a wrong id, or its result expired"
-        raise NotFound(text, request_id)
+        raise _unknown(request_id)
     if state != "end":
         return None
     entries: Any = []

@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Iterable
 from typing import Any
 
 from redis.exceptions import ConnectionError as RedisConnectionError
@@ -19,6 +20,8 @@ SERVER_BACK = "server_back"
 #: Entries of one request taken by one read: a long output does not hold up the others.
 _ENTRIES = 64
 _BACKOFF_S = (0.05, 2.0)
+#: How often those are looked after that said nothing while others did.
+CHECK_S = 30.0
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +65,9 @@ class Following:
         #: What is gone, or no longer goes on from what was read: told by the next polls.
         self._changed: list[OutputChanged | NotFound] = []
         self._silence = Silence()
-        self._heard = time.monotonic()
+        self._heard = self._checked = time.monotonic()
+        #: Stream keys that gave nothing since the last check.
+        self._unheard: set[str] = set()
 
     def __len__(self) -> int:
         return len(self._ids) + len(self._changed)
@@ -75,6 +80,7 @@ class Following:
         self._ids[key] = request_id
         self._cursors[key] = f"{start}-0"
         self._digests[key] = None if start else ""
+        self._unheard.discard(key)
 
     def remove(self, request_id: str) -> None:
         """Follow it no longer; an id that is not followed is no error."""
@@ -90,7 +96,12 @@ class Following:
         try:
             deltas = yield from self._read(timeout_s)
             if not deltas and time.monotonic() - self._heard >= MAX_BLOCK_S:
-                yield from self._check_silence()
+                self._heard = time.monotonic()
+                yield from self._check(tuple(self._ids))
+            elif time.monotonic() - self._checked >= CHECK_S:
+                self._checked = time.monotonic()
+                yield from self._check(tuple(self._unheard))
+                self._unheard = set(self._ids)
         except (RedisConnectionError, RedisTimeoutError) as error:
             yield self._silence.lost(error, timeout_s)
             return []
@@ -106,6 +117,7 @@ class Following:
         deltas = []
         for name, entries in reply or ():
             key = name.decode()
+            self._unheard.discard(key)
             for entry_id, fields in entries:
                 delta = _delta(self._ids[key], entry_id.decode(), fields)
                 if not self._goes_on(key, delta):
@@ -137,10 +149,10 @@ class Following:
         self._changed.append(OutputChanged(self._ids[key], self._position(key)))
         self._forget(key)
 
-    def _check_silence(self) -> Steps[None]:
+    def _check(self, keys: Iterable[str]) -> Steps[None]:
         """After a silence: whether what is followed is still there, and can still say something."""
-        self._heard = time.monotonic()
-        followed = self._layout.split((name, (key, name)) for key, name in self._ids.items())
+        names = {key: self._ids[key] for key in keys}
+        followed = self._layout.split((name, (key, name)) for key, name in names.items())
         rows: list[tuple[tuple[str, str], Any]] = []
         for number, some in followed.items():
             records = [self._layout.keys[number].record(request_id) for _, request_id in some]
@@ -157,6 +169,7 @@ class Following:
                 self._forget(key)
 
     def _forget(self, key: str) -> None:
+        self._unheard.discard(key)
         self._ids.pop(key, None)
         self._cursors.pop(key, None)
         self._digests.pop(key, None)

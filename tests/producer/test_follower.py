@@ -61,6 +61,24 @@ def test_a_vanished_request_is_noticed_after_a_silence(
     assert [delta.request_id for delta in follower.poll(5)] == [other]
 
 
+def test_a_lost_request_is_noticed_while_others_talk(
+    client: Client, server: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(following_module, "CHECK_S", 0.0)
+    follower = client.follower()
+    lost, waiting, *others = (client.submit("x") for _ in range(4))
+    for request_id in (lost, waiting, *others):
+        follower.add(request_id)
+    server.delete(Keys().record(lost))
+    for request_id in others:
+        client.cancel(request_id)
+        assert [delta.request_id for delta in follower.poll(5)] == [request_id]
+    with pytest.raises(NotFound) as caught:
+        follower.poll(0.01)
+    assert caught.value.request_id == lost
+    assert len(follower) == 1
+
+
 @pytest.mark.parametrize(("start", "offset"), [(0, b"0"), (3, b"3"), (0, b"3")])
 def test_a_position_that_has_more_to_say(start: int, offset: bytes) -> None:
     check_position("id", start, b"end", offset)

@@ -163,6 +163,25 @@ def test_a_silence_shows_what_is_gone(
     assert [result.request_id for result in replies.poll(1)] == [other]
 
 
+def test_a_lost_request_is_noticed_while_others_answer(
+    client: Client, server: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tokenmill.producer.collecting.CHECK_S", 0.0)
+    replies = client.replies("mine")
+    lost, waiting = (client.submit("x", reply_to="mine") for _ in range(2))
+    replies.add(lost)
+    replies.add(waiting)
+    server.delete(KEYS.record(lost))
+    others = [client.submit("x", reply_to="mine") for _ in range(2)]
+    for request_id in others:
+        client.cancel(request_id)
+        assert [result.request_id for result in replies.poll(1)] == [request_id]
+    with pytest.raises(NotFound) as caught:
+        replies.poll(1)
+    assert caught.value.request_id == lost
+    assert len(replies) == 1
+
+
 def test_a_silence_finds_what_came_behind_the_cursor(
     client: Client, make_queue: MakeQueue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
