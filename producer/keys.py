@@ -15,6 +15,7 @@ may touch everything in it. The shard is part of a request id: a reader finds it
     T:lanes:<prio>          zset     tenant -> virtual time (tokens / weight); lanes that may have
                                      work
     T:aged                  hash     priority -> tokens that its betters were served while it waited
+    T:opened                hash     <prio>:<tenant> -> virtual time that the lane was opened with
     T:tenants               hash     tenant -> requests that have not ended
     T:r:<id>                hash     the record: fields below
     T:o:<id>                stream   output. `<tokens so far>-0`: e epoch, t token ids, x text,
@@ -35,8 +36,9 @@ Record: `state` wait | run | park | end; `epoch` rises with every change of owne
 committed tokens; `digest` of those; `attempts`; `worker`; `tenant`, `priority`, `entry` (where its
 reference is); `deadline`; `cost` prompt tokens, `most` new tokens; `print` fingerprint; `payload`;
 `cancel` asked for; `finish` and `reason`; `dead`, its entry in `T:dead`; `created`, `claimed`,
-`ended` in ms. With a `reply` stream also `tokens` and `text` committed so far, and in the end `at`,
-its entry there. Times are the server's.
+`ended` in ms. `charged` to its lane. With a `reply` stream also the
+checkpoints committed so far, `tokens:<offset>`, `text:<offset>` and `logprobs:<offset>` for each
+offset in `starts`, and in the end `at`, its entry there. Times are the server's.
 """
 
 from dataclasses import dataclass

@@ -15,6 +15,8 @@ from tokenmill.producer.wire import PRIORITIES, check_name
 MAX_TTL_S = 10 * 365 * 86_400
 #: References or ids that one call of a script goes through.
 _BATCH = 500
+#: Outputs that one call joins: each may be long.
+_COMPACTED = 8
 #: A dead letter that is tried again has at least so long.
 _REVIVED_S = 86_400
 #: Lanes looked at for the oldest waiting request.
@@ -187,7 +189,8 @@ class Operator:
     def compact(self, request_ids: Iterable[str]) -> int:
         """Join the deltas of ended requests that were read, to save memory; returns how many."""
         return sum(
-            int(_COMPACT(self._server, self._keys.tag, some)) for some in _batches(request_ids)
+            int(_COMPACT(self._server, self._keys.tag, some))
+            for some in _batches(request_ids, _COMPACTED)
         )
 
     def _oldest_s(self, now_ms: int) -> float:
@@ -227,7 +230,7 @@ def _text_map(fields: Any) -> dict[str, str]:
     return {name.decode(): value.decode() for name, value in fields.items()}
 
 
-def _batches(ids: Iterable[str]) -> Iterator[Sequence[str]]:
+def _batches(ids: Iterable[str], most: int = _BATCH) -> Iterator[Sequence[str]]:
     waiting = iter(tuple(ids))
-    while batch := tuple(islice(waiting, _BATCH)):
+    while batch := tuple(islice(waiting, most)):
         yield batch

@@ -26,9 +26,9 @@ from tokenmill.producer.errors import InvalidRequest
 from tokenmill.producer.params import SamplingParams, derived_seed
 from tokenmill.producer.wire import Message, Request
 from tokenmill.worker.inbox import Admission, Inbox
-from tokenmill.worker.log import CLAIMED, IDLE, REAPED, emit
+from tokenmill.worker.log import CLAIMED, DISOWNED, IDLE, REAPED, emit
 from tokenmill.worker.outage import Outage
-from tokenmill.worker.output import Output
+from tokenmill.worker.output import Output, seq_id_of
 from tokenmill.worker.publisher import Publisher
 from tokenmill.worker.queue import Claim
 from tokenmill.worker.shards import QueueLike
@@ -165,7 +165,12 @@ class Intake:
         )
         self._outage.back()
         for claim in claims:
-            self._prepare(claim)
+            if self._publisher.holds(seq_id_of(claim)):
+                # The server rolled back and gave the same claim again. Given back, its next epoch
+                # fences what runs here.
+                self._queue.release(claim.request_id, claim.epoch, undo=True)
+            else:
+                self._prepare(claim)
         was_fed = bool(self._queue.num_inbox) and self._queue.admit() > 0
         if claims or was_fed or not was_idle:
             self._idle_since = None
@@ -182,6 +187,9 @@ class Intake:
         self._upkeep_at = now + self._upkeep_s * random.uniform(0.8, 1.0)
         self._queue.renew()
         self._outage.back()
+        strays = self._queue.disown(self._publisher.held_ids())
+        if strays:
+            emit(DISOWNED, requests=strays)
         # After an outage every lease looks run out: let the others renew theirs first.
         if now - self._outage.ended_at > self._queue.lease_ms / 1000:
             moved = self._queue.reap()

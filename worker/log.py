@@ -44,6 +44,7 @@ SERVER_BACK = Event("server_back", logging.INFO, ("after_s",))
 STEP_FAILED = Event("step_failed", logging.ERROR, ("error", "sequences"))
 THREAD_FAILED = Event("thread_failed", logging.ERROR, ("thread", "error"))
 REAPED = Event("reaped", logging.INFO, ("requests",))
+DISOWNED = Event("disowned", logging.WARNING, ("requests",))
 
 _REQUEST = ("request_id", "epoch")
 CLAIMED = Event(

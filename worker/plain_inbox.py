@@ -60,11 +60,11 @@ class PlainInbox:
             arguments += _admission(entry_id.decode(), fields or {}, self._keys.shard)
         self.seen = max(self.seen, entries[-1][0].decode(), key=_order)
         *verdicts, retry_ms = _ADMIT(self._server, self._keys.tag, arguments)
-        if retry_ms:  # others behind them may have room
-            self._after = f"({entries[-1][0].decode()}" if len(entries) == BATCH else "-"
-            self._retry_at = self._clock() + (0.0 if self._after != "-" else retry_ms / 1000)
-        else:
-            self._after = "-"
+        # Behind those of a tenant over its quota others may have room; in a full queue nobody has.
+        is_more = retry_ms and len(entries) == BATCH and b"BUSY" not in verdicts
+        self._after = f"({entries[-1][0].decode()}" if is_more else "-"
+        if retry_ms and not is_more:
+            self._retry_at = self._clock() + retry_ms / 1000
         return len(verdicts)
 
 

@@ -98,6 +98,18 @@ class Publisher:
         """Requests opened here and not yet ended, released or lost."""
         return self.num_opened - self.num_finished - self.num_released - self.num_dropped
 
+    def held_ids(self) -> set[str]:
+        """The requests in its charge; one that just comes or goes may be missing."""
+        with self._changed:
+            opened = {event.request_id for event in self._events if isinstance(event, Output)}
+        return opened | self._seq_ids.copy().keys()
+
+    def holds(self, seq_id: str) -> bool:
+        """Whether this very claim is in its charge."""
+        with self._changed:
+            is_opened = any(isinstance(e, Output) and e.seq_id == seq_id for e in self._events)
+        return is_opened or seq_id in self._outputs
+
     @property
     def is_full(self) -> bool:
         """Whether the loop must not step: the server has been away for too long."""

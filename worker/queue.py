@@ -8,7 +8,7 @@ verdict of its next write and drops the request.
 import enum
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -45,6 +45,7 @@ _APPEND = Script("tokenmill.worker", "append")
 _FINISH = Script("tokenmill.worker", "finish")
 _RELEASE = Script("tokenmill.worker", "release")
 _REAP = Script("tokenmill.worker", "reap")
+_DISOWN = Script("tokenmill.worker", "disown")
 
 
 class Verdict(enum.Enum):
@@ -145,6 +146,8 @@ class Queue:
         self.is_drained = False
         #: Entries of the inbox at the last claim.
         self.num_inbox = 0
+        #: What the server takes for this worker's and it did not run, at the last look.
+        self._strays: set[str] = set()
         self._plain = PlainInbox(server, keys)
 
     def register(self, info: WorkerInfo) -> None:
@@ -239,12 +242,23 @@ class Queue:
         from 1 s to 60 s with the attempts. `reason` is kept as its last error.
         """
         cut = reason[:MAX_REASON]
-        reply = self._run(_RELEASE, request_id, epoch, int(undo), max(delay_ms, 0), cut)
+        given = (request_id, epoch, int(undo), max(delay_ms, 0), cut, self.worker_id)
+        reply = self._run(_RELEASE, *given)
         return Verdict(reply.decode())
 
     def reap(self) -> int:
         """Park what dead workers ran and end what is overdue; returns how many were moved."""
         return int(self._run(_REAP, MAX_REAP))
+
+    def disown(self, held: Collection[str]) -> int:
+        """Park what the server takes for this worker's and is not in `held`, the ids it runs.
+
+        Only what was so at the last call too: a claim may be on its way. Returns how many.
+        """
+        owned: Any = self._server.smembers(self.keys.own(self.worker_id))
+        strays = {name.decode() for name in owned}.difference(held)
+        again, self._strays = sorted(strays & self._strays)[:MAX_REAP], strays
+        return int(self._run(_DISOWN, self.worker_id, *again)) if again else 0
 
     def wait(self, timeout_s: float) -> bool:
         """Block until something may be claimed, at most `timeout_s`; True: claim now.

@@ -13,7 +13,7 @@ are spread evenly, which their ids are.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, Protocol, TypeVar
 
 from redis.exceptions import RedisError
@@ -58,6 +58,7 @@ class QueueLike(Protocol):
         self, request_id: str, epoch: int, *, undo: bool, delay_ms: int = 0, reason: str = ""
     ) -> Verdict: ...
     def reap(self) -> int: ...
+    def disown(self, held: Collection[str]) -> int: ...
     def wait(self, timeout_s: float) -> bool: ...
     def retire(self) -> None: ...
 
@@ -112,6 +113,9 @@ class ShardedQueue:
 
     def reap(self) -> int:
         return sum(self._each(lambda queue: queue.reap()))
+
+    def disown(self, held: Collection[str]) -> int:
+        return sum(self._each(lambda queue: queue.disown(held)))
 
     def claim(
         self,

@@ -22,15 +22,22 @@ end
 local function join(output)
   local entries = redis.call('XRANGE', output, '-', '+')
   local last = entries[#entries]
-  local tokens, text = {}, {}
+  local tokens, text, logprobs = {}, {}, {}
   for i, entry in ipairs(entries) do
     tokens[i], text[i] = value(entry[2], 't'), value(entry[2], 'x')
+    logprobs[i] = value(entry[2], 'l') or ''
+  end
+  if not value(last[2], 'l') and table.concat(logprobs) ~= '' then
+    table.insert(last[2], 'l')
+    table.insert(last[2], '')
   end
   for i = 1, #last[2], 2 do
     if last[2][i] == 't' then
       last[2][i + 1] = table.concat(tokens)
     elseif last[2][i] == 'x' then
       last[2][i + 1] = table.concat(text)
+    elseif last[2][i] == 'l' then
+      last[2][i + 1] = table.concat(logprobs)
     end
   end
   local ttl = redis.call('PTTL', output)

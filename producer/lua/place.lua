@@ -19,6 +19,7 @@ local function open_lane(priority, tenant, lane)
   if not redis.call('ZSCORE', lanes, tenant) then
     local least = redis.call('ZRANGE', lanes, 0, 0, 'WITHSCORES')
     redis.call('ZADD', lanes, least[2] or 0, tenant)
+    redis.call('HSET', T .. ':opened', priority .. ':' .. tenant, least[2] or 0)
   end
   opened[lane] = true
 end

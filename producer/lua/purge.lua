@@ -38,7 +38,7 @@ local function purge_lane(lanes, p, name)
   end
   settle(T) -- which deletes a lane that is empty now
   if redis.call('EXISTS', lane) == 0 then
-    redis.call('ZREM', lanes, name)
+    forget_lane(T, p, name)
   end
 end
 

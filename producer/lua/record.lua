@@ -3,6 +3,7 @@
 
 local GROUP = 'g'
 local DEAD_KEPT = 10000
+local DEAD_TTL_MS = 7 * 86400000
 local CONTROL_KEPT = 1000
 
 local function now_ms()
@@ -80,7 +81,7 @@ local function load(T, id, ...)
   end
   local f = try('HMGET', record_of(T, id), 'state', 'epoch', 'offset', 'attempts', 'worker',
     'tenant', 'priority', 'entry', 'deadline', 'cost', 'most', 'cancel', 'finish', 'digest',
-    'reply', ...)
+    'reply', 'charged', ...)
   if not f or not f[1] then
     return nil
   end
@@ -89,7 +90,7 @@ local function load(T, id, ...)
     attempts = tonumber(f[4]), worker = f[5], tenant = f[6], priority = f[7], entry = f[8],
     deadline = tonumber(f[9]), cost = tonumber(f[10]), most = tonumber(f[11]),
     cancel = f[12] == '1', finish = f[13], digest = f[14] or '', reply = f[15] or '',
-    extra = f[16],
+    charged = f[16] == '1', extra = f[17],
   })
 end
 
@@ -103,7 +104,7 @@ end
 local batches = {} -- command and key -> the whole command
 local dropped = {} -- lane -> delivered references to remove
 local tenants = {} -- tenant -> more or less live requests
-local credits = {} -- lanes key -> tenant -> virtual time given back
+local credits = {} -- priority -> tenant -> virtual time given back
 local reply_ttls = {} -- reply stream -> time to live
 
 local function later(command, key, ...)
@@ -134,6 +135,22 @@ local function drop_entries(lane, entries)
   end
 end
 
+-- Give virtual time back to a lane, but not below where it was opened: what was charged to a lane
+-- of that name which is forgotten since must not become credit.
+local function credit(T, priority, tenant, amount)
+  local lanes, name = T .. ':lanes:' .. priority, priority .. ':' .. tenant
+  local score = redis.call('ZADD', lanes, 'XX', 'INCR', -amount, tenant)
+  local floor = score and tonumber(redis.call('HGET', T .. ':opened', name) or 0)
+  if score and tonumber(score) < floor then
+    redis.call('ZADD', lanes, 'XX', floor, tenant)
+  end
+end
+
+local function forget_lane(T, priority, tenant)
+  redis.call('ZREM', T .. ':lanes:' .. priority, tenant)
+  redis.call('HDEL', T .. ':opened', priority .. ':' .. tenant)
+end
+
 local function settle(T)
   for _, batch in pairs(batches) do
     redis.call(unpack(batch))
@@ -141,9 +158,9 @@ local function settle(T)
   for lane, entries in pairs(dropped) do
     drop_entries(lane, entries)
   end
-  for lanes, given in pairs(credits) do
+  for priority, given in pairs(credits) do
     for tenant, amount in pairs(given) do
-      redis.call('ZADD', lanes, 'XX', 'INCR', -amount, tenant)
+      credit(T, priority, tenant, amount)
     end
   end
   for tenant, by in pairs(tenants) do
@@ -178,11 +195,10 @@ end
 -- Lanes are charged for the most that a request may take; what it did not take is given back.
 local function give_back(T, r, total)
   local unused = r.most - total
-  if unused > 0 and r.attempts > 0 then
-    local lanes = T .. ':lanes:' .. r.priority
-    local given = credits[lanes] or {}
+  if unused > 0 and r.charged then
+    local given = credits[r.priority] or {}
     given[r.tenant] = (given[r.tenant] or 0) + unused / weight_of(T, r.tenant)
-    credits[lanes] = given
+    credits[r.priority] = given
   end
 end
 
@@ -211,29 +227,74 @@ local function end_output(T, r, total, last, digest, ttl)
   redis.call('PEXPIRE', output, ttl)
 end
 
+-- The fields of a record with the checkpoints of `name`, in order; each is written once, at its
+-- offset, so that a long output is not written again with each of them.
+local function checkpoints(T, id, name)
+  local fields = {}
+  for start in string.gmatch(redis.call('HGET', record_of(T, id), 'starts') or '', '%d+') do
+    fields[#fields + 1] = name .. ':' .. start
+  end
+  return fields
+end
+
+-- What the checkpoints of `name` hold together.
+local function joined(T, id, name)
+  local fields = checkpoints(T, id, name)
+  if #fields == 0 then
+    return ''
+  end
+  local parts = redis.call('HMGET', record_of(T, id), unpack(fields))
+  for i = 1, #parts do
+    parts[i] = parts[i] or ''
+  end
+  return table.concat(parts)
+end
+
 -- The whole output as one entry of the stream that its producer reads; returns its id.
-local function reply(T, r, total, last, digest, ttl)
+local function reply(T, r, now, total, last, digest, ttl)
   local record, replies = record_of(T, r.id), T .. ':reply:' .. r.reply
-  local tokens, text, logprobs = last.tokens or '', last.text or '', last.logprobs or ''
+  local whole = { tokens = last.tokens or '', text = last.text or '',
+    logprobs = last.logprobs or '' }
   if r.offset > 0 then
-    local f = redis.call('HMGET', record, 'tokens', 'text', 'logprobs')
-    tokens, text = (f[1] or '') .. tokens, (f[2] or '') .. text
-    logprobs = (f[3] or '') .. logprobs
-    redis.call('HDEL', record, 'tokens', 'text', 'logprobs')
+    for name, tail in pairs(whole) do
+      local fields = checkpoints(T, r.id, name)
+      whole[name] = joined(T, r.id, name) .. tail
+      if #fields > 0 then
+        later('HDEL', record, unpack(fields))
+      end
+    end
+    later('HDEL', record, 'starts')
   end
   reply_ttls[replies] = ttl
-  return redis.call('XADD', replies, '*', entry_of(logprobs, 'id', r.id, 'e', int(r.epoch),
-    't', tokens, 'x', text, 'h', digest, 'f', last.finish, 'y', last.reason or '',
-    'p', int(last.prompt or 0), 'c', int(total)))
+  local function add()
+    return try('XADD', replies, 'MINID', '~', int(now - ttl), '*', entry_of(whole.logprobs,
+      'id', r.id, 'e', int(r.epoch), 't', whole.tokens, 'x', whole.text, 'h', digest,
+      'f', last.finish, 'y', last.reason or '', 'p', int(last.prompt or 0), 'c', int(total)))
+  end
+  local at = add()
+  if not at then
+    redis.call('DEL', replies) -- nobody could read it
+    at = add()
+  end
+  return at
 end
 
 -- An error keeps its payload, so that it may be tried again.
 local function bury(T, r, last)
   local record = record_of(T, r.id)
-  local entry = redis.call('XADD', T .. ':dead', 'MAXLEN', '~', DEAD_KEPT, '*', 'id', r.id,
-    'tenant', r.tenant, 'attempts', int(r.attempts), 'reason', last.reason or '')
+  local letters = T .. ':dead'
+  if redis.call('XLEN', letters) >= DEAD_KEPT then -- what is not listed must not be kept either
+    for _, oldest in ipairs(redis.call('XRANGE', letters, '-', '+', 'COUNT', 2)) do
+      local other = record_of(T, oldest[2][2])
+      redis.call('XDEL', letters, oldest[1])
+      redis.call('HDEL', other, 'payload', 'dead')
+      redis.call('PEXPIRE', other, ttl_of(T, 'result_ttl_ms', 86400000), 'LT')
+    end
+  end
+  local entry = redis.call('XADD', letters, '*', 'id', r.id, 'tenant', r.tenant,
+    'attempts', int(r.attempts), 'reason', last.reason or '')
   redis.call('HSET', record, 'dead', entry)
-  redis.call('PEXPIRE', record, ttl_of(T, 'dead_ttl_ms', 7 * 86400000))
+  redis.call('PEXPIRE', record, ttl_of(T, 'dead_ttl_ms', DEAD_TTL_MS))
 end
 
 -- End a request: terminal entry, references, indexes and time-to-live in one step.
@@ -249,7 +310,7 @@ local function finish_record(T, r, now, last)
   if r.reply == '' then
     end_output(T, r, total, last, digest, ttl)
   else
-    at = { 'at', reply(T, r, total, last, digest, ttl) }
+    at = { 'at', reply(T, r, now, total, last, digest, ttl) }
   end
   redis.call('HSET', record, 'state', 'end', 'epoch', int(r.epoch), 'offset', int(total),
     'digest', digest, 'finish', last.finish, 'reason', last.reason or '', 'ended', int(now),

@@ -17,19 +17,19 @@ local function revive(id)
   if not r or r.state ~= 'end' or r.finish ~= 'error' then
     return 'NONE'
   end
-  local f = redis.call('HMGET', record, 'payload', 'dead', 'at', 'most')
-  if not f[1] or f[1] == '' then
+  if redis.call('HSTRLEN', record, 'payload') == 0 then
     return 'GONE'
   end
-  if f[2] then
-    redis.call('XDEL', T .. ':dead', f[2])
+  local f = redis.call('HMGET', record, 'dead', 'at')
+  if f[1] then
+    redis.call('XDEL', T .. ':dead', f[1])
   end
-  if f[3] then
-    redis.call('XDEL', T .. ':reply:' .. r.reply, f[3])
+  if f[2] then
+    redis.call('XDEL', T .. ':reply:' .. r.reply, f[2])
   end
   redis.call('DEL', T .. ':o:' .. id)
-  redis.call('HDEL', record, 'finish', 'reason', 'ended', 'dead', 'at', 'tokens', 'text', 'cancel',
-    'digest', 'claimed')
+  redis.call('HDEL', record, 'finish', 'reason', 'ended', 'dead', 'at', 'starts', 'cancel',
+    'digest', 'claimed', 'charged')
   local deadline = int(math.max(r.deadline, now + tonumber(ARGV[1])))
   local entry = line_up(id, r.priority, r.tenant, int(r.cost), int(r.most))
   redis.call('HSET', record, 'state', 'wait', 'epoch', int(r.epoch + 1), 'offset', 0, 'attempts', 0,

@@ -7,8 +7,9 @@
 -- Returns  per request: OK | FENCED | CANCEL | GAP
 -- Twice    the second run finds the offset already there: OK
 --
--- Three guards against a repeated or lost delta: the epoch, the offset, and the entry id, which
--- must grow and is the number of tokens so far. With a reply stream the record keeps the tokens
+-- Guards against a repeated or lost delta: the epoch, with the worker's name, since a server that
+-- rolled back may give an epoch again; the offset; and the entry id, which must grow and is the
+-- number of tokens so far. With a reply stream the record keeps the tokens
 -- until the end, and its offset is the guard.
 
 -- @include record
@@ -19,8 +20,8 @@ local verdicts = {}
 
 local function append(id, epoch, start, count, tokens, text, digest, logprobs)
   local r = redis.call('HMGET', record_of(T, id), 'state', 'epoch', 'offset', 'cancel',
-    'reply')
-  if r[1] ~= 'run' or tonumber(r[2]) ~= epoch then
+    'reply', 'worker')
+  if r[1] ~= 'run' or tonumber(r[2]) ~= epoch or r[6] ~= worker then
     return 'FENCED'
   end
   if r[4] == '1' then
@@ -35,10 +36,10 @@ local function append(id, epoch, start, count, tokens, text, digest, logprobs)
   end
   local stop = int(start + count)
   if r[5] and r[5] ~= '' then
-    local kept = redis.call('HMGET', record_of(T, id), 'tokens', 'text', 'logprobs')
+    local at, starts = int(start), redis.call('HGET', record_of(T, id), 'starts')
     redis.call('HSET', record_of(T, id), 'offset', stop, 'digest', digest,
-      'tokens', (kept[1] or '') .. tokens, 'text', (kept[2] or '') .. text,
-      'logprobs', (kept[3] or '') .. logprobs)
+      'starts', (starts and starts .. ' ' or '') .. at, 'tokens:' .. at, tokens,
+      'text:' .. at, text, 'logprobs:' .. at, logprobs)
     return 'OK'
   end
   redis.call('XADD', T .. ':o:' .. id, stop .. '-0', entry_of(logprobs, 'e', int(epoch),

@@ -44,7 +44,7 @@ local function read_tokens(r)
     return ''
   end
   if r.reply ~= '' then
-    return redis.call('HGET', record_of(T, r.id), 'tokens') or ''
+    return joined(T, r.id, 'tokens')
   end
   local parts = {}
   for _, entry in ipairs(try('XRANGE', T .. ':o:' .. r.id, '-', '+') or {}) do
@@ -86,7 +86,7 @@ end
 local function take(r)
   r.epoch, r.attempts = r.epoch + 1, r.attempts + 1
   redis.call('HSET', record_of(T, r.id), 'state', 'run', 'epoch', int(r.epoch), 'attempts',
-    int(r.attempts), 'worker', worker, 'claimed', int(now))
+    int(r.attempts), 'worker', worker, 'claimed', int(now), 'charged', 1)
   later('SADD', own, r.id)
   sequences, limit, holds = sequences - 1, limit - 1, holds + 1
   if not never_fits(r) then -- what the engine refuses takes nothing
@@ -240,7 +240,7 @@ local function head_of(priority)
       scans = scans - 1
     elseif tenant and scans > 0 then
       -- Forgetting the lane of least virtual time costs nothing: it would start there again.
-      redis.call('ZREM', T .. ':lanes:' .. priority, tenant)
+      forget_lane(T, priority, tenant)
       leads[priority] = nil
       scans = scans - 1
     else
@@ -370,7 +370,8 @@ if last[1] == seq then
       give(r)
     end
   end
-  return { 0, claims, now, inbox, control, 1, next_due() }
+  -- Without claims it looked at nothing: the worker must not wait on the strength of this.
+  return { #claims == 0 and 1 or 0, claims, now, inbox, control, 1, next_due() }
 end
 settling(T, function()
   local is_well, why = pcall(claim)

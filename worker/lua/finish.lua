@@ -17,7 +17,7 @@ local verdicts = {}
 
 local function finish(id, epoch, start, last)
   local r = load(T, id)
-  if not r or r.epoch ~= epoch then
+  if not r or r.epoch ~= epoch or r.worker ~= worker then
     return 'FENCED'
   end
   if r.state == 'end' then

@@ -11,7 +11,7 @@
 local T, budget = KEYS[1], tonumber(ARGV[1])
 local now = now_ms()
 local WORKERS_AT_ONCE = 16
-local moved, parked = 0, 0
+local moved, parked, failure = 0, 0, nil
 
 local function orphan(worker, own, id)
   local r = load(T, id)
@@ -37,7 +37,7 @@ end
 
 local function expire(id)
   local r = load(T, id)
-  if not r then
+  if not r or r.state == 'end' then
     redis.call('ZREM', T .. ':live', id)
     return
   end
@@ -56,11 +56,19 @@ end)
 settling(T, function() -- what was just ended is no longer live
   for _, id in ipairs(redis.call('ZRANGEBYSCORE', T .. ':live', '-inf', int(now), 'LIMIT', 0,
     math.max(budget - moved, 0))) do
-    expire(id)
+    local is_well, error_of_one = pcall(expire, id)
+    failure = failure or not is_well and error_of_one
     moved = moved + 1
   end
 end)
+if redis.call('ZCARD', T .. ':live') == 0 then
+  redis.call('DEL', T .. ':tenants') -- counts of records that were lost
+end
+try('XTRIM', T .. ':dead', 'MINID', int(now - setting(T, 'dead_ttl_ms', DEAD_TTL_MS)))
 if parked > 0 then
   wake(T, 'wake')
+end
+if failure then
+  error(failure)
 end
 return moved

@@ -3,14 +3,14 @@
 --
 -- KEYS[1]  T, the tag of the shard
 -- ARGV     id, epoch, undo (1: the attempt does not count), delay ms (0: at once after undo, else
---          growing with the attempts), last error ('' keeps the one before)
+--          growing with the attempts), last error ('' keeps the one before), worker
 -- Returns  OK | FENCED
 -- Twice    OK, or FENCED once another worker has it: it is gone either way
 
 -- @include record
 
 local T, id, epoch = KEYS[1], ARGV[1], tonumber(ARGV[2])
-local undo, delay, reason = ARGV[3] == '1', tonumber(ARGV[4]), ARGV[5]
+local undo, delay, reason, worker = ARGV[3] == '1', tonumber(ARGV[4]), ARGV[5], ARGV[6]
 local BACKOFF_MS, BACKOFF_MOST_MS = 1000, 60000
 local now, micros = now_ms()
 
@@ -18,7 +18,7 @@ local r = load(T, id)
 if r and r.state == 'park' and r.epoch == epoch + 1 then
   return 'OK'
 end
-if not r or r.state ~= 'run' or r.epoch ~= epoch then
+if not r or r.state ~= 'run' or r.epoch ~= epoch or r.worker ~= worker then
   return 'FENCED'
 end
 local attempts = r.attempts

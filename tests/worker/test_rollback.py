@@ -1,0 +1,202 @@
+"""A server that forgot its last moments: a failover to a stale replica, or a crash between syncs.
+
+What it forgets, it forgets as a whole: `forgotten` brings back an earlier state of all keys.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import redis
+
+from tokenmill.producer.client import Client
+from tokenmill.producer.keys import Keys
+from tokenmill.producer.operator import Operator
+from tokenmill.producer.wire import Usage, chain_digest
+from tokenmill.worker.queue import Append, Claim, Finish, Queue, Verdict
+
+MakeQueue = Callable[..., Queue]
+MakeParts = Callable[..., Any]
+KEYS = Keys()
+AMPLE: dict[str, Any] = {"sequences": 100, "tokens": 100_000, "kv_tokens": 1_000_000}
+
+
+@contextmanager
+def forgotten(server: redis.Redis) -> Iterator[None]:
+    """What happens inside never happened."""
+    kept: dict[bytes, Any] = {key: server.dump(key) for key in server.scan_iter()}
+    yield
+    server.flushdb()
+    for key, value in kept.items():
+        server.restore(key, 0, value)
+
+
+def append(claim: Claim, start: int, *token_ids: int) -> Append:
+    return Append(
+        request_id=claim.request_id,
+        epoch=claim.epoch,
+        start=start,
+        token_ids=token_ids,
+        text="",
+        digest=chain_digest("", token_ids),
+    )
+
+
+def finish(claim: Claim, start: int, *token_ids: int) -> Finish:
+    return Finish(
+        request_id=claim.request_id,
+        epoch=claim.epoch,
+        start=start,
+        token_ids=token_ids,
+        digest=chain_digest("", token_ids),
+        finish_reason="stop",
+        usage=Usage(prompt_tokens=1, completion_tokens=start + len(token_ids)),
+    )
+
+
+def test_a_forgotten_end_runs_again(
+    client: Client, server: redis.Redis, make_queue: MakeQueue
+) -> None:
+    client.submit("x")
+    queue = make_queue()
+    (claim,) = queue.claim(**AMPLE)
+    with forgotten(server):
+        queue.finish([finish(claim, 0, 1)])
+    assert queue.disown([]) == 0  # it might be a claim on its way
+    assert queue.disown([claim.request_id]) == 0  # it is
+    assert (queue.disown([]), queue.disown([])) == (0, 1)
+    (again,) = queue.claim(**AMPLE)
+    assert (again.request_id, again.attempts) == (claim.request_id, 1)
+
+
+def test_another_worker_under_the_same_epoch_fences_the_first(
+    client: Client, server: redis.Redis, make_queue: MakeQueue
+) -> None:
+    client.submit("x")
+    first, second = make_queue("w1"), make_queue("w2")
+    with forgotten(server):
+        (claim,) = first.claim(**AMPLE)
+    (other,) = second.claim(**AMPLE)
+    assert other.epoch == claim.epoch
+    assert first.append([append(claim, 0, 1)]) == [Verdict.FENCED]
+    assert first.release(claim.request_id, claim.epoch, undo=True) is Verdict.FENCED
+    assert first.finish([finish(claim, 0, 1)]) == [Verdict.FENCED]
+    assert second.append([append(other, 0, 2)]) == [Verdict.OK]
+    assert second.finish([finish(other, 1)]) == [Verdict.OK]
+    assert first.finish([finish(claim, 0, 1)]) == [Verdict.FENCED]
+
+
+def test_a_worker_that_is_given_its_own_claim_again_starts_over(
+    client: Client, server: redis.Redis, make_parts: MakeParts
+) -> None:
+    parts = make_parts()
+    request_id = client.submit("hello", max_tokens=20)
+    with forgotten(server):
+        parts.claim()
+        parts.step(3)
+    while server.zcard(KEYS.live):
+        parts.claim()
+        parts.step()
+    result = client.result(request_id, timeout_s=5)
+    assert (result.finish_reason, len(result.token_ids)) == ("length", 20)
+
+
+def test_upkeep_gives_back_what_the_server_alone_remembers(
+    client: Client, server: redis.Redis, make_parts: MakeParts
+) -> None:
+    parts = make_parts()
+    request_id = client.submit("hello", max_tokens=3)
+    parts.claim()
+    with forgotten(server):
+        parts.step(5)
+        assert client.result(request_id, timeout_s=5).ok
+    assert server.zcard(KEYS.live)
+    while server.zcard(KEYS.live):
+        parts.clock.sleep(5)
+        parts.intake._keep_up()
+        parts.step()
+        if server.zcard(KEYS.park):
+            parts.claim()
+    assert client.result(request_id, timeout_s=5).ok
+
+
+def test_a_repeated_empty_claim_does_not_lose_the_wake_up(
+    client: Client, make_queue: MakeQueue
+) -> None:
+    queue = make_queue()
+    queue.claim(**AMPLE)
+    queue._claim_seq -= 1  # its answer was lost
+    request_id = client.submit("x")
+    assert [claim.request_id for claim in queue.claim(**AMPLE)] == [request_id]
+
+
+def test_charges_of_a_forgotten_lane_are_no_credit(
+    server_url: str, server: redis.Redis, make_queue: MakeQueue
+) -> None:
+    queue = make_queue()
+    with Client(server_url, tenant="a") as a, Client(server_url, tenant="b") as b:
+        a.submit_many(a.new_request("x", max_tokens=4096) for _ in range(8))
+        running = queue.claim(**AMPLE)
+        queue.claim(**AMPLE)  # forgets the empty lane
+        b.submit("x", max_tokens=60)
+        a.submit_many(a.new_request("x", max_tokens=60) for _ in range(20))
+        queue.finish([finish(claim, 0, 1) for claim in running])
+        one: dict[str, Any] = {**AMPLE, "sequences": 1}
+        tenants = [queue.claim(**one)[0].request.tenant for _ in range(3)]
+    assert "b" in tenants
+
+
+def test_a_drained_request_that_is_cancelled_gives_its_charge_back(
+    client: Client, server: redis.Redis, make_queue: MakeQueue
+) -> None:
+    queue = make_queue()
+    request_id = client.submit("x", max_tokens=100)
+    client.submit("y", max_tokens=1)
+    (claim,) = queue.claim(**AMPLE, limit=1)
+    before = server.zscore(KEYS.lanes(1), "default")
+    queue.release(request_id, claim.epoch, undo=True)
+    client.cancel(request_id)
+    after = server.zscore(KEYS.lanes(1), "default")
+    assert isinstance(before, float)
+    assert isinstance(after, float)
+    assert after == before - 100
+
+
+def test_dead_letters_end_with_their_time(
+    client: Client, server: redis.Redis, make_queue: MakeQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    operator, queue = Operator(server, KEYS), make_queue()
+    operator.configure(dead_ttl_s=0.05)
+    client.submit("x")
+    (claim,) = queue.claim(**AMPLE)
+    usage = Usage(prompt_tokens=0, completion_tokens=0)
+    bad = Finish(request_id=claim.request_id, epoch=1, start=0, finish_reason="error", usage=usage)
+    queue.finish([bad])
+    assert operator.status().dead == 1
+    while server.exists(KEYS.record(claim.request_id)):
+        pass
+    queue.reap()
+    assert operator.status().dead == 0
+
+
+def test_a_damaged_reply_stream_stops_nobody(
+    client: Client, server: redis.Redis, make_queue: MakeQueue
+) -> None:
+    server.set(KEYS.reply("mine"), "?")
+    ids = [client.submit("x", reply_to=name, deadline_s=0.02) for name in ("mine", "yours")]
+    queue = make_queue()
+    while server.zcard(KEYS.live):
+        queue.reap()
+    assert all(client.result(request_id).finish_reason == "expired" for request_id in ids)
+
+
+def test_counts_of_lost_records_go_with_the_last(
+    client: Client, server: redis.Redis, make_queue: MakeQueue
+) -> None:
+    request_id = client.submit("x", deadline_s=0.02)
+    server.delete(KEYS.record(request_id))
+    queue = make_queue()
+    while server.zcard(KEYS.live):
+        queue.reap()
+    assert not server.exists(KEYS.tenants)
