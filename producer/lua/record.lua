@@ -266,10 +266,11 @@ local function reply(T, r, now, total, last, digest, ttl)
     later('HDEL', record, 'starts')
   end
   reply_ttls[replies] = ttl
+  local oldest = int(math.max(now - ttl, 0))
   local function add()
-    return try('XADD', replies, 'MINID', '~', int(now - ttl), '*', entry_of(whole.logprobs,
-      'id', r.id, 'e', int(r.epoch), 't', whole.tokens, 'x', whole.text, 'h', digest,
-      'f', last.finish, 'y', last.reason or '', 'p', int(last.prompt or 0), 'c', int(total)))
+    return try('XADD', replies, 'MINID', '~', oldest, '*', entry_of(whole.logprobs,
+      'id', r.id, 'e', int(r.epoch), 't', whole.tokens, 'x', whole.text, 'h', digest, 'f', last.finish,
+      'y', last.reason or '', 'p', int(last.prompt or 0), 'c', int(total)))
   end
   local at = add()
   if not at then

@@ -33,8 +33,12 @@ _DELIVERED = "  r.state = 'park' --"
 
 MUTANTS: dict[str, tuple[Edit, ...]] = {
     # Without the epoch check.
-    "append_by_anybody": (Edit("append", " or tonumber(r[2]) ~= epoch then", " then"),),
-    "finish_by_anybody": (Edit("finish", "not r or r.epoch ~= epoch", "not r"),),
+    "append_by_anybody": (
+        Edit("append", " or tonumber(r[2]) ~= epoch or r[6] ~= worker then", " then"),
+    ),
+    "finish_by_anybody": (
+        Edit("finish", "not r or r.epoch ~= epoch or r.worker ~= worker", "not r"),
+    ),
     # Without the offset check.
     "append_anywhere": (_IS_THERE, _IS_NEXT),
     "append_beyond": (_IS_NEXT,),

@@ -230,7 +230,7 @@ def test_every_command_of_a_script_is_granted_and_no_other() -> None:
     }
     plain = {
         "producer": {"get", "set", "hgetall", "xread", "xrange", "xrevrange", "zrangebyscore"},
-        "worker": {"get", "set", "xread", "xrange", "xrevrange", "hgetall"},
+        "worker": {"get", "set", "xread", "xrange", "xrevrange", "hgetall", "smembers"},
     }
     server = {"hello", "ping", "time", "evalsha", "eval", "script|load", "cluster|slots"}
     called["producer"] -= {"srem"}  # of what is running, which no producer ends

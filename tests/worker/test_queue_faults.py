@@ -391,8 +391,8 @@ def test_nothing_is_lost_repeated_or_reordered(make_mill: Callable[[int], Mill],
 @pytest.mark.parametrize(
     ("script", "guard", "without"),
     [
-        ("_APPEND", " or tonumber(r[2]) ~= epoch then", " then"),
-        ("_FINISH", "not r or r.epoch ~= epoch", "not r"),
+        ("_APPEND", " or tonumber(r[2]) ~= epoch or r[6] ~= worker then", " then"),
+        ("_FINISH", "not r or r.epoch ~= epoch or r.worker ~= worker", "not r"),
         ("_APPEND", "if offset >= start + count then", "if false then"),
         ("_REAP", "park_record(T, r, now, now, r.attempts)", "parked = parked"),
     ],

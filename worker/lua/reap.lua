@@ -64,7 +64,8 @@ end)
 if redis.call('ZCARD', T .. ':live') == 0 then
   redis.call('DEL', T .. ':tenants') -- counts of records that were lost
 end
-try('XTRIM', T .. ':dead', 'MINID', int(now - setting(T, 'dead_ttl_ms', DEAD_TTL_MS)))
+local oldest = math.max(now - setting(T, 'dead_ttl_ms', DEAD_TTL_MS), 0)
+try('XTRIM', T .. ':dead', 'MINID', int(oldest))
 if parked > 0 then
   wake(T, 'wake')
 end
