@@ -42,10 +42,10 @@ class Inbox:
         self._is_stopping = False
         self._is_woken = False
 
-    def admit(self, admission: Admission) -> None:
-        """Hand a sequence to the engine."""
+    def admit(self, *admissions: Admission) -> None:
+        """Hand sequences to the engine."""
         with self._changed:
-            self._admissions.append(admission)
+            self._admissions += admissions
             self._changed.notify()
 
     def abort(self, seq_id: str) -> None:

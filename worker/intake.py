@@ -38,6 +38,9 @@ from tokenmill.worker.shards import QueueLike
 BUSY_WAIT_S = 0.1
 #: Log probabilities that are told of one prompt: they travel as one entry of up to 2 MB.
 MAX_PROMPT_LOGPROBS = 200_000
+#: Claims are handed over together, but the first of them waits no longer than this for the others
+#: to be tokenized.
+HAND_OVER_S = 0.002
 #: New tokens that a claim reserves KV memory for, as the claim script does.
 KV_RESERVE = 256
 
@@ -164,13 +167,7 @@ class Intake:
             kv_total=self._kv_total,
         )
         self._outage.back()
-        for claim in claims:
-            if self._publisher.holds(seq_id_of(claim)):
-                # The server rolled back and gave the same claim again. Given back, its next epoch
-                # fences what runs here.
-                self._queue.release(claim.request_id, claim.epoch, undo=True)
-            else:
-                self._prepare(claim)
+        self._take(claims)
         was_fed = bool(self._queue.num_inbox) and self._queue.admit() > 0
         if claims or was_fed or not was_idle:
             self._idle_since = None
@@ -220,13 +217,44 @@ class Intake:
             timeout_s = min(timeout_s, left)
         self._queue.wait(timeout_s)
 
-    def _prepare(self, claim: Claim) -> None:
-        """Tokenize a claim and hand it over; what is wrong with it ends it, and nothing else."""
+    def _take(self, claims: Sequence[Claim]) -> None:
+        """Tokenize claims and hand them over, many at once but none late."""
+        ready: list[tuple[Output, Admission | None]] = []
+        again: list[Claim] = []
+        began = self._clock()
+        for claim in claims:
+            if self._publisher.holds(seq_id_of(claim)):
+                again.append(claim)
+                continue
+            ready.append(self._prepare(claim))
+            if self._clock() - began > HAND_OVER_S:
+                self._hand_over(ready)
+                ready, began = [], self._clock()
+        self._hand_over(ready)
+        for claim in again:
+            # The server rolled back and gave the same claim again. Given back, its next epoch
+            # fences what runs here.
+            self._queue.release(claim.request_id, claim.epoch, undo=True)
+
+    def _hand_over(self, ready: Sequence[tuple[Output, Admission | None]]) -> None:
+        admissions = [admission for _, admission in ready if admission]
+        with self._changed:
+            for admission in admissions:
+                held = _room_of(admission)
+                self._held[admission.seq_id] = held
+                self._held_sum = self._held_sum.plus(held)
+        self._publisher.open(*(output for output, _ in ready))
+        if admissions:
+            self._inbox.admit(*admissions)
+
+    def _prepare(self, claim: Claim) -> tuple[Output, Admission | None]:
+        """Tokenize a claim; what is wrong with it ends it, and nothing else."""
         reason = ""
         prompt_ids: list[int] = []
+        params = claim.request.params
         try:
             prompt_ids = self._prompt_ids(claim.request)
-            _check_told(claim.request.params, len(prompt_ids))
+            _check_told(params, len(prompt_ids))
         except InvalidRequest as error:
             reason = str(error)
         except Exception as error:  # noqa: BLE001 - whatever a tokenizer raises on a text
@@ -240,35 +268,20 @@ class Intake:
             prompt_tokens=len(prompt_ids),
             committed=len(claim.token_ids),
         )
-        if not reason and not output.is_stopped:
-            self._admit(output.seq_id, claim, prompt_ids, output)
-            return
         if reason:
             output.end("error", reason)
-        else:  # a worker died between the last token and the end
+        elif output.is_stopped:  # a worker died between the last token and the end
             output.end("stop")
-        self._publisher.open(output)
-
-    def _admit(self, seq_id: str, claim: Claim, prompt_ids: list[int], output: Output) -> None:
-        request = claim.request
-        params = request.params
-        tokens = len(prompt_ids) + len(claim.token_ids)
-        still = max(params.max_tokens - len(claim.token_ids), 0)
-        with self._changed:
-            held = Room(1, tokens, tokens + min(still, KV_RESERVE))
-            self._held[seq_id] = held
-            self._held_sum = self._held_sum.plus(held)
-        self._publisher.open(output)
-        self._inbox.admit(
-            Admission(
-                seq_id=seq_id,
+        else:
+            return output, Admission(
+                seq_id=output.seq_id,
                 prompt_ids=tuple(prompt_ids),
                 output_ids=claim.token_ids,
                 params=params,
                 seed=derived_seed(claim.request_id) if params.seed is None else params.seed,
-                priority=request.priority,
+                priority=claim.request.priority,
             )
-        )
+        return output, None
 
     def _prompt_ids(self, request: Request) -> list[int]:
         if request.model not in ("", self._model):
@@ -284,6 +297,13 @@ class Intake:
         if messages:
             return self._tokenizer.apply_chat_template(messages, request.tools)
         return [item for item in prompt if isinstance(item, int)]
+
+
+def _room_of(admission: Admission) -> Room:
+    """What a sequence takes that the engine has not counted yet."""
+    tokens = len(admission.prompt_ids) + len(admission.output_ids)
+    still = max(admission.params.max_tokens - len(admission.output_ids), 0)
+    return Room(1, tokens, tokens + min(still, KV_RESERVE))
 
 
 def _check_told(params: SamplingParams, num_prompt_tokens: int) -> None:

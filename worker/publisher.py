@@ -85,7 +85,9 @@ class Publisher:
         self._abandon = threading.Event()
         #: Step outputs handed over and not yet taken.
         self.backlog = 0
-        #: What this worker holds, by sequence id: only this thread touches it.
+        #: Opened and not yet among what is held: sequence id -> request id.
+        self._coming: dict[str, str] = {}
+        #: What this worker holds, by sequence id: only this thread changes it.
         self._outputs: dict[str, Output] = {}
         #: Of what is held, request id -> sequence id.
         self._seq_ids: dict[str, str] = {}
@@ -99,16 +101,14 @@ class Publisher:
         return self.num_opened - self.num_finished - self.num_released - self.num_dropped
 
     def held_ids(self) -> set[str]:
-        """The requests in its charge; one that just comes or goes may be missing."""
-        with self._changed:
-            opened = {event.request_id for event in self._events if isinstance(event, Output)}
-        return opened | self._seq_ids.copy().keys()
+        """The requests in its charge."""
+        # In this order, as they go from one to the other. A copy is made in one step.
+        coming = self._coming.copy()
+        return {*coming.values(), *self._seq_ids.copy()}
 
     def holds(self, seq_id: str) -> bool:
         """Whether this very claim is in its charge."""
-        with self._changed:
-            is_opened = any(isinstance(e, Output) and e.seq_id == seq_id for e in self._events)
-        return is_opened or seq_id in self._outputs
+        return seq_id in self._coming or seq_id in self._outputs
 
     @property
     def is_full(self) -> bool:
@@ -117,15 +117,16 @@ class Publisher:
 
     # -- called by other threads -------------------------------------------------------------
 
-    def open(self, output: Output) -> None:
-        """Take charge of a claim; comes before any token of it.
+    def open(self, *outputs: Output) -> None:
+        """Take charge of claims; comes before any token of them.
 
-        Until then there is nothing to write, so nobody is woken, unless it has ended already.
+        Until then there is nothing to write, so nobody is woken, unless one has ended already.
         """
         with self._changed:
-            self.num_opened += 1
-            self._events.append(output)
-            if output.finish_reason:
+            self.num_opened += len(outputs)
+            self._events += outputs
+            self._coming.update((output.seq_id, output.request_id) for output in outputs)
+            if any(output.finish_reason for output in outputs):
                 self._changed.notify()
 
     def put(self, outputs: Sequence[StepOutput]) -> None:
@@ -209,6 +210,7 @@ class Publisher:
             self._lose(earlier, Verdict.FENCED)
         self._outputs[output.seq_id] = output
         self._seq_ids[output.request_id] = output.seq_id
+        self._coming.pop(output.seq_id, None)
 
     def _drop(self, output: Output) -> None:
         del self._outputs[output.seq_id]
