@@ -18,9 +18,10 @@ from tokenmill.engine.logprobs import prompt_logprobs
 from tokenmill.engine.models.decoder import Decoder
 from tokenmill.engine.probe import Probe
 from tokenmill.engine.sampler import sample
-from tokenmill.engine.scheduler import MIN_CHUNK, Chunk, Scheduler
+from tokenmill.engine.scheduler import Chunk, Scheduler
 from tokenmill.engine.sequence import FinishReason, Sequence
 from tokenmill.engine.stats import EngineStats
+from tokenmill.engine.step import MIN_CHUNK
 from tokenmill.producer.errors import InvalidRequest
 from tokenmill.producer.logprobs import TokenLogprobs
 from tokenmill.producer.params import SamplingParams

@@ -10,12 +10,12 @@ from tokenmill.engine.cost_model import CostModel, Timing
 from tokenmill.engine.scheduler import (
     HEAD_START,
     MAX_PASSES,
-    MIN_CHUNK,
     Policy,
     Scheduler,
     SchedulerOutput,
 )
 from tokenmill.engine.sequence import Sequence, SequenceStatus
+from tokenmill.engine.step import MIN_CHUNK
 from tokenmill.producer.params import SamplingParams
 
 _contents = count()
