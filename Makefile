@@ -5,12 +5,15 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check -qq
 READY  := $(VENV)/.ready
 
-.PHONY: help demo test properties check lint types fmt docs bench chaos fuzz servers clean
+.PHONY: help demo test test-all properties check lint types fmt docs bench chaos fuzz servers clean
 
 SECONDS ?= 60
+# Processes that share the tests, a thread each.
+TESTERS ?= 2
+PYTEST  := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(TESTERS) --dist loadgroup --no-loadscope-reorder
 
 help:            ## this list
-	@grep -E '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/'
+	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/'
 
 $(READY): pyproject.toml constraints.txt
 	@echo "setting up $(VENV) (a few minutes the first time: torch is large)"
@@ -23,8 +26,11 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)   ## answer examples/questions.jsonl with a real model, live
 	@examples/demo.sh
 
-test: lint types $(READY)   ## lint, types, and every test that needs no GPU
-	@$(BIN)/pytest -m 'not gpu and not slow'
+test: lint types $(READY)   ## lint, types, and every quick test that needs no GPU
+	@$(PYTEST) -m 'not gpu and not slow'
+
+test-all: lint types $(READY)  ## the slow ones too, on every kind of server
+	@TOKENMILL_SCHEDULES=12000 $(PYTEST) -m 'not gpu' --all-servers
 
 properties: $(READY)  ## 12,000 random schedules instead of 2,000
 	@TOKENMILL_SCHEDULES=12000 $(BIN)/pytest -q tests/engine/test_scheduler_properties.py

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -38,6 +39,9 @@ from tokenmill.worker.queue import Append, Claim, Finish, Queue
 
 SINGLE = ("valkey", "redis")
 GROUPS = ("redis-sentinel", "valkey-cluster")
+#: Directories whose tests run several processes each.
+MANY_PROCESSES = ("chaos", "integration", "fuzz")
+TESTS = Path(__file__).parent
 OTHER_GROUPS = ("valkey-sentinel", "redis-cluster")
 
 
@@ -64,6 +68,20 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         pytest.param(kind, marks=_needs_redis if kind.startswith("redis") else ()) for kind in kinds
     ]
     metafunc.parametrize("server_kind", marked, indirect=True)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where several processes share the tests, a file stays whole: what it makes is made once.
+
+    What runs many servers and workers of its own goes to one process, one after the other: these
+    start once, nobody takes their ports, and those who time them are not in each other's way.
+    """
+    for item in items:
+        callspec = getattr(item, "callspec", None)
+        is_grouped = callspec is not None and "-" in callspec.params.get("server_kind", "")
+        is_many = item.path.relative_to(TESTS).parts[0] in MANY_PROCESSES
+        name = "processes" if is_grouped or is_many else str(item.path)
+        item.add_marker(pytest.mark.xdist_group(name))
 
 
 _needs_redis = pytest.mark.skipif(REDIS_SERVER is None, reason=NO_REDIS)
@@ -207,7 +225,7 @@ def echo_worker(server_url: str) -> Iterator[None]:
         ):
             queue = Queue(server, Keys(), "echo", blocking=blocking)
             while not stopped.is_set():
-                queue.wait(0.2)
+                queue.wait(0.02)
                 for claim in queue.claim(sequences=8, tokens=10_000, kv_tokens=100_000):
                     _echo(queue, claim)
 

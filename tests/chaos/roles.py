@@ -16,10 +16,10 @@ from typing import Any
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
+from failing_engine import FailingEngine
 from journal import Journal, news
 from mix import REPLIES, Job, job
 from mutants import plant
-from scripted_engine import ScriptedEngine
 from tokenmill.producer.client import Client
 from tokenmill.producer.errors import Busy, NotFound, OutputChanged, ServerUnreachable
 from tokenmill.producer.keys import Keys
@@ -54,8 +54,8 @@ def worker(
     adapt(max_attempts)
     config = WorkerConfig(model="scripted", redis_url=url, queue=queue, lease_ms=lease_ms)
 
-    def make_engine(_: WorkerConfig) -> ScriptedEngine:
-        return ScriptedEngine(
+    def make_engine(_: WorkerConfig) -> FailingEngine:
+        return FailingEngine(
             step_s=step_ms / 1000,
             first_step_s=first_step_ms / 1000,
             max_num_seqs=max_num_seqs,

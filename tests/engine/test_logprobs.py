@@ -76,7 +76,7 @@ def test_logprobs_equal_transformers(
 
 
 def test_only_who_asks_is_told(both: tuple[LoadedModel, Any]) -> None:
-    engine = Engine(both[0], EngineConfig())
+    engine = Engine(both[0], EngineConfig(token_budget=64))
     ((tokens, told, of_prompt),) = run(engine, [[4, 5, 6]], max_tokens=3)
     assert (len(tokens), told, of_prompt) == (3, [], [])
 
@@ -97,7 +97,7 @@ def test_a_recomputed_prompt_is_told_once(both: tuple[LoadedModel, Any]) -> None
 
 
 def test_a_resumed_sequence_is_not_told_of_its_prompt_again(both: tuple[LoadedModel, Any]) -> None:
-    engine = Engine(both[0], EngineConfig())
+    engine = Engine(both[0], EngineConfig(token_budget=64))
     params = SamplingParams(max_tokens=4, prompt_logprobs=0, logprobs=0, ignore_eos=True)
     engine.add("a", [4, 5, 6], params, output_ids=[7], seed=0)
     outputs = [output for _ in range(3) for output in engine.step()]

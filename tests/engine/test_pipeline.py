@@ -16,7 +16,7 @@ FRANCE = [{"role": "user", "content": "What is the capital of France?"}]
 @pytest.fixture(scope="module")
 def pipeline(smollm2: LoadedModel) -> Pipeline:
     made = Pipeline.__new__(Pipeline)  # the model is loaded once for all tests
-    made.engine = Engine(smollm2, EngineConfig())
+    made.engine = Engine(smollm2, EngineConfig(token_budget=256))
     return made
 
 

@@ -24,7 +24,7 @@ SAMPLING: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def engine(smollm2: LoadedModel) -> Engine:
-    return Engine(smollm2, EngineConfig())
+    return Engine(smollm2, EngineConfig(token_budget=64))
 
 
 def go_on(engine: Engine, done: list[int], stop: tuple[str, ...] = ()) -> tuple[list[int], str]:

@@ -1,5 +1,7 @@
 """The real model: greedy tokens equal transformers', its tokenizer and template too."""
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -35,12 +37,13 @@ QUESTIONS = [
     "Summarise: " + "The old man walked slowly along the shore, counting his steps. " * 12,
 ]
 NUM_TOKENS = 24
-#: A difference counts only where the two best logits lie further apart than this.
+END = 2
+#: A token that is not the best counts only where its logit is further behind than this.
 TIE = 1e-3
 
 
 @pytest.fixture(scope="module")
-def reference() -> object:
+def reference() -> Any:
     from transformers import AutoModelForCausalLM
 
     path = resolve("smollm2")
@@ -56,35 +59,26 @@ def prompts(smollm2: LoadedModel) -> list[list[int]]:
     return [template([{"role": "user", "content": question}]) for question in QUESTIONS]
 
 
+GreedyCheck = Callable[[str, list[int], list[int]], None]
+
+
 @pytest.fixture(scope="module")
-def expected(reference: object, prompts: list[list[int]]) -> list[tuple[list[int], list[float]]]:
-    """transformers' greedy tokens, and how far the best logit of each is ahead of the next."""
-    found = []
-    for prompt in prompts:
-        done = reference.generate(  # type: ignore[attr-defined]
-            torch.tensor([prompt]),
-            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
-            max_new_tokens=NUM_TOKENS,
-            do_sample=False,
-            eos_token_id=2,
-            pad_token_id=2,
-            output_logits=True,
-            return_dict_in_generate=True,
-        )
-        best = torch.cat(done.logits).topk(2).values
-        found.append(
-            (done.sequences[0, len(prompt) :].tolist(), (best[:, 0] - best[:, 1]).tolist())
-        )
-    return found
+def assert_greedy(reference: Any) -> GreedyCheck:
+    """`assert_greedy(question, prompt, output)`: each token is the best of transformers' logits."""
 
+    @functools.cache
+    def behind(prompt: tuple[int, ...], output: tuple[int, ...]) -> torch.Tensor:
+        """How far the logit of each token, and of the end, is behind the best: [T]."""
+        ended = (*output, END)[:NUM_TOKENS]
+        with torch.inference_mode():
+            logits = reference(torch.tensor([prompt + ended[:-1]])).logits[0, len(prompt) - 1 :]
+        chosen = logits.gather(1, torch.tensor(ended)[:, None])[:, 0]
+        return logits.max(-1).values - chosen
 
-def assert_same(got: list[int], expected: tuple[list[int], list[float]], question: str) -> None:
-    tokens = [t for t in expected[0] if t != 2]
-    for position, (ours, theirs) in enumerate(zip(got, tokens, strict=False)):
-        if ours != theirs:
-            assert expected[1][position] < TIE, f"{question}: differs at token {position}"
-            return
-    assert len(got) == len(tokens), question
+    def check(question: str, prompt: list[int], output: list[int]) -> None:
+        assert behind(tuple(prompt), tuple(output)).max() < TIE, question
+
+    return check
 
 
 def generate(model: LoadedModel, prompts: list[list[int]], config: EngineConfig) -> list[list[int]]:
@@ -99,25 +93,24 @@ def generate(model: LoadedModel, prompts: list[list[int]], config: EngineConfig)
     return outputs
 
 
+@pytest.mark.parametrize(
+    "first", [17, pytest.param(0, marks=pytest.mark.slow)], ids=["some", "all"]
+)
 def test_greedy_equals_transformers_alone(
-    smollm2: LoadedModel,
-    prompts: list[list[int]],
-    expected: list[tuple[list[int], list[float]]],
+    smollm2: LoadedModel, prompts: list[list[int]], assert_greedy: GreedyCheck, first: int
 ) -> None:
-    for question, prompt, want in zip(QUESTIONS, prompts, expected, strict=True):
-        assert_same(generate(smollm2, [prompt], EngineConfig())[0], want, question)
+    for question, prompt in list(zip(QUESTIONS, prompts, strict=True))[first:]:
+        (output,) = generate(smollm2, [prompt], EngineConfig(token_budget=256))
+        assert_greedy(question, prompt, output)
 
 
 @pytest.mark.parametrize("budget", [256, 32], ids=["one batch", "budget 32"])
 def test_greedy_equals_transformers_in_a_batch(
-    smollm2: LoadedModel,
-    prompts: list[list[int]],
-    expected: list[tuple[list[int], list[float]]],
-    budget: int,
+    smollm2: LoadedModel, prompts: list[list[int]], assert_greedy: GreedyCheck, budget: int
 ) -> None:
-    got = generate(smollm2, prompts, EngineConfig(token_budget=budget, max_num_seqs=20))
-    for question, ours, want in zip(QUESTIONS, got, expected, strict=True):
-        assert_same(ours, want, question)
+    outputs = generate(smollm2, prompts, EngineConfig(token_budget=budget, max_num_seqs=20))
+    for question, prompt, output in zip(QUESTIONS, prompts, outputs, strict=True):
+        assert_greedy(question, prompt, output)
 
 
 def test_log_probabilities_equal_transformers(
@@ -144,11 +137,8 @@ def test_log_probabilities_equal_transformers(
             )
 
 
-def test_tokenizer_equals_transformers(smollm2: LoadedModel) -> None:
-    from transformers import AutoTokenizer
-
-    path = resolve("smollm2")
-    theirs = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+def test_tokenizer_equals_transformers(smollm2: LoadedModel, smollm2_tokenizer: Any) -> None:
+    theirs = smollm2_tokenizer
     texts = [*QUESTIONS, "  spaces\n\n\tand 12345 <|im_end|> x", "", "a\r\nb", "\u200b\u0301é"]
     for text in texts:
         ids = smollm2.tokenizer.encode(text)

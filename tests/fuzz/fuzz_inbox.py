@@ -216,7 +216,7 @@ def _as_stream(server: redis.Redis, key: str) -> None:
 def worker(url: str, log: Path) -> Iterator[subprocess.Popen[bytes]]:
     """A worker process; it must still be there in the end, and drain when it is told to."""
     with log.open("wb") as stderr:
-        command = [sys.executable, str(HERE / "brief_worker.py"), url]
+        command = [sys.executable, str(HERE.parent / "rig" / "brief_worker.py"), url]
         process = subprocess.Popen(command, stderr=stderr)
         try:
             yield process

@@ -1,6 +1,5 @@
 """Worker processes with a scripted engine, and what their streams must look like."""
 
-import runpy
 import signal
 import subprocess
 import sys
@@ -11,12 +10,12 @@ from typing import Any
 
 import pytest
 
+from scripted_engine import ScriptedTokenizer, scripted_token
 from tokenmill.producer.keys import Keys
 from tokenmill.producer.shards import Shards
 from tokenmill.producer.wire import chain_digest, unpack_token_ids
 
-HERE = Path(__file__).parent
-SCRIPT = HERE / "scripted_worker.py"
+SCRIPT = Path(__file__).parents[1] / "rig" / "scripted_worker.py"
 KEYS = Keys()
 
 
@@ -79,8 +78,7 @@ class Stream:
 @pytest.fixture
 def checked_stream(request: pytest.FixtureRequest) -> Callable[..., Stream]:
     """`checked_stream(id, prompt, shards=)`: compare every token, letter and digest."""
-    script: Any = runpy.run_path(str(SCRIPT))
-    decode = script["ScriptedTokenizer"]().decode
+    decode = ScriptedTokenizer().decode
 
     def check(request_id: str, prompt: str, shards: Shards | None = None) -> Stream:
         server = shards.server_of(request_id) if shards else request.getfixturevalue("server")
@@ -92,8 +90,7 @@ def checked_stream(request: pytest.FixtureRequest) -> Callable[..., Stream]:
             tokens = unpack_token_ids(fields[b"t"])
             epoch, start = int(fields[b"e"]), len(stream.tokens)
             wanted = [
-                script["scripted_token"](list(prompt.encode()), start + n, epoch)
-                for n in range(len(tokens))
+                scripted_token(list(prompt.encode()), start + n, epoch) for n in range(len(tokens))
             ]
             assert list(tokens) == wanted, f"{request_id} from token {start}, epoch {epoch}"
             assert fields[b"x"].decode() == decode(tokens)

@@ -83,7 +83,7 @@ class FakeWorker(threading.Thread):
             if self.answered >= self.limit:
                 self.exhausted.set()
                 queue.renew()
-            queue.wait(0.05)
+            queue.wait(0.02)
         queue.retire()
         shards.close()
 

@@ -59,7 +59,7 @@ def inbox_worker(own_server: Any) -> Iterator[None]:
         with connect(own_server.url) as server, connect(own_server.url, blocking=True) as blocking:
             queue = Queue(server, Keys(), "w", blocking=blocking)
             while not stopped.is_set():
-                queue.wait(0.1)
+                queue.wait(0.02)
                 queue.admit()
                 for claim in queue.claim(sequences=8, tokens=10_000, kv_tokens=100_000):
                     end = Finish(

@@ -1,14 +1,13 @@
-"""The scripted engine of the integration tests, in this process."""
+"""The scripted engine in this process."""
 
-import runpy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pytest
 import redis
 
+from scripted_engine import ScriptedEngine
 from tokenmill.producer.client import Client
 from tokenmill.producer.connection import connect
 from tokenmill.worker.health import Pulse
@@ -18,14 +17,6 @@ from tokenmill.worker.loop import Loop
 from tokenmill.worker.outage import Outage
 from tokenmill.worker.publisher import Publisher
 from tokenmill.worker.queue import Queue
-
-SCRIPT = Path(__file__).parent.parent / "integration" / "scripted_worker.py"
-
-
-@pytest.fixture(scope="session")
-def script() -> Any:
-    """`script.ScriptedEngine`, `script.scripted_token`, `script.ScriptedTokenizer`."""
-    return type("Script", (), runpy.run_path(str(SCRIPT)))
 
 
 @dataclass
@@ -45,7 +36,7 @@ class HandClock:
 class Parts:
     """A worker whose threads are turned by hand: nothing happens between two calls."""
 
-    engine: Any
+    engine: ScriptedEngine
     queue: Queue
     clock: Any
     exit_when_idle_s: float | None = None
@@ -84,7 +75,7 @@ class Parts:
 
 
 @pytest.fixture
-def make_parts(script: Any, make_queue: Callable[..., Queue]) -> Callable[..., Parts]:
+def make_parts(make_queue: Callable[..., Queue]) -> Callable[..., Parts]:
     """`make_parts("w1", exit_when_idle_s=..., max_num_seqs=...)`, on a real server."""
 
     def make(
@@ -95,7 +86,7 @@ def make_parts(script: Any, make_queue: Callable[..., Queue]) -> Callable[..., P
         **engine: Any,
     ) -> Parts:
         return Parts(
-            script.ScriptedEngine(**engine),
+            ScriptedEngine(**engine),
             queue or make_queue(worker_id),
             HandClock(),
             exit_when_idle_s,

@@ -79,7 +79,10 @@ def test_the_seed_is_given_or_comes_from_the_id(client: Client, make_parts: Make
     parts = make_parts()
     parts.claim()
     parts.step()
-    assert parts.engine.seeds == {f"{given}#1": 17, f"{derived}#1": derived_seed(derived)}
+    assert {name: item.seed for name, item in parts.engine.sequences.items()} == {
+        f"{given}#1": 17,
+        f"{derived}#1": derived_seed(derived),
+    }
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ def test_a_turn_admits_steps_and_offers_what_is_left(client: Client, make_parts:
     parts = make_parts(max_num_seqs=4)
     parts.claim()
     assert parts.loop.turn()
-    assert [len(output) for _, output, _ in parts.engine.sequences.values()] == [1, 1]
+    assert [len(item.output) for item in parts.engine.sequences.values()] == [1, 1]
     assert parts.intake._held == {}
     assert parts.intake._offered.sequences == 4
 
@@ -47,7 +47,7 @@ def test_stop_ends_the_loop_before_the_next_step(client: Client, make_parts: Mak
     parts.step()
     parts.inbox.stop()
     assert not parts.loop.turn()
-    assert [len(output) for _, output, _ in parts.engine.sequences.values()] == [1]
+    assert [len(item.output) for item in parts.engine.sequences.values()] == [1]
 
 
 def test_a_failing_step_gives_back_what_ran_and_the_worker_goes_on(
@@ -126,7 +126,7 @@ def test_one_poison_request_ends_alone(
     innocent = [client.submit(f"n{number}", max_tokens=12) for number in range(4)]
     poison = client.submit("poison", max_tokens=12)
     innocent += [client.submit(f"n{number}", max_tokens=12) for number in range(4, 8)]
-    parts = make_parts(poison=(b"poison", tokens_before))
+    parts = make_parts(poison=(tuple(b"poison"), tokens_before))
     parts.intake.offer(parts.engine.capacity())
     run_all(parts, server)
     assert server.zcard(KEYS.live) == 0

@@ -12,6 +12,7 @@ import pytest
 import redis
 from redis.exceptions import OutOfMemoryError, ResponseError
 
+from scripted_engine import ScriptedEngine, scripted_token
 from tokenmill.producer.client import Client
 from tokenmill.producer.errors import ServerUnreachable, WrongServer
 from tokenmill.producer.keys import Keys
@@ -87,9 +88,9 @@ def record(server: redis.Redis) -> Callable[[str], dict[str, str]]:
 
 
 def test_it_serves_registers_and_retires(
-    server_url: str, client: Client, server: redis.Redis, script: Any
+    server_url: str, client: Client, server: redis.Redis
 ) -> None:
-    with running(server_url, script.ScriptedEngine()) as started:
+    with running(server_url, ScriptedEngine()) as started:
         results = list(client.map([f"n{n}" for n in range(40)], max_tokens=5))
         assert [len(result.token_ids) for result in results] == [5] * 40
         (info,) = client.workers()
@@ -101,9 +102,9 @@ def test_it_serves_registers_and_retires(
 
 
 def test_stop_releases_what_runs_and_what_waits(
-    server_url: str, client: Client, script: Any, record: Callable[[str], dict[str, str]]
+    server_url: str, client: Client, record: Callable[[str], dict[str, str]]
 ) -> None:
-    engine = script.ScriptedEngine(max_num_seqs=2, step_s=0.005)
+    engine = ScriptedEngine(max_num_seqs=2, step_s=0.005)
     ids = [client.submit(f"n{n}", max_tokens=10_000) for n in range(4)]
     with running(server_url, engine) as started:
         first_tokens(client, ids[0], 5)
@@ -117,8 +118,8 @@ def test_stop_releases_what_runs_and_what_waits(
     assert int(record(ids[0])["offset"]) >= 5
 
 
-def test_an_idle_worker_stops_at_once(server_url: str, server: redis.Redis, script: Any) -> None:
-    with running(server_url, script.ScriptedEngine()) as started:
+def test_an_idle_worker_stops_at_once(server_url: str, server: redis.Redis) -> None:
+    with running(server_url, ScriptedEngine()) as started:
         while not server.info("clients")["blocked_clients"]:
             assert started.thread.is_alive()
         asked_at = time.monotonic()
@@ -128,10 +129,10 @@ def test_an_idle_worker_stops_at_once(server_url: str, server: redis.Redis, scri
 
 
 def test_a_server_that_is_away_for_a_while_costs_nothing(
-    own_server: Any, script: Any, caplog: pytest.LogCaptureFixture
+    own_server: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", "tokenmill.worker")
-    engine = script.ScriptedEngine(step_s=0.002)
+    engine = ScriptedEngine(step_s=0.002)
     with (
         Client(own_server.url) as client,
         running(own_server.url, engine) as started,
@@ -145,19 +146,19 @@ def test_a_server_that_is_away_for_a_while_costs_nothing(
         result = client.result(request_id, timeout_s=20)
         assert (result.finish_reason, len(result.token_ids)) == ("length", 400)
         assert epochs(result) == {1}
-        wanted = tuple(script.scripted_token(list(b"abc"), n, 1) for n in range(400))
+        wanted = tuple(scripted_token(list(b"abc"), n, 1) for n in range(400))
         assert result.token_ids == wanted
     assert events(caplog).count("server_lost") == 1
     assert events(caplog).count("server_back") == 1
 
 
 def test_a_drain_without_a_server_is_cut_short(
-    own_server: Any, script: Any, caplog: pytest.LogCaptureFixture
+    own_server: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", "tokenmill.worker")
     with (
         Client(own_server.url) as client,
-        running(own_server.url, script.ScriptedEngine(step_s=0.002), drain_s=1.0) as started,
+        running(own_server.url, ScriptedEngine(step_s=0.002), drain_s=1.0) as started,
     ):
         first_tokens(client, client.submit("abc", max_tokens=100_000), 5)
         own_server.kill()
@@ -169,9 +170,9 @@ def test_a_drain_without_a_server_is_cut_short(
 
 
 def test_an_engine_that_is_given_up_ends_the_worker_in_order(
-    server_url: str, client: Client, script: Any, record: Callable[[str], dict[str, str]]
+    server_url: str, client: Client, record: Callable[[str], dict[str, str]]
 ) -> None:
-    engine = script.ScriptedEngine(max_num_seqs=1, errors=[RuntimeError("broken")] * 100)
+    engine = ScriptedEngine(max_num_seqs=1, errors=[RuntimeError("broken")] * 100)
     ids = [client.submit(f"n{n}", max_tokens=5) for n in range(6)]
     with running(server_url, engine) as started:
         started.join()
@@ -181,9 +182,9 @@ def test_an_engine_that_is_given_up_ends_the_worker_in_order(
 
 
 def test_a_thread_that_ends_unexpectedly_ends_the_worker(
-    server_url: str, client: Client, script: Any, record: Callable[[str], dict[str, str]]
+    server_url: str, client: Client, record: Callable[[str], dict[str, str]]
 ) -> None:
-    engine = script.ScriptedEngine()
+    engine = ScriptedEngine()
 
     def decode(token_ids: object) -> str:
         raise LookupError("a bug")
@@ -196,8 +197,8 @@ def test_a_thread_that_ends_unexpectedly_ends_the_worker(
     assert (record(request_id)["state"], record(request_id)["attempts"]) == ("park", "1")
 
 
-def test_exit_when_idle(server_url: str, client: Client, script: Any) -> None:
-    with running(server_url, script.ScriptedEngine(), exit_when_idle_s=0.3) as started:
+def test_exit_when_idle(server_url: str, client: Client) -> None:
+    with running(server_url, ScriptedEngine(), exit_when_idle_s=0.3) as started:
         assert client.result(client.submit("abc", max_tokens=3), timeout_s=5).ok
         started.join()
     assert client.workers() == []
@@ -213,7 +214,7 @@ def test_a_wrong_address_is_found_before_the_model_is_loaded() -> None:
 
 
 def test_a_server_that_comes_later_is_waited_for(
-    own_server: Any, script: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    own_server: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     caplog.set_level("INFO", "tokenmill.worker")
     monkeypatch.setattr(process, "RETRY_S", 0.01)
@@ -224,7 +225,7 @@ def test_a_server_that_comes_later_is_waited_for(
     def make_engine(_: WorkerConfig) -> Any:
         loaded.append("server_awaited" in events(caplog))
         own_server.start()
-        return script.ScriptedEngine()
+        return ScriptedEngine()
 
     assert run(config, make_engine=make_engine, waits_for_server=True) == 0
     assert gc.get_freeze_count() > 0
@@ -234,12 +235,12 @@ def test_a_server_that_comes_later_is_waited_for(
     assert "worker_ready" in events(caplog)
 
 
-def test_a_worker_that_waits_to_register_is_alive(own_server: Any, script: Any) -> None:
+def test_a_worker_that_waits_to_register_is_alive(own_server: Any) -> None:
     config = WorkerConfig(model="scripted", redis_url=own_server.url, stall_limit_s=0.01)
     with Shards(own_server.url, "default") as shards:
         worker = Worker(config, "w", shards)
         own_server.kill()
-        thread = threading.Thread(target=worker.run, args=(script.ScriptedEngine(),))
+        thread = threading.Thread(target=worker.run, args=(ScriptedEngine(),))
         thread.start()
         while worker.outage._failures < 3:
             assert thread.is_alive()
@@ -248,7 +249,7 @@ def test_a_worker_that_waits_to_register_is_alive(own_server: Any, script: Any) 
         thread.join(10)
 
 
-def test_a_full_server_is_waited_for(server_url: str, script: Any) -> None:
+def test_a_full_server_is_waited_for(server_url: str) -> None:
     config = WorkerConfig(model="scripted", redis_url=server_url)
     with Shards(server_url, "default") as shards:
         worker = Worker(config, "w", shards)
@@ -262,19 +263,19 @@ def test_a_full_server_is_waited_for(server_url: str, script: Any) -> None:
             real(info)
 
         worker.queue.register = register  # type: ignore[method-assign]
-        worker.run(script.ScriptedEngine())
+        worker.run(ScriptedEngine())
         assert next(full, None) is None
 
 
 def test_a_server_lost_while_the_model_was_loaded_is_waited_for(
-    own_server: Any, script: Any, caplog: pytest.LogCaptureFixture
+    own_server: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", "tokenmill.worker")
     config = WorkerConfig(model="scripted", redis_url=own_server.url)
     with Shards(own_server.url, "default") as shards:
         worker = Worker(config, "w", shards)
         own_server.kill()
-        thread = threading.Thread(target=worker.run, args=(script.ScriptedEngine(),))
+        thread = threading.Thread(target=worker.run, args=(ScriptedEngine(),))
         thread.start()
         while "server_lost" not in events(caplog):
             assert thread.is_alive()
@@ -287,11 +288,11 @@ def test_a_server_lost_while_the_model_was_loaded_is_waited_for(
 
 
 def test_a_server_that_refuses_workers_is_an_error_with_its_words(
-    server_url: str, server: redis.Redis, script: Any
+    server_url: str, server: redis.Redis
 ) -> None:
     config = WorkerConfig(model="scripted", redis_url=server_url)
     server.set(KEYS.worker("w"), "of another type")
     with Shards(server_url, "default") as shards:
         worker = Worker(config, "w", shards)
         with pytest.raises(WrongServer, match=r"refuses a worker: .*wrong kind of value"):
-            worker.run(script.ScriptedEngine())
+            worker.run(ScriptedEngine())

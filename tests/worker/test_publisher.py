@@ -9,6 +9,7 @@ import redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import OutOfMemoryError, ResponseError
 
+from scripted_engine import ScriptedTokenizer, scripted_token
 from tokenmill.engine.engine import StepOutput
 from tokenmill.engine.sequence import FinishReason
 from tokenmill.producer.client import Client
@@ -88,7 +89,7 @@ def test_an_append_call_carries_at_most_64_requests(
 
 
 def test_the_end_carries_the_last_tokens_and_usage(
-    client: Client, make_parts: MakeParts, output_of: OutputOf, script: Any
+    client: Client, make_parts: MakeParts, output_of: OutputOf
 ) -> None:
     parts = make_parts()
     request_id = client.submit("abc", max_tokens=3)
@@ -96,26 +97,26 @@ def test_the_end_carries_the_last_tokens_and_usage(
     parts.step(3)
     result = output_of(request_id)
     prompt = list(b"abc")
-    assert result.token_ids == tuple(script.scripted_token(prompt, n, 1) for n in range(3))
+    assert result.token_ids == tuple(scripted_token(prompt, n, 1) for n in range(3))
     assert result.text == parts.engine.tokenizer.decode(result.token_ids)
     assert (result.usage.prompt_tokens, result.usage.completion_tokens) == (3, 3)
     assert parts.publisher.num_held == 0
 
 
-def stop_after(script: Any, prompt: str, count: int) -> str:
+def stop_after(prompt: str, count: int) -> str:
     """A stop string that the text completes with token `count`, not earlier."""
-    tokens = [script.scripted_token(list(prompt.encode()), n, 1) for n in range(count)]
-    text: str = script.ScriptedTokenizer().decode(tokens)
+    tokens = [scripted_token(list(prompt.encode()), n, 1) for n in range(count)]
+    text: str = ScriptedTokenizer().decode(tokens)
     stop = text[-3:]
     assert text.find(stop) == len(text) - 3
     return stop
 
 
 def test_a_stop_string_cuts_the_text_and_aborts_the_sequence(
-    client: Client, make_parts: MakeParts, output_of: OutputOf, script: Any
+    client: Client, make_parts: MakeParts, output_of: OutputOf
 ) -> None:
     parts = make_parts()
-    request_id = client.submit("abc", max_tokens=100, stop=[stop_after(script, "abc", 9)])
+    request_id = client.submit("abc", max_tokens=100, stop=[stop_after("abc", 9)])
     parts.claim()
     parts.step(12)
     result = output_of(request_id)
@@ -132,13 +133,12 @@ def test_a_worker_that_died_before_the_end_of_a_stopped_text_leaves_only_the_end
     make_queue: Callable[..., Queue],
     output_of: OutputOf,
     server: redis.Redis,
-    script: Any,
 ) -> None:
-    client.submit("abc", max_tokens=100, stop=[stop_after(script, "abc", 6)])
+    client.submit("abc", max_tokens=100, stop=[stop_after("abc", 6)])
     queue = make_queue("w1")
     (claim,) = queue.claim(sequences=1, tokens=1, kv_tokens=9999)
-    output = Output(claim, script.ScriptedTokenizer(), prompt_tokens=3)
-    output.feed([script.scripted_token(list(b"abc"), n, 1) for n in range(9)])
+    output = Output(claim, ScriptedTokenizer(), prompt_tokens=3)
+    output.feed([scripted_token(list(b"abc"), n, 1) for n in range(9)])
     assert output.is_stopped
     queue.append([output.to_append()])  # all is committed, and then it is killed
     server.zadd(KEYS.workers, {"w1": 1})
@@ -274,13 +274,13 @@ def test_tokens_wait_for_the_server_up_to_a_bound(
     for _ in range(5):
         parts.loop.turn()
     assert parts.publisher.is_full
-    assert len(parts.engine.sequences["s#1"][1]) == 3  # the loop stood still
+    assert len(parts.engine.sequences["s#1"].output) == 3  # the loop stood still
     parts.publisher.turn()
     started = time.monotonic()
     parts.inbox.take(20.0)  # what the loop sleeps in: it was woken
     assert time.monotonic() - started < 10.0
     parts.loop.turn()
-    assert len(parts.engine.sequences["s#1"][1]) == 4
+    assert len(parts.engine.sequences["s#1"].output) == 4
 
 
 def test_without_life_in_the_engine_the_lease_is_not_renewed(

@@ -1,11 +1,9 @@
-"""A worker with a scripted engine, as a process: `python scripted_worker.py URL LEASE_MS STEP_MS`.
+"""`ScriptedEngine`: an engine without a model, whose every token is known beforehand.
 
-Its tokens depend on the prompt, the position and the epoch, so that a token of a worker that had
-lost its claim is seen wherever it appears. Its text is one letter a token.
+A token depends on the prompt, the position and the epoch, so that a token of a worker that had
+lost its claim is seen wherever it appears. The text is one letter a token.
 """
 
-import logging
-import sys
 import time
 import zlib
 from collections.abc import Sequence
@@ -15,9 +13,6 @@ from tokenmill.engine.engine import Capacity, StepOutput
 from tokenmill.engine.sequence import FinishReason
 from tokenmill.producer.errors import InvalidRequest
 from tokenmill.producer.params import SamplingParams
-from tokenmill.worker.config import WorkerConfig
-from tokenmill.worker.log import configure
-from tokenmill.worker.process import run
 
 
 def scripted_token(prompt_ids: Sequence[int], position: int, epoch: int) -> int:
@@ -44,6 +39,18 @@ class ScriptedTokenizer:
 
 
 @dataclass
+class Scripted:
+    """One sequence."""
+
+    prompt_ids: tuple[int, ...]
+    seed: int
+    epoch: int
+    #: Tokens at most.
+    most: int
+    output: list[int]
+
+
+@dataclass
 class ScriptedEngine:
     """Every sequence gets one token a step."""
 
@@ -52,13 +59,11 @@ class ScriptedEngine:
     max_model_len: int = 100_000
     model_name: str = "scripted"
     tokenizer: ScriptedTokenizer = field(default_factory=ScriptedTokenizer)
-    #: Sequence id -> prompt, output so far, most tokens.
-    sequences: dict[str, tuple[tuple[int, ...], list[int], int]] = field(default_factory=dict)
+    sequences: dict[str, Scripted] = field(default_factory=dict)
     #: Raised by the next steps.
     errors: list[Exception] = field(default_factory=list)
     #: A step fails when a sequence of this prompt has so many tokens.
-    poison: tuple[bytes, int] | None = None
-    seeds: dict[str, int] = field(default_factory=dict)
+    poison: tuple[tuple[int, ...], int] | None = None
     aborted: list[str] = field(default_factory=list)
 
     @property
@@ -79,8 +84,10 @@ class ScriptedEngine:
             raise InvalidRequest("prompt", f"below {self.max_model_len} tokens", len(prompt_ids))
         if seq_id in self.sequences:
             raise InvalidRequest("seq_id", "new", seq_id)
-        self.sequences[seq_id] = (tuple(prompt_ids), list(output_ids), params.max_tokens)
-        self.seeds[seq_id] = seed
+        epoch = int(seq_id.rpartition("#")[2])
+        self.sequences[seq_id] = Scripted(
+            tuple(prompt_ids), seed, epoch, params.max_tokens, list(output_ids)
+        )
 
     def abort(self, seq_id: str) -> None:
         if self.sequences.pop(seq_id, None):
@@ -89,33 +96,27 @@ class ScriptedEngine:
     def step(self) -> list[StepOutput]:
         if self.errors:
             raise self.errors.pop(0)
-        for prompt_ids, output, _ in self.sequences.values():
-            if self.poison == (bytes(prompt_ids), len(output)):
+        for item in self.sequences.values():
+            if self.poison == (item.prompt_ids, len(item.output)):
                 raise RuntimeError("poison")
         time.sleep(self.step_s)  # the forward pass
         return [self._advance(seq_id) for seq_id in list(self.sequences)[: self.max_num_seqs]]
 
-    def _advance(self, seq_id: str) -> StepOutput:
-        prompt_ids, output, most = self.sequences[seq_id]
-        given: tuple[int, ...] = ()
-        if len(output) < most:
-            given = (scripted_token(prompt_ids, len(output), int(seq_id.rpartition("#")[2])),)
-            output.extend(given)
-        if len(output) < most:
-            return StepOutput(seq_id, given)
-        del self.sequences[seq_id]
-        return StepOutput(seq_id, given, FinishReason.LENGTH)
+    def token(self, item: Scripted) -> int:
+        """The next token of a sequence."""
+        return scripted_token(item.prompt_ids, len(item.output), item.epoch)
 
     def capacity(self) -> Capacity:
         free = self.max_num_seqs + 2 - len(self.sequences)
         return Capacity(tokens=4096, blocks=10_000, sequences=max(free, 0), block_size=32)
 
-
-def main(url: str, lease_ms: str, step_ms: str) -> int:
-    configure(as_json=True, level=logging.INFO)
-    config = WorkerConfig(model="scripted", redis_url=url, lease_ms=int(lease_ms))
-    return run(config, make_engine=lambda _: ScriptedEngine(step_s=int(step_ms) / 1000))
-
-
-if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    def _advance(self, seq_id: str) -> StepOutput:
+        item = self.sequences[seq_id]
+        given: tuple[int, ...] = ()
+        if len(item.output) < item.most:
+            given = (self.token(item),)
+            item.output.extend(given)
+        if len(item.output) < item.most:
+            return StepOutput(seq_id, given)
+        del self.sequences[seq_id]
+        return StepOutput(seq_id, given, FinishReason.LENGTH)

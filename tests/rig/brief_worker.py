@@ -1,27 +1,25 @@
 """A worker whose outputs end after two tokens at most, as a process: `brief_worker.py URL`."""
 
 import logging
-import runpy
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
+from scripted_engine import ScriptedEngine
+from tokenmill.producer.params import SamplingParams
 from tokenmill.worker.config import WorkerConfig
 from tokenmill.worker.log import configure
 from tokenmill.worker.process import run
 
-SCRIPT = Path(__file__).parent.parent / "integration" / "scripted_worker.py"
-ScriptedEngine: Any = runpy.run_path(str(SCRIPT))["ScriptedEngine"]
 
-
-class BriefEngine(ScriptedEngine):  # type: ignore[misc]
+class BriefEngine(ScriptedEngine):
     """Whatever a request asks for."""
 
-    def add(self, seq_id: str, prompt_ids: Sequence[int], params: Any, **rest: Any) -> None:
+    def add(
+        self, seq_id: str, prompt_ids: Sequence[int], params: SamplingParams, **rest: Any
+    ) -> None:
         super().add(seq_id, prompt_ids, params, **rest)
-        prompt, output, most = self.sequences[seq_id]
-        self.sequences[seq_id] = prompt, output, min(most, 2)
+        self.sequences[seq_id].most = min(params.max_tokens, 2)
 
 
 def main(url: str) -> int:
