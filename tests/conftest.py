@@ -38,6 +38,7 @@ from tokenmill.producer.wire import Request, Usage, chain_digest
 from tokenmill.worker.queue import Append, Claim, Finish, Queue
 
 SINGLE = ("valkey", "redis")
+ONE = ("redis",) if REDIS_SERVER else ("valkey",)
 GROUPS = ("redis-sentinel", "valkey-cluster")
 #: Directories whose tests run several processes each.
 MANY_PROCESSES = ("chaos", "integration", "fuzz")
@@ -60,7 +61,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     groups = GROUPS + (OTHER_GROUPS if is_all else ())
     kinds: tuple[str, ...] = SINGLE
     if placed := metafunc.definition.get_closest_marker("placed"):
-        choice = (*(SINGLE if is_all else SINGLE[1:]), *groups)
+        choice = (*(SINGLE if is_all else ONE), *groups)
         kinds = tuple(kind for kind in choice if kind.partition("-")[2] in placed.args)
     elif metafunc.definition.get_closest_marker("everywhere"):
         kinds += groups

@@ -4,6 +4,7 @@ import logging
 import os
 
 from roles import adapt
+from tokenmill.engine.config import EngineConfig
 from tokenmill.worker import process
 from tokenmill.worker.config import WorkerConfig
 from tokenmill.worker.log import configure
@@ -29,7 +30,13 @@ def load_model() -> int:
 def worker(url: str, queue: str, lease_ms: int) -> int:
     configure(as_json=True, level=logging.DEBUG)
     adapt()
-    config = WorkerConfig(model="smollm2", redis_url=url, queue=queue, lease_ms=lease_ms)
+    config = WorkerConfig(
+        model="smollm2",
+        redis_url=url,
+        queue=queue,
+        lease_ms=lease_ms,
+        engine=EngineConfig(token_budget=64),
+    )
 
     def make_engine(_: WorkerConfig) -> EngineLike:
         from tokenmill.engine.engine import Engine

@@ -15,7 +15,7 @@ from tokenmill.engine.scheduler import Policy, Scheduler, SchedulerOutput
 from tokenmill.engine.sequence import Sequence, SequenceStatus
 from tokenmill.producer.params import SamplingParams
 
-SCHEDULES = int(os.environ.get("TOKENMILL_SCHEDULES", "2000"))
+SCHEDULES = int(os.environ.get("TOKENMILL_SCHEDULES", "1000"))
 
 
 @dataclass(frozen=True)

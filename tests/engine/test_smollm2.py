@@ -104,7 +104,11 @@ def test_greedy_equals_transformers_alone(
         assert_greedy(question, prompt, output)
 
 
-@pytest.mark.parametrize("budget", [256, 32], ids=["one batch", "budget 32"])
+@pytest.mark.parametrize(
+    "budget",
+    [32, pytest.param(256, marks=pytest.mark.slow)],
+    ids=["budget 32", "one batch"],
+)
 def test_greedy_equals_transformers_in_a_batch(
     smollm2: LoadedModel, prompts: list[list[int]], assert_greedy: GreedyCheck, budget: int
 ) -> None:

@@ -22,7 +22,7 @@ PRODUCER = Path(__file__).parent / "submitting_producer.py"
 StartWorker = Callable[..., Any]
 CheckedStream = Callable[[str, str], Any]
 
-pytestmark = pytest.mark.timeout(90)
+pytestmark = [pytest.mark.timeout(90), pytest.mark.placed("")]
 
 
 def submit_from_processes(url: str, producers: int, each: int) -> dict[str, dict[str, Any]]:

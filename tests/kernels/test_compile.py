@@ -50,7 +50,7 @@ for rotary, half in ((32, 16), (2, 1)):  # two channels that are not turned: no 
 """
 
 
-@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("capability", [pytest.param(80, marks=pytest.mark.slow), 90])
 def test_kernels_compile_without_a_gpu(capability: int, tmp_path: Path) -> None:
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     script = tmp_path / "compile_kernels.py"

@@ -27,6 +27,8 @@ SERVICE = "mill"
 NODE_TIMEOUT_MS = 1500
 SLOTS = 16384
 START_TIMEOUT_S = 30.0
+#: How often a server looks which of its blocked clients have waited long enough.
+HZ = "100"
 
 
 class NotStarted(Exception):
@@ -65,6 +67,7 @@ class Server:
             command += ["--port", "0", "--tls-replication", "yes", *self.tls]
         command += ["--unixsocket", f"{self.directory}/s", "--dir", str(self.directory)]
         command += ["--save", "", "--appendonly", "yes", "--maxmemory-policy", "noeviction"]
+        command += ["--hz", HZ]
         self._launch([*command, *self.options])
 
     def wait_ready(self) -> None:

@@ -171,13 +171,13 @@ def test_a_hung_engine_claims_and_renews_nothing(
 
 def test_idle_for_long_enough_it_stops_the_loop(client: Client, make_parts: MakeParts) -> None:
     client.submit("abc", max_tokens=2)
-    parts = make_parts(exit_when_idle_s=3.0)
+    parts = make_parts(exit_when_idle_s=0.3)
     parts.claim()
     parts.clock.sleep(10.0)  # busy, not idle
     parts.step(3)
     parts.intake.turn()
     assert not parts.inbox.take().is_stopping
-    parts.clock.sleep(3.1)
+    parts.clock.sleep(0.4)
     parts.intake.turn()
     assert parts.inbox.take().is_stopping
 

@@ -113,6 +113,7 @@ def run_all(parts: Any, server: redis.Redis) -> None:
         parts.step()
 
 
+@pytest.mark.placed("")
 @pytest.mark.parametrize("tokens_before", [0, 1, 5])
 def test_one_poison_request_ends_alone(
     client: Client,

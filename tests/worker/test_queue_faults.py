@@ -380,7 +380,9 @@ def make_mill(server: redis.Redis, server_url: str) -> Iterator[Callable[[int], 
         flaky.close()
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(
+    "seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 8))]
+)
 def test_nothing_is_lost_repeated_or_reordered(make_mill: Callable[[int], Mill], seed: int) -> None:
     mill = make_mill(seed)
     mill.run_to_the_end()
@@ -388,6 +390,7 @@ def test_nothing_is_lost_repeated_or_reordered(make_mill: Callable[[int], Mill],
     assert mill.resumed > 5
 
 
+@pytest.mark.placed("")
 @pytest.mark.parametrize(
     ("script", "guard", "without"),
     [

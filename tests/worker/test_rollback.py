@@ -14,6 +14,7 @@ from tokenmill.producer.client import Client
 from tokenmill.producer.keys import Keys
 from tokenmill.producer.operator import Operator
 from tokenmill.producer.wire import Usage, chain_digest
+from tokenmill.worker import intake
 from tokenmill.worker.queue import Append, Claim, Finish, Queue, Verdict
 
 MakeQueue = Callable[..., Queue]
@@ -88,8 +89,12 @@ def test_another_worker_under_the_same_epoch_fences_the_first(
 
 
 def test_a_worker_that_is_given_its_own_claim_again_starts_over(
-    client: Client, server: redis.Redis, make_parts: MakeParts
+    client: Client,
+    server: redis.Redis,
+    make_parts: MakeParts,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(intake, "BUSY_WAIT_S", 0.001)
     parts = make_parts()
     request_id = client.submit("hello", max_tokens=20)
     with forgotten(server):
