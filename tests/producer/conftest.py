@@ -14,9 +14,11 @@ from typing import Any
 import pytest
 
 from portal import Portal
+from rows import write_rows
 from tokenmill.producer import embedded
 from tokenmill.producer.async_client import AsyncClient
 from tokenmill.producer.client import Client
+from tokenmill.producer.plan import Plan
 from tokenmill.producer.shards import Shards
 from tokenmill.producer.wire import Request, Usage, WorkerInfo, chain_digest
 from tokenmill.worker.queue import Append, Claim, Finish
@@ -164,3 +166,20 @@ def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("TOKENMILL_STATE_DIR", str(path))
     monkeypatch.delenv("TOKENMILL_REDIS_URL", raising=False)
     return path
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> Callable[..., Plan]:
+    def make(rows: list[Any] | None = None, **fields: Any) -> Plan:
+        path = tmp_path / "in.jsonl"
+        if rows is not None:
+            write_rows(path, rows)
+        return Plan(**{"input": str(path), "output": str(tmp_path / "out.jsonl")} | fields)
+
+    return make
+
+
+@pytest.fixture(params=["stream", "bulk"])
+def delivery(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answers token by token, and whole through one stream as in large runs."""
+    monkeypatch.setattr("tokenmill.producer.run.BULK_ROWS", 0 if request.param == "bulk" else 1000)

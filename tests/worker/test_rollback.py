@@ -13,9 +13,10 @@ import redis
 from tokenmill.producer.client import Client
 from tokenmill.producer.keys import Keys
 from tokenmill.producer.operator import Operator
-from tokenmill.producer.wire import Usage, chain_digest
+from tokenmill.producer.wire import Usage
 from tokenmill.worker import intake
-from tokenmill.worker.queue import Append, Claim, Finish, Queue, Verdict
+from tokenmill.worker.queue import Finish, Queue, Verdict
+from writes import end, piece
 
 MakeQueue = Callable[..., Queue]
 MakeParts = Callable[..., Any]
@@ -33,29 +34,6 @@ def forgotten(server: redis.Redis) -> Iterator[None]:
         server.restore(key, 0, value)
 
 
-def append(claim: Claim, start: int, *token_ids: int) -> Append:
-    return Append(
-        request_id=claim.request_id,
-        epoch=claim.epoch,
-        start=start,
-        token_ids=token_ids,
-        text="",
-        digest=chain_digest("", token_ids),
-    )
-
-
-def finish(claim: Claim, start: int, *token_ids: int) -> Finish:
-    return Finish(
-        request_id=claim.request_id,
-        epoch=claim.epoch,
-        start=start,
-        token_ids=token_ids,
-        digest=chain_digest("", token_ids),
-        finish_reason="stop",
-        usage=Usage(prompt_tokens=1, completion_tokens=start + len(token_ids)),
-    )
-
-
 def test_a_forgotten_end_runs_again(
     client: Client, server: redis.Redis, make_queue: MakeQueue
 ) -> None:
@@ -63,7 +41,7 @@ def test_a_forgotten_end_runs_again(
     queue = make_queue()
     (claim,) = queue.claim(**AMPLE)
     with forgotten(server):
-        queue.finish([finish(claim, 0, 1)])
+        queue.finish([end(claim, 0, 1)])
     assert queue.disown([]) == 0  # it might be a claim on its way
     assert queue.disown([claim.request_id]) == 0  # it is
     assert (queue.disown([]), queue.disown([])) == (0, 1)
@@ -80,12 +58,12 @@ def test_another_worker_under_the_same_epoch_fences_the_first(
         (claim,) = first.claim(**AMPLE)
     (other,) = second.claim(**AMPLE)
     assert other.epoch == claim.epoch
-    assert first.append([append(claim, 0, 1)]) == [Verdict.FENCED]
+    assert first.append([piece(claim, 0, 1)]) == [Verdict.FENCED]
     assert first.release(claim.request_id, claim.epoch, undo=True) is Verdict.FENCED
-    assert first.finish([finish(claim, 0, 1)]) == [Verdict.FENCED]
-    assert second.append([append(other, 0, 2)]) == [Verdict.OK]
-    assert second.finish([finish(other, 1)]) == [Verdict.OK]
-    assert first.finish([finish(claim, 0, 1)]) == [Verdict.FENCED]
+    assert first.finish([end(claim, 0, 1)]) == [Verdict.FENCED]
+    assert second.append([piece(other, 0, 2)]) == [Verdict.OK]
+    assert second.finish([end(other, 1)]) == [Verdict.OK]
+    assert first.finish([end(claim, 0, 1)]) == [Verdict.FENCED]
 
 
 def test_a_worker_that_is_given_its_own_claim_again_starts_over(
@@ -146,7 +124,7 @@ def test_charges_of_a_forgotten_lane_are_no_credit(
         queue.claim(**AMPLE)  # forgets the empty lane
         b.submit("x", max_tokens=60)
         a.submit_many(a.new_request("x", max_tokens=60) for _ in range(20))
-        queue.finish([finish(claim, 0, 1) for claim in running])
+        queue.finish([end(claim, 0, 1) for claim in running])
         one: dict[str, Any] = {**AMPLE, "sequences": 1}
         tenants = [queue.claim(**one)[0].request.tenant for _ in range(3)]
     assert "b" in tenants

@@ -14,9 +14,10 @@ from tokenmill.producer.client import Client
 from tokenmill.producer.errors import InvalidRequest
 from tokenmill.producer.request_id import new_request_id
 from tokenmill.producer.shards import SHARDS, Shards
-from tokenmill.producer.wire import Usage, WorkerInfo, chain_digest
-from tokenmill.worker.queue import Append, Claim, Finish, Queue, Verdict
+from tokenmill.producer.wire import WorkerInfo
+from tokenmill.worker.queue import Claim, Queue, Verdict
 from tokenmill.worker.shards import LOOK_S, QueueLike, ShardedQueue, queue_of
+from writes import end, piece
 
 COUNT = 5
 AMPLE = {"sequences": 100, "tokens": 100_000, "kv_tokens": 1_000_000}
@@ -49,30 +50,6 @@ def make_sharded(server_url: str) -> Iterator[MakeQueue]:
         shards.close()
 
 
-def piece(claim: Claim, start: int, *token_ids: int) -> Append:
-    digest = chain_digest("", (*claim.token_ids, *token_ids))
-    text = "".join(map(chr, token_ids))
-    return Append(
-        request_id=claim.request_id,
-        epoch=claim.epoch,
-        start=start,
-        token_ids=token_ids,
-        text=text,
-        digest=digest,
-    )
-
-
-def end(claim: Claim, start: int, finish_reason: str = "stop") -> Finish:
-    usage = Usage(prompt_tokens=1, completion_tokens=start)
-    return Finish(
-        request_id=claim.request_id,
-        epoch=claim.epoch,
-        start=start,
-        finish_reason=finish_reason,
-        usage=usage,
-    )
-
-
 def claim_all(queue: QueueLike, count: int, **room: int) -> list[Claim]:
     """As a worker does: what comes to a shard that was empty is heard of by waiting."""
     claims: list[Claim] = []
@@ -98,7 +75,7 @@ def test_requests_are_spread_and_all_are_served(client: Client, make_sharded: Ma
     assert queue.claim(**AMPLE) == []
     for first in range(0, 200, 64):
         some = claims[first : first + 64]
-        assert set(queue.append([piece(c, 0, 65, 66) for c in some])) == {Verdict.OK}
+        assert set(queue.append([piece(c, 0, 65, 66, text="AB") for c in some])) == {Verdict.OK}
         assert set(queue.finish([end(c, 2) for c in some])) == {Verdict.OK}
     results = [client.result(request_id) for request_id in ids]
     assert {result.text for result in results} == {"AB"}
@@ -149,9 +126,9 @@ def test_verdicts_come_in_the_order_of_the_writes(client: Client, make_sharded: 
     client.cancel(claims[1].request_id)
     stale = [claims[2].request_id]
     queue.release(stale[0], claims[2].epoch, undo=True)
-    verdicts = queue.append([piece(claim, 0, 65) for claim in claims])
+    verdicts = queue.append([piece(claim, 0, 65, text="A") for claim in claims])
     assert verdicts == [Verdict.OK, Verdict.CANCEL, Verdict.FENCED, Verdict.OK]
-    ends = [end(claims[0], 1), end(claims[1], 0, "cancelled"), end(claims[3], 0)]
+    ends = [end(claims[0], 1), end(claims[1], 0, reason="cancelled"), end(claims[3], 0)]
     assert queue.finish(ends) == [Verdict.OK, Verdict.OK, Verdict.GAP]
 
 
@@ -195,7 +172,7 @@ def test_a_reader_reads_them_all(client: Client, make_sharded: MakeQueue) -> Non
     for request_id in ids:
         follower.add(request_id)
     assert follower.poll(0.02) == []
-    queue.append([piece(claim, 0, 65) for claim in claims])
+    queue.append([piece(claim, 0, 65, text="A") for claim in claims])
     texts = dict.fromkeys(ids, "")
     while "" in texts.values():
         for delta in follower.poll(1.0):
@@ -203,7 +180,7 @@ def test_a_reader_reads_them_all(client: Client, make_sharded: MakeQueue) -> Non
     late = client.submit("late", request_id=new_request_id(0))
     (claim,) = claim_all(queue, 1)
     follower.add(late)
-    queue.append([piece(claim, 0, 66)])
+    queue.append([piece(claim, 0, 66, text="B")])
     assert [delta.text for delta in follower.poll(1.0)] == ["B"]
     queue.finish([end(claim, 1) for claim in [*claims, claim]])
     ended = set()
@@ -220,7 +197,8 @@ def test_map_goes_over_all_shards(client: Client, make_sharded: MakeQueue) -> No
         while not stopped.is_set():
             claims = queue.claim(**AMPLE)
             for claim in claims:
-                queue.append([piece(claim, 0, *map(ord, str(claim.request.prompt)))])
+                text = str(claim.request.prompt)
+                queue.append([piece(claim, 0, *map(ord, text), text=text)])
             queue.finish([end(c, len(str(c.request.prompt))) for c in claims])
             if not claims:
                 queue.wait(0.05)
@@ -282,7 +260,9 @@ def test_one_shard_that_is_away_keeps_no_other_from_being_served(
             queue.renew()
         assert len(renewed) == COUNT - 1
     assert claim_all(queue, 1)[0].request_id == ids[2]
-    assert queue.append([piece(claim, 0, 65) for claim in claims]) == [Verdict.OK] * (COUNT - 1)
+    assert queue.append([piece(claim, 0, 65, text="A") for claim in claims]) == [Verdict.OK] * (
+        COUNT - 1
+    )
 
 
 def test_one_shard_costs_nothing_more(server_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
