@@ -71,7 +71,8 @@ def assert_greedy(reference: Any) -> GreedyCheck:
         """How far the logit of each token, and of the end, is behind the best: [T]."""
         ended = (*output, END)[:NUM_TOKENS]
         with torch.inference_mode():
-            logits = reference(torch.tensor([prompt + ended[:-1]])).logits[0, len(prompt) - 1 :]
+            logits: torch.Tensor = reference(torch.tensor([prompt + ended[:-1]])).logits[0]
+        logits = logits[len(prompt) - 1 :]
         chosen = logits.gather(1, torch.tensor(ended)[:, None])[:, 0]
         return logits.max(-1).values - chosen
 

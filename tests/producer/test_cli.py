@@ -16,6 +16,8 @@ from tokenmill.producer.client import Client
 from tokenmill.producer.commands import late_command
 from tokenmill.producer.embedded import stop_if_idle
 
+pytestmark = pytest.mark.placed("")
+
 Run = Callable[..., Result]
 
 

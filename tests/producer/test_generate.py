@@ -23,6 +23,8 @@ from tokenmill.producer.plan import Plan
 from tokenmill.producer.run import Run
 from told import Told
 
+pytestmark = pytest.mark.placed("")
+
 
 @pytest.mark.usefixtures("delivery")
 def test_all_rows_in_input_order(
@@ -167,7 +169,6 @@ def test_waits_for_a_worker_on_a_named_server(plan: Any, server_url: str, fake_w
     assert "tokenmill worker --model smollm2" in told.notes[0]
 
 
-@pytest.mark.placed("")
 @pytest.mark.usefixtures("delivery")
 @pytest.mark.parametrize("is_empty", [False, True])
 def test_a_server_that_dies_is_waited_for(

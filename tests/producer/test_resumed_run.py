@@ -19,6 +19,8 @@ from tokenmill.producer.keys import Keys
 from tokenmill.producer.sent_row import request_id
 from told import Told
 
+pytestmark = pytest.mark.placed("")
+
 GENERATE = """
 import json, sys
 from tokenmill.producer.generate import generate

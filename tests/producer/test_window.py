@@ -15,6 +15,8 @@ from tokenmill.producer.window import Window
 from tokenmill.producer.wire import Request, Usage
 from tokenmill.worker.queue import Finish, Queue
 
+pytestmark = pytest.mark.placed("")
+
 NAME = "a-run"
 AMPLE: dict[str, Any] = {"sequences": 100, "tokens": 100_000, "kv_tokens": 1_000_000}
 

@@ -14,6 +14,8 @@ from tokenmill.producer.keys import Keys
 from tokenmill.producer.params import derived_seed
 from tokenmill.worker.intake import Room
 
+pytestmark = pytest.mark.placed("")
+
 KEYS = Keys()
 MakeParts = Callable[..., Any]
 OutputOf = Callable[[str], Any]

@@ -13,6 +13,8 @@ from tokenmill.worker import intake as intake_module
 from tokenmill.worker.inbox import Inbox
 from tokenmill.worker.loop import MAX_FAILURES, EngineFailed
 
+pytestmark = pytest.mark.placed("")
+
 KEYS = Keys()
 MakeParts = Callable[..., Any]
 OutputOf = Callable[[str], Any]
@@ -113,7 +115,6 @@ def run_all(parts: Any, server: redis.Redis) -> None:
         parts.step()
 
 
-@pytest.mark.placed("")
 @pytest.mark.parametrize("tokens_before", [0, 1, 5])
 def test_one_poison_request_ends_alone(
     client: Client,

@@ -23,6 +23,8 @@ from tokenmill.worker.config import WorkerConfig
 from tokenmill.worker.loop import EngineFailed
 from tokenmill.worker.process import Worker, WorkerFailed, run
 
+pytestmark = pytest.mark.placed("")
+
 KEYS = Keys()
 
 
@@ -190,7 +192,7 @@ def test_a_thread_that_ends_unexpectedly_ends_the_worker(
     def decode(token_ids: object) -> str:
         raise LookupError("a bug")
 
-    engine.tokenizer.decode = decode
+    engine.tokenizer.decode = decode  # type: ignore[method-assign]
     request_id = client.submit("abc", max_tokens=1000)
     with running(server_url, engine) as started:
         started.join()

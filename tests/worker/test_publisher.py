@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import redis
 
 from scripted_engine import ScriptedTokenizer, scripted_token
@@ -14,6 +15,8 @@ from tokenmill.producer.wire import chain_digest, unpack_token_ids
 from tokenmill.worker import publisher as publisher_module
 from tokenmill.worker.output import Output
 from tokenmill.worker.queue import Queue
+
+pytestmark = pytest.mark.placed("")
 
 KEYS = Keys()
 MakeParts = Callable[..., Any]

@@ -16,6 +16,8 @@ from tokenmill.producer.wire import unpack_token_ids
 from tokenmill.worker import outage as outage_module
 from tokenmill.worker import publisher as publisher_module
 
+pytestmark = pytest.mark.placed("")
+
 KEYS = Keys()
 MakeParts = Callable[..., Any]
 OutputOf = Callable[[str], Any]
