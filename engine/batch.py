@@ -26,9 +26,34 @@ class RaggedBatch:
     logits_indices: torch.Tensor  # [L] int64
     max_query_len: int
 
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """All of them, in the order above."""
+        return (
+            self.input_ids,
+            self.positions,
+            self.slot_mapping,
+            self.cu_seqlens_q,
+            self.context_lens,
+            self.block_tables,
+            self.logits_indices,
+        )
 
-def build_batch(chunks: Seq[Chunk], block_size: int, device: torch.device) -> RaggedBatch:
-    """Lay out one step; a chunk that ends at its sequence's newest token is sampled from."""
+    def to(self, device: torch.device) -> "RaggedBatch":
+        """The batch on a device; the copies are queued there, from pinned memory."""
+        if device.type == "cpu":
+            return self
+        sent = [t.pin_memory().to(device, non_blocking=True) for t in self.tensors()]
+        return RaggedBatch.of(sent, self.max_query_len)
+
+    @classmethod
+    def of(cls, tensors: Seq[torch.Tensor], max_query_len: int) -> "RaggedBatch":
+        """The batch of `tensors()`."""
+        ids, positions, slots, starts, contexts, tables, wanted = tensors
+        return cls(ids, positions, slots, starts, contexts, tables, wanted, max_query_len)
+
+
+def build_batch(chunks: Seq[Chunk], block_size: int) -> RaggedBatch:
+    """Lay out one step on the host; a chunk that ends at its newest token is sampled from."""
     ids: list[int] = []
     positions: list[int] = []
     slots: list[int] = []
@@ -48,18 +73,13 @@ def build_batch(chunks: Seq[Chunk], block_size: int, device: torch.device) -> Ra
             logits.append(len(ids) - 1)
     width = max(len(c.seq.block_table) for c in chunks)
     tables = [c.seq.block_table + [0] * (width - len(c.seq.block_table)) for c in chunks]
-
-    def tensor(values: list[int] | list[list[int]], dtype: torch.dtype) -> torch.Tensor:
-        host = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
-        return host.to(device, non_blocking=True)
-
     return RaggedBatch(
-        input_ids=tensor(ids, torch.int64),
-        positions=tensor(positions, torch.int64),
-        slot_mapping=tensor(slots, torch.int64),
-        cu_seqlens_q=tensor(starts, torch.int32),
-        context_lens=tensor(contexts, torch.int32),
-        block_tables=tensor(tables, torch.int32),
-        logits_indices=tensor(logits + prompt_logits, torch.int64),
+        input_ids=torch.tensor(ids, dtype=torch.int64),
+        positions=torch.tensor(positions, dtype=torch.int64),
+        slot_mapping=torch.tensor(slots, dtype=torch.int64),
+        cu_seqlens_q=torch.tensor(starts, dtype=torch.int32),
+        context_lens=torch.tensor(contexts, dtype=torch.int32),
+        block_tables=torch.tensor(tables, dtype=torch.int32),
+        logits_indices=torch.tensor(logits + prompt_logits, dtype=torch.int64),
         max_query_len=max(c.length for c in chunks),
     )

@@ -12,11 +12,12 @@ from tokenmill.engine.block_pool import BlockPool
 from tokenmill.engine.config import EngineConfig
 from tokenmill.engine.constraint import ConstraintCompiler
 from tokenmill.engine.cost_model import CostModel, Timing, kv_tokens_read
-from tokenmill.engine.kv_cache import allocate_kv_cache, num_blocks_in
+from tokenmill.engine.kv_cache import num_blocks_in
 from tokenmill.engine.loader import LoadedModel
 from tokenmill.engine.logprobs import prompt_logprobs
-from tokenmill.engine.models.decoder import Decoder
+from tokenmill.engine.messages import CacheSize
 from tokenmill.engine.probe import Probe
+from tokenmill.engine.runner import Runner
 from tokenmill.engine.sampler import sample
 from tokenmill.engine.scheduler import Chunk, Scheduler
 from tokenmill.engine.sequence import FinishReason, Sequence
@@ -67,29 +68,31 @@ class Engine:
     Raises:
         InvalidRequest: the configuration does not fit the model.
         OutOfMemory: the KV cache does not fit the device.
+        GroupLost: another rank could not load its part of the model.
     """
 
     def __init__(self, model: LoadedModel, config: EngineConfig) -> None:
         budgets, rows, block_size = DEFAULTS[model.device.type]
         block_size = config.block_size or block_size
         max_num_seqs = config.max_num_seqs or min(rows, config.token_budget or rows)
-        num_blocks = num_blocks_in(
-            config.kv_cache_memory or _default_kv_memory(model),
-            model.spec,
-            block_size=block_size,
-            dtype=model.dtype,
+        self._group = model.group
+        self._group.join()
+        num_blocks = self._group.least(
+            num_blocks_in(
+                config.kv_cache_memory or default_kv_memory(model.device),
+                model.spec,
+                block_size=block_size,
+                dtype=model.dtype,
+            )
         )
         self.model_name = model.name
         self.tokenizer = model.tokenizer
         self.max_model_len = _max_model_len(config, model, num_blocks * block_size)
         # Memory for every row at full length is all that can ever be used.
         num_blocks = min(num_blocks, max_num_seqs * -(-self.max_model_len // block_size))
-        self._device = model.device
-        self._decoder = Decoder(model.spec, model.weights, self.max_model_len)
-        self._cache = allocate_kv_cache(
-            model.spec, num_blocks, block_size=block_size, dtype=model.dtype, device=model.device
-        )
-        probe = Probe(self._decoder, self._cache, self.max_model_len)
+        size = CacheSize(num_blocks, block_size, self.max_model_len)
+        self._runner = Runner(model.spec, model.weights, size, model.group)
+        probe = Probe(self._runner)
         cost = CostModel()
         if config.token_budget is None or config.max_step_ms is not None:
             cost.probe(probe.timings())
@@ -125,7 +128,7 @@ class Engine:
 
     @property
     def vocab_size(self) -> int:
-        return self._decoder.spec.vocab_size
+        return self._runner.vocab_size
 
     def add(
         self,
@@ -183,7 +186,12 @@ class Engine:
             self.scheduler.abort(seq)
 
     def capacity(self) -> Capacity:
-        """What can be taken now; zero or more of each."""
+        """What can be taken now; zero or more of each.
+
+        Raises:
+            GroupLost: another rank has gone, so that no step is possible any more.
+        """
+        self._group.check()
         scheduler = self.scheduler
         known = [*scheduler.running, *scheduler.waiting]
         backlog = sum(s.num_uncomputed_tokens for s in known if s.is_prefilling)
@@ -225,21 +233,24 @@ class Engine:
         plan = self.scheduler.schedule()
         if not plan.chunks:
             return outputs
-        batch = build_batch(plan.chunks, self.scheduler.pool.block_size, self._device)
-        hidden = self._decoder.forward(batch, self._cache)
+        self._runner.forward(build_batch(plan.chunks, self.scheduler.pool.block_size))
         ready = [c.seq for c in plan.chunks if c.start + c.length == c.seq.num_tokens]
-        outputs += self._tell_of_prompts(hidden[len(ready) :], plan.chunks)
+        outputs += self._tell_of_prompts(plan.chunks, len(ready))
         self.scheduler.mark_computed(plan.chunks)
         self._num_steps += 1
         self._num_computed_tokens += plan.num_tokens
         if not ready:
             return outputs
-        logits = self._decoder.logits(hidden[: len(ready)])
+        logits = self._runner.logits(0, len(ready))
         chosen = zip(*sample(logits, ready, self.tokenizer.eos_token_ids), strict=True)
         kv_tokens = sum(kv_tokens_read(c.start, c.length) for c in plan.chunks)
         seconds = time.perf_counter() - started  # the tokens are on the host: it has ended
         self.scheduler.cost.observe(Timing(plan.num_tokens, kv_tokens, seconds))
         return outputs + [self._advance(s, *c) for s, c in zip(ready, chosen, strict=True)]
+
+    def close(self) -> None:
+        """End the other ranks, if there are any; the engine is of no use after that."""
+        self._group.close()
 
     def check_integrity(self) -> None:
         """Verify the scheduler's books.
@@ -254,10 +265,10 @@ class Engine:
         self._complete = []
         return complete
 
-    def _tell_of_prompts(self, hidden: torch.Tensor, chunks: Seq[Chunk]) -> list[StepOutput]:
-        if not len(hidden):
-            return []
-        told = prompt_logprobs(hidden, chunks, self._decoder.logits, self.vocab_size)
+    def _tell_of_prompts(self, chunks: Seq[Chunk], num_ready: int) -> list[StepOutput]:
+        told = prompt_logprobs(
+            chunks, self._runner.logits, first=num_ready, vocabulary=self.vocab_size
+        )
         return [StepOutput(seq.seq_id, (), prompt_logprobs=rows) for seq, rows in told]
 
     def _advance(self, seq: Sequence, token: int, told: TokenLogprobs | None) -> StepOutput:
@@ -297,9 +308,10 @@ def _failed(seq: Sequence) -> str:
     return f"{field} must be less costly: {seq.constraint and seq.constraint.error}"
 
 
-def _default_kv_memory(model: LoadedModel) -> int:
-    if model.device.type == "cuda":
-        free, _total = torch.cuda.mem_get_info(model.device)
+def default_kv_memory(device: torch.device) -> int:
+    """Bytes that the KV cache of a rank may take, its weights being there already."""
+    if device.type == "cuda":
+        free, _total = torch.cuda.mem_get_info(device)
         return int(free * GPU_KV_SHARE)
     return CPU_KV_BYTES
 

@@ -3,7 +3,8 @@
 TokenmillError
 |-- ModelNotFound      no such model here; the text lists what is known and how to get it
 |-- UnsupportedModel   the model is here, but its family or a feature of it is not supported
-`-- OutOfMemory        the model or its KV cache does not fit the device
+|-- OutOfMemory        the model or its KV cache does not fit the device
+`-- GroupLost          a rank of a tensor-parallel group has gone; the others go with it
 """
 
 from tokenmill.producer.errors import TokenmillError
@@ -19,3 +20,7 @@ class UnsupportedModel(TokenmillError):
 
 class OutOfMemory(TokenmillError):
     """The model or its KV cache does not fit the device."""
+
+
+class GroupLost(TokenmillError):
+    """A rank of a tensor-parallel group ended or fell out of step: no step is possible any more."""

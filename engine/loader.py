@@ -2,14 +2,17 @@
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from tokenmill.engine.errors import OutOfMemory
 from tokenmill.engine.gguf import GGUFFile, config_from_gguf, tensors_of
+from tokenmill.engine.group import ALONE, Group
 from tokenmill.engine.json_file import read_json
 from tokenmill.engine.models.checkpoint import tensors_of_directory
 from tokenmill.engine.models.families import FAMILIES, spec_from_config
+from tokenmill.engine.models.shard import WHOLE, Shard
 from tokenmill.engine.models.spec import ModelSpec
 from tokenmill.engine.models.weight_map import fill_weights
 from tokenmill.engine.models.weights import ModelWeights, empty_weights, pack
@@ -30,50 +33,84 @@ class LoadedModel:
     tokenizer: Tokenizer
     device: torch.device
     dtype: torch.dtype
+    #: The ranks that the model is divided among; spec and weights are those of this one.
+    group: Group = ALONE
 
 
-def load(model: str, *, device: str = "auto", dtype: str = "auto") -> LoadedModel:
+def load(
+    model: str, *, device: str = "auto", dtype: str = "auto", group: Group = ALONE
+) -> LoadedModel:
     """Load `model`: a known name, a directory, a GGUF file, or a pulled hub id.
+
+    Of a model that is divided among the ranks of a group, the part of this one.
 
     Raises:
         ModelNotFound: it is not on this machine.
         UnsupportedModel: its family or a feature of it is not supported.
         OutOfMemory: it does not fit the device.
-        InvalidRequest: `device` or `dtype` is not one of the known, or not to be had here.
+        InvalidRequest: `device` or `dtype` is not one of the known, or not to be had here; or the
+            model cannot be divided among so many ranks.
     """
-    path = resolve(model)
-    place = choose_device(device)
+    place = choose_device(device, group.shard)
     kind = choose_dtype(dtype, place)
-    with torch.inference_mode(), ThreadPoolExecutor(1) as beside:
+    path = resolve(model)
+    file = GGUFFile(path) if path.suffix == ".gguf" else None
+    with ThreadPoolExecutor(1) as beside:
+        tokenizer = beside.submit(_tokenizer, path, file)
         try:
-            if path.suffix == ".gguf":
-                file = GGUFFile(path)
-                tokenizer = beside.submit(tokenizer_from_gguf, file.metadata)
-                spec = spec_from_config(config_from_gguf(file.metadata, file.tensors))
-                tensors = tensors_of(file, spec)
-            else:
-                tokenizer = beside.submit(tokenizer_from_directory, path)
-                spec = spec_from_config(read_json(path / "config.json"))
-                tensors = tensors_of_directory(path)
-            weights = empty_weights(spec, kind, place)
-            fill_weights(weights, spec, FAMILIES[spec.family].weight_map, tensors)
+            spec, weights = _load_weights(path, file, place, kind, group.shard)
         except torch.OutOfMemoryError as error:
             raise OutOfMemory(f"{model} in {kind} does not fit {place}: {error}") from error
-        return LoadedModel(model, spec, pack(weights), tokenizer.result(), place, kind)
+        return LoadedModel(model, spec, weights, tokenizer.result(), place, kind, group)
 
 
-def choose_device(device: str) -> torch.device:
-    """`auto` takes a GPU where there is one.
+def load_shard(
+    model: str, device: torch.device, dtype: torch.dtype, shard: Shard
+) -> tuple[ModelSpec, ModelWeights]:
+    """What a rank that samples nothing needs: its part of the model, as it computes it.
+
+    Raises:
+        ModelNotFound, UnsupportedModel, OutOfMemory, InvalidRequest: as for `load`.
+    """
+    path = resolve(model)
+    file = GGUFFile(path) if path.suffix == ".gguf" else None
+    return _load_weights(path, file, device, dtype, shard)
+
+
+def _tokenizer(path: Path, file: GGUFFile | None) -> Tokenizer:
+    return tokenizer_from_gguf(file.metadata) if file else tokenizer_from_directory(path)
+
+
+@torch.inference_mode()
+def _load_weights(
+    path: Path, file: GGUFFile | None, device: torch.device, dtype: torch.dtype, shard: Shard
+) -> tuple[ModelSpec, ModelWeights]:
+    if file is not None:
+        whole = spec_from_config(config_from_gguf(file.metadata, file.tensors))
+        tensors = tensors_of(file, whole)
+    else:
+        whole = spec_from_config(read_json(path / "config.json"))
+        tensors = tensors_of_directory(path)
+    spec = shard.spec(whole)
+    weights = empty_weights(spec, dtype, device, shard)
+    fill_weights(weights, whole, FAMILIES[whole.family].weight_map, tensors, shard)
+    return spec, pack(weights)
+
+
+def choose_device(device: str, shard: Shard = WHOLE) -> torch.device:
+    """`auto` takes a GPU where there is one; each rank of a group has its own.
 
     Raises:
         InvalidRequest: not auto, cpu or cuda; or cuda where there is none.
     """
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     if device not in ("cpu", "cuda"):
         raise InvalidRequest("device", "auto, cpu or cuda", device)
     if device == "cuda" and not torch.cuda.is_available():
         raise InvalidRequest("device", "cpu, as there is no CUDA device here", device)
+    if device == "cuda" and shard.size > 1:
+        return torch.device(device, shard.rank)
     return torch.device(device)
 
 

@@ -39,23 +39,26 @@ def prompt_positions(chunk: Chunk) -> range:
 
 
 def prompt_logprobs(
-    hidden: torch.Tensor,
     chunks: Iterable[Chunk],
-    logits_of: Callable[[torch.Tensor], torch.Tensor],
+    logits_of: Callable[[int, int], torch.Tensor],
+    *,
+    first: int,
     vocabulary: int,
 ) -> Iterator[tuple[Sequence, tuple[TokenLogprobs, ...]]]:
-    """What a step tells of the prompts in it, from the hidden states [P, H] of `prompt_positions`.
+    """What a step tells of the prompts in it, from the logits of `prompt_positions`.
+
+    `logits_of(start, stop)` gives those of wanted tokens of the step; `first` is the first of them.
 
     The logits are made in slices, so that a long prompt takes no more memory than a short one.
     """
-    step, done = max(1, SLICE_ELEMENTS // vocabulary), 0
+    step, done = max(1, SLICE_ELEMENTS // vocabulary), first
     for chunk in chunks:
         positions, seq = prompt_positions(chunk), chunk.seq
         told: list[TokenLogprobs] = []
         for start in range(0, len(positions), step):
             part = positions[start : start + step]
             ids = [seq.token_ids[p + 1] for p in part]
-            logits = logits_of(hidden[done : done + len(part)])
+            logits = logits_of(done, done + len(part))
             told += logprobs_of(logits, ids, [seq.params.prompt_logprobs or 0] * len(part))
             done += len(part)
         if told:

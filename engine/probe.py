@@ -7,8 +7,7 @@ import torch
 
 from tokenmill.engine.batch import build_batch
 from tokenmill.engine.cost_model import Timing, kv_tokens_read
-from tokenmill.engine.kv_cache import KVCache
-from tokenmill.engine.models.decoder import Decoder
+from tokenmill.engine.runner import Runner
 from tokenmill.engine.scheduler import Chunk
 from tokenmill.engine.sequence import Sequence
 from tokenmill.producer.params import SamplingParams
@@ -22,22 +21,20 @@ COST_S, COST_ROUNDS = 1.0, 3
 class Probe:
     """Runs steps on a cache that nobody uses yet; what they leave in it is never read."""
 
-    def __init__(self, decoder: Decoder, cache: KVCache, max_model_len: int) -> None:
-        self._decoder = decoder
-        self._cache = cache
-        self._max_model_len = max_model_len
+    def __init__(self, runner: Runner) -> None:
+        self._runner = runner
+        self._max_model_len = runner.size.max_model_len
 
     @torch.inference_mode()
     def logits(self, shapes: Seq[Shape]) -> torch.Tensor:
         """Logits [S, V] behind the last token of each chunk of one step."""
-        num_blocks, block_size = self._cache.keys[0].shape[:2]
-        device = self._cache.keys[0].device
+        num_blocks, block_size = self._runner.size.num_blocks, self._runner.size.block_size
         chunks, used = [], 0
         for start, length in shapes:
             end = start + length
             seq = Sequence(
                 seq_id="",
-                token_ids=[37 * p % self._decoder.spec.vocab_size for p in range(end)],
+                token_ids=[37 * p % self._runner.vocab_size for p in range(end)],
                 num_prompt_tokens=end,
                 params=SamplingParams(),
                 seed=0,
@@ -47,13 +44,13 @@ class Probe:
             seq.block_table = [block % num_blocks for block in range(used, used + count)]
             used += count
             chunks.append(Chunk(seq, start, length))
-        batch = build_batch(chunks, block_size, device)
-        return self._decoder.logits(self._decoder.forward(batch, self._cache))
+        self._runner.forward(build_batch(chunks, block_size))
+        return self._runner.logits(0, len(chunks))
 
     def timings(self) -> list[Timing]:
         """Steps of different sizes and contexts, within about `COST_S` seconds."""
         context = max(min(512, self._max_model_len - 64), 0)
-        on_cpu = self._cache.keys[0].device.type == "cpu"
+        on_cpu = self._runner.device.type == "cpu"
         lengths = (16, 1, 64, 128) if on_cpu else (16, 1, 256, 1024, 2048)
         shapes: list[list[Shape]] = [[(0, min(n, self._max_model_len))] for n in lengths]
         shapes += [[(context, 1)] * 16, [(context, min(64, self._max_model_len - context))]]

@@ -5,12 +5,14 @@ wanted tokens come out. The language-model head is applied to those tokens alone
 """
 
 import torch
-from torch.nn.functional import embedding
+from torch.nn.functional import embedding, pad
 
 from tokenmill.engine.batch import RaggedBatch
+from tokenmill.engine.group import ALONE, Group
 from tokenmill.engine.kv_cache import KVCache
 from tokenmill.engine.models.norm import Norm
 from tokenmill.engine.models.rope import rotary_table
+from tokenmill.engine.models.shard import Shard
 from tokenmill.engine.models.spec import ModelSpec
 from tokenmill.engine.models.weights import LayerWeights, ModelWeights
 from tokenmill.kernels import ops
@@ -21,11 +23,17 @@ class Decoder:
 
     The residual of a layer is kept apart from what is to be added to it, so that the addition is
     done with the norm that reads it.
+
+    Where the model is divided among the ranks of a group, each of them computes a part of the sums
+    that embedding, attention and MLP are, which `_summed` adds up; all else is computed by all.
     """
 
-    def __init__(self, spec: ModelSpec, weights: ModelWeights, max_model_len: int) -> None:
+    def __init__(
+        self, spec: ModelSpec, weights: ModelWeights, max_model_len: int, group: Group = ALONE
+    ) -> None:
         self.spec = spec
         self._weights = weights
+        self._group = group
         device, dtype = weights.embedding.device, weights.embedding.dtype
         tables = {rope: rotary_table(rope, max_model_len).to(device) for rope in set(spec.ropes)}
         self._cos_sin = [tables[rope] for rope in spec.ropes]
@@ -39,27 +47,51 @@ class Decoder:
         for number, layer in enumerate(weights.layers):
             hidden, residual = _add_norm(added, residual, layer.attention_norm)
             attended = self._attention(hidden, number, layer, batch, cache)
-            attended = _norm(attended, layer.attention_post_norm)
             if self.spec.parallel:
                 hidden = hidden if layer.mlp_norm is None else layer.mlp_norm(residual)
-                added = attended + layer.mlp(hidden)
+                added = self._summed(attended + layer.mlp(hidden))
             else:
+                attended = _norm(self._summed(attended), layer.attention_post_norm)
                 hidden, residual = _add_norm(attended, residual, layer.mlp_norm)
-                added = _norm(layer.mlp(hidden), layer.mlp_post_norm)
+                added = _norm(self._summed(layer.mlp(hidden)), layer.mlp_post_norm)
         wanted = batch.logits_indices
         added = None if added is None else added[wanted]
         hidden, _ = _add_norm(added, residual[wanted], weights.final_norm)
         return hidden
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits [L, V] float32 of last hidden states [L, H]."""
-        logits = self._weights.lm_head(hidden).float()
+        """Logits [L, V] float32 of last hidden states [L, H]; whole on rank 0 alone."""
+        logits = self._gathered(self._weights.lm_head(hidden)).float()
         cap = self.spec.logit_softcap
         return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
 
+    def _summed(self, partial: torch.Tensor) -> torch.Tensor:
+        return self._group.sum(partial)
+
+    def _gathered(self, logits: torch.Tensor) -> torch.Tensor:
+        """Logits [L, V] of the whole vocabulary from those of each rank's part of it."""
+        size, vocabulary = self._group.shard.size, self.spec.vocab_size
+        if size == 1:
+            return logits
+        width = -(-vocabulary // size)  # that of the largest part
+        parts = self._group.gather(pad(logits, (0, width - logits.shape[1])))
+        if not parts:
+            return logits
+        widths = [len(Shard(rank, size).part(vocabulary)) for rank in range(size)]
+        return torch.cat([p[:, :w] for p, w in zip(parts, widths, strict=True)], dim=1)
+
+    def _token_rows(self, ids: torch.Tensor) -> torch.Tensor:
+        table, shard = self._weights.embedding, self._group.shard
+        if shard.size == 1:
+            return embedding(ids, table)
+        ids = ids - shard.part(self.spec.vocab_size).start
+        is_elsewhere = (ids < 0) | (ids >= len(table))
+        rows = embedding(ids.masked_fill(is_elsewhere, 0), table)
+        return self._summed(rows.masked_fill_(is_elsewhere[:, None], 0.0))
+
     def _embed(self, batch: RaggedBatch) -> torch.Tensor:
         weights = self._weights
-        rows = embedding(batch.input_ids, weights.embedding)
+        rows = self._token_rows(batch.input_ids)
         if self._embedding_scale != 1.0:
             rows = rows * self._embedding_scale
         if weights.positions is not None:
@@ -79,7 +111,7 @@ class Decoder:
         q, k, v = heads.split_with_sizes(
             [spec.num_heads, spec.num_kv_heads, spec.num_kv_heads], dim=1
         )
-        q, k = _norm_heads(q, layer.q_norm), _norm_heads(k, layer.k_norm)
+        q, k = self._norm_heads(q, k, layer)
         cos_sin = self._cos_sin[number]
         ops.rope_store_kv(q, k, v, batch.positions, cos_sin, batch.slot_mapping, keys, values)
         attended = ops.paged_attention(
@@ -95,6 +127,26 @@ class Decoder:
             softcap=spec.attention_softcap,
         )
         return layer.attention_out(attended.view(hidden.shape[0], -1))
+
+    def _norm_heads(
+        self, q: torch.Tensor, k: torch.Tensor, layer: LayerWeights
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Norm queries and keys, [T, heads, D] each, where the model does."""
+        if (
+            self._group.shard.size == 1
+            or self.spec.qk_norm != "whole"
+            or layer.q_norm is None
+            or layer.k_norm is None
+        ):
+            return _norm_rows(q, layer.q_norm), _norm_rows(k, layer.k_norm)
+        # Over the heads of all ranks. A KV head that several have counts as often in both sums.
+        rows = [heads.flatten(1) for heads in (q, k)]
+        squares = torch.stack([row.float().square().sum(dim=-1) for row in rows])
+        counts = torch.tensor([row.shape[1] for row in rows], device=q.device)
+        sums = self._summed(torch.stack([squares, counts[:, None].expand_as(squares)]))
+        q_mean, k_mean = sums[0] / sums[1]
+        q_rows = layer.q_norm.scaled(rows[0], q_mean)
+        return q_rows.view(q.shape), layer.k_norm.scaled(rows[1], k_mean).view(k.shape)
 
 
 def _norm(x: torch.Tensor, norm: Norm | None) -> torch.Tensor:
@@ -113,7 +165,7 @@ def _add_norm(
     return norm.add(added, residual)
 
 
-def _norm_heads(heads: torch.Tensor, norm: Norm | None) -> torch.Tensor:
+def _norm_rows(heads: torch.Tensor, norm: Norm | None) -> torch.Tensor:
     """Norm [T, heads, D] in rows as wide as the norm: of one head, or of all of them."""
     if norm is None:
         return heads

@@ -24,3 +24,8 @@ class Norm:
             return ops.add_rms_norm(x, residual, self.weight, self._eps)
         total = x + residual
         return self(total), total
+
+    def scaled(self, x: torch.Tensor, mean_square: torch.Tensor) -> torch.Tensor:
+        """RMSNorm of rows [T, W] that are parts of longer ones, whose mean square [T] is given."""
+        scale = torch.rsqrt(mean_square + self._eps)[:, None]
+        return (x.float() * scale * self.weight).to(x.dtype)

@@ -14,6 +14,7 @@ from tokenmill.engine.models.checkpoint import NamedTensors
 from tokenmill.engine.models.linear import Linear
 from tokenmill.engine.models.mlp import MLP
 from tokenmill.engine.models.norm import Norm
+from tokenmill.engine.models.shard import WHOLE, Cut, Shard
 from tokenmill.engine.models.spec import ModelSpec
 from tokenmill.engine.models.weights import ModelWeights
 
@@ -47,33 +48,45 @@ class WeightMap:
 
 
 def fill_weights(
-    weights: ModelWeights, spec: ModelSpec, names: WeightMap, tensors: NamedTensors
+    weights: ModelWeights,
+    spec: ModelSpec,
+    names: WeightMap,
+    tensors: NamedTensors,
+    shard: Shard = WHOLE,
 ) -> None:
-    """Copy every tensor of a checkpoint to its place.
+    """Copy every tensor of a checkpoint, or the shard's part of it, to its place.
+
+    `spec` is that of the whole model. Of a tensor mapped from disk only the part is read.
 
     Raises:
         UnsupportedModel: a tensor is unknown, missing, or of another shape.
     """
-    places = dict(_places(weights, spec))
+    places = dict(_places(weights, shard.spec(spec)))
     with torch.no_grad():
         for name, tensor in tensors:
             for part, values in _parts(name, tensor, spec, names):
-                if part == "lm_head.weight" and spec.tied_embeddings:
-                    continue  # stored although tied
+                if (part == "lm_head.weight" and spec.tied_embeddings) or shard.lacks(part):
+                    continue  # stored although tied, or of another rank
                 place = places.pop(part, None)
                 if place is None:
                     raise _unknown(name)
-                if place.shape != values.shape:
-                    raise UnsupportedModel(
-                        f"{name} must have shape {tuple(place.shape)}, got {tuple(values.shape)}"
-                    )
-                place.copy_(values)
+                place.copy_(_cut(name, values, place, shard.cut(part, spec)))
         if places:
             raise UnsupportedModel(
                 f"the checkpoint lacks {len(places)} tensors: {sorted(places)[:3]}"
             )
         for norm in weights.norms():
             norm.weight += spec.norm_offset
+
+
+def _cut(name: str, values: torch.Tensor, place: torch.Tensor, cut: Cut | None) -> torch.Tensor:
+    """The part of a stored tensor that goes to `place`."""
+    shape = list(place.shape)
+    if cut is not None:
+        shape[cut.dim] = cut.total
+    if shape != list(values.shape):
+        raise UnsupportedModel(f"{name} must have shape {tuple(shape)}, got {tuple(values.shape)}")
+    return values if cut is None else values.narrow(cut.dim, cut.start, cut.stop - cut.start)
 
 
 def _unknown(name: str) -> UnsupportedModel:

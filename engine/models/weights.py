@@ -13,6 +13,7 @@ from tokenmill.engine.errors import OutOfMemory
 from tokenmill.engine.models.linear import Linear
 from tokenmill.engine.models.mlp import MLP, MoE
 from tokenmill.engine.models.norm import Norm
+from tokenmill.engine.models.shard import WHOLE, Shard
 from tokenmill.engine.models.spec import ModelSpec, MoESpec
 
 
@@ -48,9 +49,9 @@ class LayerWeights:
 
 @dataclass(slots=True)
 class ModelWeights:
-    """All weights; the head's weight is the embedding itself where they are tied."""
+    """All weights of a shard; the head's weight is the embedding itself where they are tied."""
 
-    embedding: torch.Tensor  # [V, H]
+    embedding: torch.Tensor  # [V, H]; V: the shard's part of the vocabulary
     positions: torch.Tensor | None  # [P, H]
     layers: list[LayerWeights]
     final_norm: Norm
@@ -69,14 +70,16 @@ class ModelWeights:
         yield self.final_norm
 
 
-def empty_weights(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> ModelWeights:
-    """Allocate the fused tensors, uninitialised.
+def empty_weights(
+    spec: ModelSpec, dtype: torch.dtype, device: torch.device, shard: Shard = WHOLE
+) -> ModelWeights:
+    """Allocate the fused tensors, uninitialised; `spec` is that of the shard.
 
     Raises:
         OutOfMemory: the device has no room for them.
     """
     try:
-        return _Allocation(spec, dtype, device).weights()
+        return _Allocation(spec, dtype, device, shard).weights()
     except RuntimeError as error:  # torch.OutOfMemoryError on a GPU, the plain class on a CPU
         raise OutOfMemory(f"the weights do not fit {device}: {error}") from error
 
@@ -112,20 +115,22 @@ class _Allocation:
     spec: ModelSpec
     dtype: torch.dtype
     device: torch.device
+    shard: Shard
 
     def weights(self) -> ModelWeights:
         spec = self.spec
-        embedding = self._new(spec.vocab_size, spec.hidden_size)
+        rows = len(self.shard.part(spec.vocab_size))
+        embedding = self._new(rows, spec.hidden_size)
         positions = None
         if spec.position_offset is not None:
             positions = self._new(spec.max_position, spec.hidden_size)
-        head = embedding if spec.tied_embeddings else self._new(spec.vocab_size, spec.hidden_size)
+        head = embedding if spec.tied_embeddings else self._new(rows, spec.hidden_size)
         return ModelWeights(
             embedding=embedding,
             positions=positions,
             layers=[self._layer(number) for number in range(spec.num_layers)],
             final_norm=self._norm(spec.hidden_size),
-            lm_head=Linear(head, self._new(spec.vocab_size) if spec.head_bias else None),
+            lm_head=Linear(head, self._new(rows) if spec.head_bias else None),
         )
 
     def _layer(self, number: int) -> LayerWeights:
@@ -140,7 +145,7 @@ class _Allocation:
             qkv=self._linear(hidden, spec.q_size + 2 * spec.kv_size, bias=spec.qkv_bias),
             q_norm=self._norm(q_width) if spec.qk_norm else None,
             k_norm=self._norm(k_width) if spec.qk_norm else None,
-            attention_out=self._linear(spec.q_size, hidden, bias=spec.out_bias),
+            attention_out=self._summed(spec.q_size, hidden, bias=spec.out_bias),
             attention_post_norm=self._norm(hidden) if spec.post_norm else None,
             mlp_norm=self._norm(hidden) if has_mlp_norm else None,
             mlp=(
@@ -154,7 +159,7 @@ class _Allocation:
     def _mlp(self, inner: int) -> MLP:
         spec, hidden = self.spec, self.spec.hidden_size
         up = self._linear(hidden, 2 * inner if spec.gated else inner, bias=spec.mlp_bias)
-        down = self._linear(inner, hidden, bias=spec.mlp_bias)
+        down = self._summed(inner, hidden, bias=spec.mlp_bias)
         return MLP(up, down, spec.activation, gated=spec.gated)
 
     def _moe(self, moe: MoESpec) -> MoE:
@@ -170,6 +175,10 @@ class _Allocation:
 
     def _linear(self, width: int, out: int, *, bias: bool) -> Linear:
         return Linear(self._new(out, width), self._new(out) if bias else None)
+
+    def _summed(self, width: int, out: int, *, bias: bool) -> Linear:
+        """A linear whose outputs on all ranks are added up."""
+        return self._linear(width, out, bias=bias and self.shard.rank == 0)
 
     def _norm(self, width: int) -> Norm:
         weight = torch.empty(width, device=self.device)
