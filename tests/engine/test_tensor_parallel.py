@@ -176,7 +176,7 @@ def run(engine: Engine, prompts: list[list[int]]) -> list[tuple[int, ...]]:
     """Greedy tokens of each prompt, told with their log probabilities and those of the prompt."""
     for number, prompt in enumerate(prompts):
         params = SamplingParams(
-            max_tokens=24, ignore_eos=True, logprobs=2, prompt_logprobs=1 if number == 1 else None
+            max_tokens=10, ignore_eos=True, logprobs=2, prompt_logprobs=1 if number == 1 else None
         )
         engine.add(str(number), prompt, params, seed=0)
     tokens: list[tuple[int, ...]] = [() for _ in prompts]
