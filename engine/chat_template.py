@@ -20,7 +20,7 @@ from jinja2.nodes import CallBlock, Node
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from tokenmill.producer.errors import InvalidRequest
+from tokenmill.producer.errors import InvalidRequest, Words
 
 #: Private-use characters around a control token in a user's text; dropped where users bring them.
 _BEGIN, _END = "\uf5a1", "\uf5a2"
@@ -81,10 +81,11 @@ class ChatTemplate:
                 takes no tools.
         """
         if self._template is None:
-            raise InvalidRequest("prompt", f"a text or token ids, as {self._error}", "messages")
+            got = Words("messages")
+            raise InvalidRequest("prompt", f"a text or token ids, as {self._error}", got)
         if tools and not self._takes_tools:
             expected = "not given, as this model's chat template takes none"
-            raise InvalidRequest("tools", expected, f"{len(tools)} tools", "remove them")
+            raise InvalidRequest("tools", expected, tools, "remove them")
         try:
             text = self._template.render(
                 messages=self._guarded(list(messages)),
@@ -94,9 +95,10 @@ class ChatTemplate:
                 **self._special,
             )
         except (jinja2.TemplateError, TypeError, ValueError, LookupError) as error:
-            raise InvalidRequest(
-                "prompt", "messages that the model's chat template takes", str(error)
-            ) from error
+            # What the template itself refuses it says in its own words.
+            got = error if isinstance(error, jinja2.TemplateError) else type(error).__name__
+            expected = "messages that the model's chat template takes"
+            raise InvalidRequest("prompt", expected, Words(got)) from error
         pieces = self._marked.split(text)
         return ((p, bool(n % 2)) for n, p in enumerate(pieces) if p)
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Sequence
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
-from tokenmill.producer.errors import InvalidRequest
+from tokenmill.producer.errors import InvalidRequest, Words
 from tokenmill.producer.params import SamplingParams
 
 #: Measured: up to 0.3 s to compile (2,000 properties), and some 10 ms for a mask, at the most.
@@ -89,7 +89,7 @@ class ConstraintCompiler:
         self._kept.move_to_end(key)
         constraint = Constraint(self._kept[key].deep_copy())
         if output_ids and not constraint.accept(output_ids):
-            raise InvalidRequest(field, "what the output so far follows", constraint.error)
+            raise InvalidRequest(field, "what the output so far follows", Words(constraint.error))
         return constraint
 
     def _matcher(self, field: str, value: str | tuple[str, ...]) -> LLMatcher:
@@ -99,7 +99,7 @@ class ConstraintCompiler:
         if not matcher.is_error():
             matcher.compute_bitmask()  # some limits show in the first mask only
         if matcher.is_error():
-            raise InvalidRequest(field, _EXPECTED[field], _first_line(matcher.get_error()))
+            raise InvalidRequest(field, _EXPECTED[field], Words(_first_line(matcher.get_error())))
         return matcher
 
     def _load(self, field: str) -> LLTokenizer:
@@ -109,7 +109,7 @@ class ConstraintCompiler:
             )
         except Exception as error:  # the library raises no narrower class
             expected = "not given: this model's tokenizer does not allow it"
-            raise InvalidRequest(field, expected, _first_line(str(error))) from error
+            raise InvalidRequest(field, expected, Words(_first_line(str(error)))) from error
 
 
 _EXPECTED = {

@@ -304,20 +304,15 @@ def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
 def _parse(data: bytes) -> dict[str, Any]:
     if len(data) > MAX_LINE_BYTES:
         expected = f"at most {MAX_LINE_BYTES} bytes long"
-        raise InvalidRequest("line", expected, f"{data[:20]!r}...")
+        raise InvalidRequest("line", expected, len(data))
     try:
         values = json.loads(data, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
-        raise InvalidRequest("line", "JSON", _shown(data), str(error)) from error
+        raise InvalidRequest("line", "JSON", data, str(error)) from error
     if not isinstance(values, dict):
-        raise InvalidRequest("line", "a JSON object", type(values).__name__)
+        raise InvalidRequest("line", "a JSON object", values)
     return values
 
 
 def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
-
-
-def _shown(data: bytes) -> str:
-    text = data[:40].decode(errors="replace").strip()
-    return text if len(data) <= 40 else f"{text}..."

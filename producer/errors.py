@@ -11,20 +11,38 @@ TokenmillError
 `-- WrongServer           something answers, but not a Redis >= 7 that we may use
 """
 
+import re
+from collections.abc import Sized
+
+#: Fields whose content is a prompt, or a user's in another way: of a bad value, type and length are
+#: told. An error is kept with the request, listed among the dead letters and written to logs.
+_PRIVATE = re.compile(
+    r"(body\.)?(prompt|messages|input|tools|metadata|stop|regex|choice|json_schema|response_format"
+    r"|line|json|msgpack|payload)(?![A-Za-z0-9_])"
+)
+
 
 class TokenmillError(Exception):
     """Root of everything tokenmill raises on purpose; its text is meant for the user."""
 
 
+class Words(str):
+    """What was got, in words of our own: shown for every field, and as it is."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
 class InvalidRequest(TokenmillError):
-    """A field is out of bounds. `field` is its name as the user wrote it."""
+    """A field is out of bounds. `field` is its name as the user wrote it.
+
+    What was got is shown, but of a prompt, metadata and other texts only its type and length.
+    """
 
     def __init__(self, field: str, expected: str, got: object, remedy: str = "") -> None:
-        try:
-            shown = repr(got)
-        except (RecursionError, ValueError):  # nested too deeply, or an integer too long to print
-            shown = f"a {type(got).__name__}"
-        shown = shown if len(shown) <= 60 else shown[:57] + "..."
+        shown = _outline(got) if _PRIVATE.match(field) else _shown(got)
         # Names come from outside too: whatever they hold must be fit to be sent and printed.
         field = field[:100].encode("utf-8", "backslashreplace").decode() or "''"
         text = f"{field} must be {expected}, got {shown}"
@@ -78,3 +96,21 @@ class ServerUnreachable(TokenmillError):
 
 class WrongServer(TokenmillError):
     """Something answers at the address, but not a Redis >= 7 (or Valkey) that we may use."""
+
+
+def _shown(got: object) -> str:
+    try:
+        shown = repr(got)
+    except (RecursionError, ValueError):  # nested too deeply, or an integer too long to print
+        shown = f"a {type(got).__name__}"
+    return shown if len(shown) <= 60 else shown[:57] + "..."
+
+
+def _outline(got: object) -> str:
+    """Type and length; numbers, and what is our own, as they are."""
+    if got is None or isinstance(got, Words | bool | int | float):
+        return _shown(got)
+    name = type(got).__name__
+    if isinstance(got, str):
+        return f"text of {len(got)} characters"
+    return f"{name} of length {len(got)}" if isinstance(got, Sized) else f"a {name}"

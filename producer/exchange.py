@@ -5,7 +5,7 @@
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -61,12 +61,21 @@ AnyPrompt = str | Sequence[int] | Sequence[Mapping[str, str]] | Sequence[Message
 class Exchange:
     """One producer's operations on one queue, as `Client` describes them."""
 
-    def __init__(self, layout: Layout, *, url: str, tenant: str) -> None:
+    def __init__(
+        self,
+        layout: Layout,
+        *,
+        url: str,
+        tenant: str,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
         """`url` is for messages."""
         self.layout = layout
         self.queue = layout.queue
         self.tenant = check_name("tenant", tenant)
         self._url = shown_url(url)
+        #: Deadlines are made with it, and sent with it: the server goes by its own.
+        self.clock = clock
 
     def new_request(
         self,
@@ -101,7 +110,7 @@ class Exchange:
                 "tools": tools,
                 "tenant": self.tenant,
                 "priority": priority,
-                "deadline_ms": int((time.time() + deadline_s) * 1000),
+                "deadline_ms": int((self.clock() + deadline_s) * 1000),
                 "metadata": metadata or {},
                 "reply_to": reply_to,
             }
@@ -253,7 +262,7 @@ class Exchange:
         return [_worker(name, row) for name, row in zip(ids, rows, strict=True) if b"pid" in row]
 
     def _enqueue(self, number: int, batch: list[tuple[Request, bytes]], before: int) -> Steps[None]:
-        arguments: list[str | bytes | int] = []
+        arguments: list[str | bytes | int] = [int(self.clock() * 1000)]
         for request, payload in batch:
             arguments += (request.request_id, request.fingerprint, payload, request.tenant)
             arguments += (request.priority, request.deadline_ms, request.prompt_cost)

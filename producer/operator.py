@@ -6,6 +6,7 @@ from itertools import islice
 from typing import Any
 
 import redis
+from redis.exceptions import ResponseError
 
 from tokenmill.producer.errors import InvalidRequest
 from tokenmill.producer.keys import Keys
@@ -23,6 +24,7 @@ _REVIVED_S = 86_400
 _LANES = 100
 
 _PURGE = Script("tokenmill.producer", "purge")
+_UNPARK = Script("tokenmill.producer", "unpark")
 _REVIVE = Script("tokenmill.producer", "revive")
 _BURY = Script("tokenmill.producer", "bury")
 _COMPACT = Script("tokenmill.producer", "compact")
@@ -62,6 +64,20 @@ class DeadLetter:
     reason: str
     #: Unix time in ms.
     died_ms: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Purged:
+    """What a purge found."""
+
+    cancelled: int = 0
+    #: References that no enqueue wrote, dropped, and lanes that are no streams, left as they are.
+    foreign: int = 0
+
+    def __add__(self, other: "Purged") -> "Purged":
+        return Purged(
+            cancelled=self.cancelled + other.cancelled, foreign=self.foreign + other.foreign
+        )
 
 
 class Operator:
@@ -138,23 +154,52 @@ class Operator:
         self._server.hdel(self._keys.settings, "paused")
         self._server.xadd(self._keys.control, {"t": "wake"}, maxlen=1000)
 
-    def purge(self, *, tenant: str = "", priority: int | None = None) -> int:
-        """Cancel what waits or is parked, of all or of one tenant or priority; returns how many.
+    def purge(self, *, tenant: str = "", priority: int | None = None) -> Purged:
+        """Cancel what waits or is parked now, of all or of one tenant or priority.
 
-        What runs is left alone.
+        What runs is left alone, and so is what is enqueued meanwhile.
         """
         if tenant:
             check_name("tenant", tenant)
         if priority is not None and priority not in PRIORITIES:
             raise InvalidRequest("priority", "0, 1 or 2", priority)
+        wanted = PRIORITIES if priority is None else (priority,)
+        parked: Any = self._server.zrange(self._keys.park, 0, -1)
+        lanes = [lane for some in wanted for lane in self._lanes(some, tenant)]
+        total = Purged()
+        for each, name, last in lanes:
+            total += self._purge_lane(each, name, last)
         which = "" if priority is None else str(priority)
-        total, passed_over = 0, 0
-        while True:
-            arguments: list[str | int] = [tenant, which, _BATCH, passed_over]
-            cancelled, seen, left = _PURGE(self._server, self._keys.tag, arguments)
-            total, passed_over = total + int(cancelled), passed_over + left
-            if not cancelled and not seen and not left:
-                return total
+        for ids in _batches(name.decode() for name in parked):
+            cancelled = _UNPARK(self._server, self._keys.tag, [tenant, which, *ids])
+            total += Purged(cancelled=int(cancelled))
+        return total
+
+    def _lanes(self, priority: int, tenant: str) -> Iterator[tuple[int, str, str]]:
+        """Priority, tenant and last reference of each lane; "" of one that is no stream."""
+        names: Any = self._server.zrange(self._keys.lanes(priority), 0, -1)
+        chosen = [name.decode() for name in names if tenant in ("", name.decode())]
+        for some in _batches(chosen):
+            with self._server.pipeline(transaction=False) as pipeline:
+                for name in some:
+                    pipeline.xrevrange(self._keys.lane(priority, name), count=1)
+                replies = pipeline.execute(raise_on_error=False)
+            for name, reply in zip(some, replies, strict=True):
+                if isinstance(reply, ResponseError) and str(reply).startswith("WRONGTYPE"):
+                    yield priority, name, ""
+                elif isinstance(reply, Exception):
+                    raise reply
+                elif reply:
+                    yield priority, name, reply[0][0].decode()
+
+    def _purge_lane(self, priority: int, tenant: str, last: str) -> Purged:
+        total = Purged(foreign=int(not last))
+        looked_at = _BATCH if last else 0
+        while looked_at == _BATCH:
+            arguments = [priority, tenant, last, _BATCH]
+            cancelled, looked_at, foreign = _PURGE(self._server, self._keys.tag, arguments)
+            total += Purged(cancelled=cancelled, foreign=foreign)
+        return total
 
     def dead(self) -> Iterator[DeadLetter]:
         """Dead letters, the latest first."""
@@ -174,7 +219,10 @@ class Operator:
             before = f"({rows[-1][0].decode()}"
 
     def retry(self, request_ids: Iterable[str]) -> dict[str, str]:
-        """Run dead letters again from their first token; per id OK, or why not."""
+        """Run dead letters again from their first token; per id OK, or why not.
+
+        A queue or a quota that is full takes no more of them: they stay dead letters.
+        """
         verdicts: dict[str, str] = {}
         for some in _batches(request_ids):
             arguments: list[str | int] = [_REVIVED_S * 1000, *some]
@@ -211,8 +259,13 @@ class Operator:
         return int(ahead[0][0].partition(b"-")[0]) if ahead else 2**63
 
 
+#: What `retry` says of what stays a dead letter for want of room.
+FULL = "the queue is full (max_live)"
+OVER_QUOTA = "the quota of its tenant is full"
 #: What `retry` says of a verdict.
 _TOLD = {
+    "BUSY": FULL,
+    "QUOTA": OVER_QUOTA,
     "OK": "OK",
     "NONE": "no dead letter of that id",
     "GONE": "its payload is not kept any more",

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -14,7 +15,7 @@ from tokenmill.producer.client import REDIS_URL
 from tokenmill.producer.commands import FAILED
 from tokenmill.producer.embedded import ensure_server
 from tokenmill.producer.errors import InvalidRequest
-from tokenmill.producer.operator import DeadLetter, QueueStatus
+from tokenmill.producer.operator import FULL, OVER_QUOTA, DeadLetter, QueueStatus
 from tokenmill.producer.options import json_option, option, server_options
 from tokenmill.producer.sharded_operator import OperatorLike, operator_of
 from tokenmill.producer.shards import Shards
@@ -62,7 +63,7 @@ def resume_command(*, url: str | None, queue: str) -> None:
 def purge_command(
     *, tenant: str, priority: int | None, yes: bool, url: str | None, queue: str, as_json: bool
 ) -> None:
-    """Cancel every request that waits or is parked. What runs is left alone."""
+    """Cancel every request that waits or is parked now. What runs is left alone."""
     with _operator(url, queue) as operator:
         if not yes:
             status = operator.status()
@@ -71,8 +72,14 @@ def purge_command(
             number = status.waiting + status.parked
             text = f"{number:,} requests wait on queue {queue}; cancel those{which or ', all'}?"
             click.confirm(text, abort=True, err=True)
-        cancelled = operator.purge(tenant=tenant, priority=priority)
-    click.echo(json.dumps({"cancelled": cancelled}) if as_json else f"{cancelled:,} cancelled")
+        purged = operator.purge(tenant=tenant, priority=priority)
+    if as_json:
+        click.echo(json.dumps(asdict(purged)))
+        return
+    click.echo(f"{purged.cancelled:,} cancelled")
+    if purged.foreign:
+        text = f"{purged.foreign:,} entries or keys in the lanes are none of ours"
+        click.echo(f"{text}: entries were dropped, keys of another type left", err=True)
 
 
 @queue_group.command("set")
@@ -136,14 +143,25 @@ def list_command(*, limit: int, url: str | None, queue: str, as_json: bool) -> N
 def retry_command(
     *, request_ids: tuple[str, ...], is_all: bool, url: str | None, queue: str, as_json: bool
 ) -> None:
-    """Run dead letters again, from their first token. Exit code 1 when one could not be."""
+    """Run dead letters again, from their first token. Exit code 1 when one could not be.
+
+    What a full queue or quota has no room for stays a dead letter.
+    """
     with _operator(url, queue) as operator:
         verdicts = operator.retry(_chosen(operator, request_ids, is_all=is_all))
     failed = {name: why for name, why in verdicts.items() if why != "OK"}
-    for name, why in verdicts.items() if as_json else failed.items():
-        click.echo(json.dumps({"id": name, "verdict": why}) if as_json else f"{name}: {why}")
-    if not as_json:
+    left = Counter(why for why in failed.values() if why in (FULL, OVER_QUOTA))
+    if as_json:
+        for name, why in verdicts.items():
+            click.echo(json.dumps({"id": name, "verdict": why}))
+    else:
+        for name, why in failed.items():
+            if why not in left:
+                click.echo(f"{name}: {why}")
         click.echo(f"{len(verdicts) - len(failed):,} run again")
+        for why, count in left.items():
+            remedy = "raise it with `tokenmill queue set`, or retry when there is room"
+            click.echo(f"{count:,} stay dead letters: {why}; {remedy}")
     if failed:
         raise click.exceptions.Exit(FAILED)
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from tokenmill.producer.errors import InvalidRequest
+from tokenmill.producer.errors import InvalidRequest, Words
 
 MAX_TOKENS = 1_000_000
 MAX_STOP_STRINGS = 16
@@ -101,7 +101,7 @@ class SamplingParams:
         object.__setattr__(self, "choice", _choice(self.choice))
         given = [name for name in ("json_schema", "regex", "choice") if getattr(self, name)]
         if len(given) > 1:
-            raise InvalidRequest(given[1], f"not given together with {given[0]}", "both")
+            raise InvalidRequest(given[1], f"not given together with {given[0]}", Words("both"))
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(self, name) is not None:
                 _integer(name, getattr(self, name), 0, MAX_LOGPROBS)
@@ -230,11 +230,11 @@ def _json_schema(value: object) -> str | None:
         schema = json.loads(value) if isinstance(value, str) else value
         text = json.dumps(schema, ensure_ascii=False)
     except (ValueError, TypeError, RecursionError) as error:
-        raise InvalidRequest("json_schema", expected, str(error)[:100]) from error
+        raise InvalidRequest("json_schema", expected, Words(str(error)[:100])) from error
     if not isinstance(schema, Mapping) or len(text.encode("utf-8", "replace")) > MAX_SCHEMA_BYTES:
-        raise InvalidRequest("json_schema", expected, f"{text[:40]}...")
+        raise InvalidRequest("json_schema", expected, schema)
     if _depth(schema) > MAX_SCHEMA_DEPTH:
-        raise InvalidRequest("json_schema", expected, f"{_depth(schema)} levels")
+        raise InvalidRequest("json_schema", expected, Words(f"{_depth(schema)} levels"))
     return text
 
 

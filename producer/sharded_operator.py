@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Protocol
 
-from tokenmill.producer.operator import DeadLetter, Operator, QueueStatus
+from tokenmill.producer.operator import DeadLetter, Operator, Purged, QueueStatus
 from tokenmill.producer.shards import Shards
 
 _SUMS = ("live", "waiting", "running", "parked", "inbox", "dead")
@@ -30,7 +30,7 @@ class OperatorLike(Protocol):
     ) -> None: ...
     def pause(self) -> None: ...
     def resume(self) -> None: ...
-    def purge(self, *, tenant: str = "", priority: int | None = None) -> int: ...
+    def purge(self, *, tenant: str = "", priority: int | None = None) -> Purged: ...
     def dead(self) -> Iterator[DeadLetter]: ...
     def retry(self, request_ids: Iterable[str]) -> dict[str, str]: ...
     def drop(self, request_ids: Iterable[str]) -> int: ...
@@ -92,8 +92,9 @@ class ShardedOperator:
         for part in self._parts:
             part.resume()
 
-    def purge(self, *, tenant: str = "", priority: int | None = None) -> int:
-        return sum(part.purge(tenant=tenant, priority=priority) for part in self._parts)
+    def purge(self, *, tenant: str = "", priority: int | None = None) -> Purged:
+        parts = (part.purge(tenant=tenant, priority=priority) for part in self._parts)
+        return sum(parts, start=Purged())
 
     def dead(self) -> Iterator[DeadLetter]:
         letters = (part.dead() for part in self._parts)

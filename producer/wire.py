@@ -16,7 +16,7 @@ from typing import Any, Self
 
 import msgpack
 
-from tokenmill.producer.errors import InvalidRequest
+from tokenmill.producer.errors import InvalidRequest, Words
 from tokenmill.producer.logprobs import TokenLogprobs
 from tokenmill.producer.params import SamplingParams
 from tokenmill.producer.request_id import check_request_id
@@ -175,7 +175,7 @@ class Request:
                 payload: bytes = msgpack.packb({"v": WIRE_VERSION, **values})
             except UnicodeEncodeError as error:
                 field = _not_unicode(values)
-                raise InvalidRequest(field, "valid Unicode text", error.reason) from error
+                raise InvalidRequest(field, "valid Unicode text", Words(error.reason)) from error
             for name in ("request_id", "deadline_ms", "priority"):
                 values.pop(name, None)
             content: bytes = msgpack.packb(_sorted(values))
@@ -198,11 +198,11 @@ class Request:
             values = msgpack.unpackb(payload, strict_map_key=True)
         # msgpack raises ValueError and its subclasses, and UnicodeDecodeError is one of them.
         except (ValueError, TypeError) as error:
-            raise InvalidRequest("payload", "a msgpack map", type(error).__name__) from error
+            raise InvalidRequest("payload", "a msgpack map", Words(type(error).__name__)) from error
         if not isinstance(values, dict) or values.pop("v", None) != WIRE_VERSION:
             expected = f"a msgpack map of version {WIRE_VERSION}"
             remedy = "upgrade the older of producer and worker"
-            raise InvalidRequest("payload", expected, type(values).__name__, remedy)
+            raise InvalidRequest("payload", expected, Words(type(values).__name__), remedy)
         return cls.from_mapping(values)
 
 
@@ -417,11 +417,12 @@ def _tools(value: object, prompt: Prompt) -> tuple[Mapping[str, Any], ...]:
         if not isinstance(item, Mapping):
             raise InvalidRequest(f"tools[{index}]", "a JSON object", item)
     if value and not (isinstance(prompt, tuple) and isinstance(prompt[0], Message)):
-        raise InvalidRequest("tools", "not given where the prompt is no chat messages", "tools")
+        expected = "not given where the prompt is no chat messages"
+        raise InvalidRequest("tools", expected, value)
     try:
         size = len(json.dumps(list(value), ensure_ascii=False).encode("utf-8", "replace"))
     except (ValueError, TypeError, RecursionError) as error:
-        raise InvalidRequest("tools", expected, str(error)[:100]) from error
+        raise InvalidRequest("tools", expected, Words(type(error).__name__)) from error
     if size > MAX_TOOLS_BYTES:
         raise InvalidRequest("tools", expected, size)
     return tuple(value)

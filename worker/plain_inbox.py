@@ -17,7 +17,7 @@ from typing import Any
 import msgpack
 import redis
 
-from tokenmill.producer.errors import InvalidRequest
+from tokenmill.producer.errors import InvalidRequest, Words
 from tokenmill.producer.keys import Keys
 from tokenmill.producer.request_id import check_request_id
 from tokenmill.producer.scripts import Script
@@ -116,9 +116,9 @@ def _parse(fields: dict[bytes, bytes]) -> dict[str, Any]:
     # Both raise ValueError and its subclasses for what is malformed.
     except (ValueError, TypeError, RecursionError) as error:
         remedy = "see docs/protocol.md"
-        raise InvalidRequest(name.decode(), "a map of fields", str(error), remedy) from error
+        raise InvalidRequest(name.decode(), "a map of fields", Words(error), remedy) from error
     if not isinstance(values, dict):
-        raise InvalidRequest(name.decode(), "a map of fields", type(values).__name__)
+        raise InvalidRequest(name.decode(), "a map of fields", values)
     for key in values:
         if not isinstance(key, str):
             raise InvalidRequest(name.decode(), "a map with text keys", key)

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import redis
 
 from tokenmill.producer.connection import MAX_BLOCK_S
-from tokenmill.producer.errors import InvalidRequest
+from tokenmill.producer.errors import InvalidRequest, Words
 from tokenmill.producer.keys import Keys
 from tokenmill.producer.scripts import Script
 from tokenmill.producer.wire import (
@@ -317,7 +317,7 @@ class Queue:
             request = Request.unpack(payload or b"")
         except Exception as error:  # noqa: BLE001 - no bytes of strangers may end a worker
             is_ours = isinstance(error, InvalidRequest)
-            unread = InvalidRequest("payload", "a readable request", type(error).__name__)
+            unread = InvalidRequest("payload", "a readable request", Words(type(error).__name__))
             reason = str(error if is_ours else unread)
             end = Finish(
                 request_id=request_id.decode(),

@@ -2,7 +2,8 @@
 -- Enqueue one or many requests: for each the record, its reference, the indexes and a wake.
 --
 -- KEYS[1]  T, the tag of the shard
--- ARGV     per request what `place` takes: id, fingerprint, payload, tenant, priority, deadline ms,
+-- ARGV     the producer's clock in ms, which the deadlines are made with: this server's counts;
+--          per request what `place` takes: id, fingerprint, payload, tenant, priority, deadline ms,
 --          prompt tokens, most new tokens, reply stream
 -- Returns  per request: OK | DUP (same id, same content: nothing done) | CONFLICT (same id, other
 --          content) | BUSY (as many live requests as max_live) | QUOTA (as many of this tenant);
@@ -14,9 +15,10 @@ local T = KEYS[1]
 -- @include record
 -- @include place
 
+skew = now - tonumber(ARGV[1])
 return settling(T, function()
   local replies, added, refused = {}, false, false
-  for i = 1, #ARGV, FIELDS do
+  for i = 2, #ARGV, FIELDS do
     local verdict = place(i)
     replies[#replies + 1] = verdict
     added = added or verdict == 'OK'

@@ -6,6 +6,8 @@ local max_live = setting(T, 'max_live', 1000000)
 local live = redis.call('ZCARD', T .. ':live')
 local quotas, counts = {}, {}
 local opened = {}
+-- How far this server's clock is ahead of that which the deadlines were made with, in ms.
+local skew = 0
 
 -- A lane starts at the least virtual time of its priority, so that idling earns no credit.
 local function open_lane(priority, tenant, lane)
@@ -32,6 +34,16 @@ local function is_over_quota(tenant)
   return quotas[tenant] > 0 and counts[tenant] >= quotas[tenant]
 end
 
+-- Why there is no room for one more of a tenant, or nil if there is.
+local function refusal_of(tenant)
+  return live >= max_live and 'BUSY' or is_over_quota(tenant) and 'QUOTA' or nil
+end
+
+local function count_live(tenant)
+  live, counts[tenant] = live + 1, counts[tenant] + 1
+  count_tenant(tenant, 1)
+end
+
 -- A reference behind all others of its lane; returns its entry id.
 local function line_up(id, priority, tenant, cost, most)
   local lane = T .. ':in:' .. priority .. ':' .. tenant
@@ -44,16 +56,15 @@ end
 -- Returns OK | DUP | CONFLICT | BUSY | QUOTA.
 local function place(i)
   local id, print, payload, tenant = ARGV[i], ARGV[i + 1], ARGV[i + 2], ARGV[i + 3]
-  local priority, deadline, cost, most = ARGV[i + 4], ARGV[i + 5], ARGV[i + 6], ARGV[i + 7]
+  local priority, cost, most = ARGV[i + 4], ARGV[i + 6], ARGV[i + 7]
+  local deadline = int(math.max(tonumber(ARGV[i + 5]) + skew, 0))
   local known = redis.call('HGET', record_of(T, id), 'print')
   if known then
     return known == print and 'DUP' or 'CONFLICT'
   end
-  if live >= max_live then
-    return 'BUSY'
-  end
-  if is_over_quota(tenant) then
-    return 'QUOTA'
+  local refusal = refusal_of(tenant)
+  if refusal then
+    return refusal
   end
   local entry = line_up(id, priority, tenant, cost, most)
   redis.call('DEL', T .. ':o:' .. id) -- of a record long expired
@@ -62,8 +73,7 @@ local function place(i)
     'cost', cost, 'most', most, 'print', print, 'payload', payload, 'created', int(now),
     'reply', ARGV[i + 8])
   later('ZADD', T .. ':live', deadline, id)
-  live, counts[tenant] = live + 1, counts[tenant] + 1
-  count_tenant(tenant, 1)
+  count_live(tenant)
   return 'OK'
 end
 

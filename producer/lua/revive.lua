@@ -3,7 +3,8 @@
 --
 -- KEYS[1]  T, the tag of the shard
 -- ARGV     earliest deadline in ms from now; ids
--- Returns  per id: OK | NONE (no error of that id) | GONE (its payload is not kept any more)
+-- Returns  per id: OK | NONE (no error of that id) | GONE (its payload is not kept any more) |
+--          BUSY or QUOTA (no room now: it stays a dead letter)
 -- Twice    NONE: it waits already
 
 local T = KEYS[1]
@@ -19,6 +20,10 @@ local function revive(id)
   end
   if redis.call('HSTRLEN', record, 'payload') == 0 then
     return 'GONE'
+  end
+  local refusal = refusal_of(r.tenant)
+  if refusal then
+    return refusal
   end
   local f = redis.call('HMGET', record, 'dead', 'at')
   if f[1] then
@@ -36,7 +41,7 @@ local function revive(id)
     'worker', '', 'entry', entry, 'deadline', deadline)
   redis.call('PERSIST', record)
   later('ZADD', T .. ':live', deadline, id)
-  count_tenant(r.tenant, 1)
+  count_live(r.tenant)
   return 'OK'
 end
 

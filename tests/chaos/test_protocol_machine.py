@@ -11,7 +11,7 @@ from hypothesis.stateful import (
 
 from machine import CLOCK, QUEUE, Protocol
 from mutants import MUTANTS, planted
-from tokenmill.producer import client as producer_client
+from tokenmill.producer import exchange
 from tokenmill.producer import operator as producer_operator
 from tokenmill.producer.client import Client
 from tokenmill.producer.scripts import Script
@@ -22,7 +22,7 @@ from tokenmill.worker import queue as worker_queue
 def _moved_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     """The scripts take the time from a key."""
     clock = f"redis.call('GET', '{CLOCK}')"
-    for module in (producer_client, producer_operator, worker_queue):
+    for module in (exchange, producer_operator, worker_queue):
         for script in [item for item in vars(module).values() if isinstance(item, Script)]:
             time = f"{{ math.floor({clock} / 1000), {clock} % 1000 * 1000 }}"
             patched = script.source.replace("redis.call('TIME')", time)

@@ -115,7 +115,7 @@ def test_control_tokens_in_no_text_leave_the_tokens_as_transformers_has_them(
     [
         (None, "prompt must be a text or token ids, as this model has no chat template"),
         ("{% frob %}", "prompt must be a text or token ids, as this model's chat template cannot"),
-        ("{{ raise_exception('no system') }}", "prompt must be messages that .*, got 'no system'"),
+        ("{{ raise_exception('no system') }}", "prompt must be messages that .*, got no system"),
         ("{{ messages[9].content }}", "prompt must be messages that the model's chat template"),
         ("{{ messages | frob }}", "cannot be read"),
     ],

@@ -1,5 +1,6 @@
 """The client against real servers, with workers played by the test."""
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -375,3 +376,17 @@ def test_forget_keeps_dead_letters(
     queue.finish([end])
     client.forget([request_id], within_s=60)
     assert server.pttl(Keys().record(request_id)) > 60_000
+
+
+@pytest.mark.parametrize("ahead_s", [-7200, 7200])
+def test_a_deadline_counts_by_the_server_whatever_the_producers_clock_says(
+    server_url: str, server: redis.Redis, ahead_s: int
+) -> None:
+    with Client(server_url) as client:
+        client._exchange.clock = lambda: time.time() + ahead_s
+        request_id = client.submit("x", deadline_s=60)
+    seconds, micros = server.time()
+    due_ms = server.zscore(Keys().live, request_id)
+    assert isinstance(due_ms, float)
+    assert 30_000 < due_ms - 1000 * seconds - micros / 1000 <= 60_000
+    assert server.hget(Keys().record(request_id), "deadline") == b"%d" % due_ms

@@ -95,7 +95,7 @@ def test_bad_lines_have_their_number_and_the_others_go_on(tmp_path: Path) -> Non
         (4, 6),
         (5, 7),
     ]
-    assert "line must be JSON, got '{broken'" in bad(rows[1]).message
+    assert "line must be JSON, got bytes of length 8" in bad(rows[1]).message
     assert "--prompt-field" in bad(rows[5]).message
     assert bad(rows[5]).columns == {"x": 1}
 

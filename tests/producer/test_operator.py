@@ -8,11 +8,12 @@ import pytest
 import redis
 from click.testing import CliRunner, Result
 
+from tokenmill.producer import operator as operator_module
 from tokenmill.producer.cli import tokenmill
 from tokenmill.producer.client import Client
 from tokenmill.producer.errors import InvalidRequest
 from tokenmill.producer.keys import Keys
-from tokenmill.producer.operator import Operator
+from tokenmill.producer.operator import Operator, Purged
 from tokenmill.producer.wire import Usage, chain_digest
 from tokenmill.worker.queue import Append, Claim, Finish, Queue
 
@@ -134,9 +135,9 @@ def test_purge_takes_what_nobody_runs(
         queue.release(claims[1].request_id, claims[1].epoch, undo=True, delay_ms=60_000)
         a.submit_many(a.new_request("x", priority=priority) for priority in (0, 1, 2) * 300)
         b.submit_many(b.new_request("x") for _ in range(3))
-        assert operator.purge(tenant="a", priority=1) == 300
-        assert operator.purge(tenant="b") == 3
-        assert operator.purge() == 601  # the parked one too
+        assert operator.purge(tenant="a", priority=1).cancelled == 300
+        assert operator.purge(tenant="b").cancelled == 3
+        assert operator.purge().cancelled == 601  # the parked one too
         assert a.result(kept[1], timeout_s=0).reason == "purged by an operator"
         status = operator.status()
         assert (status.live, status.running, status.waiting) == (1, 1, 0)
@@ -152,7 +153,7 @@ def test_purge_asks_first(client: Client, run: Callable[..., Result]) -> None:
     assert refused.exit_code == 1
     assert "1 requests wait on queue default; cancel those, all?" in refused.stderr
     assert run("queue", "purge", stdin="y\n").stdout == "1 cancelled\n"
-    assert run("queue", "purge", "--yes", "--json").stdout == '{"cancelled": 0}\n'
+    assert run("queue", "purge", "--yes", "--json").stdout == '{"cancelled": 0, "foreign": 0}\n'
 
 
 def test_dead_letters_are_listed_with_reasons(
@@ -205,6 +206,85 @@ def test_retry_and_drop_by_command(
     assert run("dead", "retry", "--all").stdout == "1 run again\n"
     assert [claim.request_id for claim in queue.claim(**AMPLE)] == [second]
     assert run("dead", "retry").exit_code == 2
+
+
+def test_a_retry_of_all_stops_at_a_full_queue_and_loses_nothing(
+    client: Client, operator: Operator, make_queue: MakeQueue, run: Callable[..., Result]
+) -> None:
+    queue = make_queue()
+    ids = {fail(client, queue) for _ in range(5)}
+    operator.configure(max_live=3)
+    client.submit("x")
+    told = run("dead", "retry", "--all")
+    assert told.exit_code == 1
+    assert "2 run again\n3 stay dead letters: the queue is full (max_live); raise it" in told.stdout
+    status = operator.status()
+    assert (status.live, status.dead, status.tenants) == (3, 3, {"default": 3})
+    left = {letter.request_id for letter in operator.dead()}
+    verdicts = [
+        json.loads(line)
+        for line in run("dead", "retry", "--all", "--json").stdout.split("\n")
+        if line
+    ]
+    assert {row["id"] for row in verdicts} == left
+    assert {row["verdict"] for row in verdicts} == {"the queue is full (max_live)"}
+    operator.configure(max_live=100)
+    assert run("dead", "retry", "--all").stdout == "3 run again\n"
+    assert {claim.request_id for claim in queue.claim(**AMPLE)} > ids
+
+
+def test_a_retry_keeps_to_the_quota_of_each_tenant(
+    server_url: str, operator: Operator, make_queue: MakeQueue, run: Callable[..., Result]
+) -> None:
+    queue = make_queue()
+    with Client(server_url, tenant="a") as a, Client(server_url, tenant="b") as b:
+        for client in (a, a, a, b):
+            fail(client, queue)
+    operator.configure(quotas={"a": 2})
+    told = run("dead", "retry", "--all")
+    assert told.exit_code == 1
+    assert "3 run again\n1 stay dead letters: the quota of its tenant is full" in told.stdout
+    status = operator.status()
+    assert (status.tenants, status.dead) == ({"a": 2, "b": 1}, 1)
+
+
+def test_a_purge_takes_what_was_there_when_it_began(
+    client: Client, operator: Operator, make_queue: MakeQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A producer that enqueues as fast as it purges: it must end, and leave what came later."""
+    before = client.submit_many(client.new_request("x") for _ in range(1500))
+    after: list[str] = []
+    purge_lane = operator_module._PURGE
+
+    def purge(*arguments: Any) -> Any:
+        assert len(after) < 3000, "it does not end"
+        after.extend(client.submit_many(client.new_request("y") for _ in range(500)))
+        return purge_lane(*arguments)
+
+    monkeypatch.setattr(operator_module, "_PURGE", purge)
+    assert operator.purge() == Purged(cancelled=len(before))
+    assert client.result(before[-1], timeout_s=0).finish_reason == "cancelled"
+    assert operator.status().waiting == len(after) >= 1500
+    claims = make_queue().claim(**AMPLE)
+    assert [claim.request_id for claim in claims] == after[: len(claims)]
+
+
+def test_a_purge_passes_over_what_is_foreign(
+    server_url: str, server: redis.Redis, operator: Operator, run: Callable[..., Result]
+) -> None:
+    server.xadd(KEYS.lane(1, "a"), {"foo": "bar"})  # before any enqueue made the lane
+    with Client(server_url, tenant="a") as a, Client(server_url, tenant="b") as b:
+        ids = [a.submit("x"), b.submit("x")]
+        server.xadd(KEYS.lane(1, "b"), {"id": "no such", "cost": "?", "most": "1"})
+        server.xadd(KEYS.lane(1, "b"), {"id": "0.gone", "cost": "1", "most": "1"})
+        server.zadd(KEYS.lanes(1), {"c": 0})
+        server.set(KEYS.lane(1, "c"), "not a stream")
+        told = run("queue", "purge", "--yes")
+        assert told.stdout == "2 cancelled\n"
+        assert "3 entries or keys in the lanes are none of ours" in told.stderr
+        assert [a.result(name, timeout_s=0).finish_reason for name in ids] == ["cancelled"] * 2
+    assert server.get(KEYS.lane(1, "c")) == b"not a stream"
+    assert not server.exists(KEYS.lane(1, "a"), KEYS.lane(1, "b"))
 
 
 def test_compact_joins_what_was_written_in_pieces(

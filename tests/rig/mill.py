@@ -256,7 +256,7 @@ class Mill:
         """Enqueue one or a few; each is repeated now and then, and again whenever it was lost."""
         number = self.rng.randrange(REQUESTS)
         batch = [self.request((number + step) % REQUESTS) for step in range(self.rng.randint(1, 3))]
-        arguments: list[Any] = []
+        arguments: list[Any] = [int(time.time() * 1000)]
         for item in batch:
             arguments += [item.request_id, item.fingerprint, item.pack(), item.tenant]
             arguments += [item.priority, item.deadline_ms, item.prompt_cost, item.params.max_tokens]

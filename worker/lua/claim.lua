@@ -22,6 +22,7 @@
 -- allow-oom: claiming is how a full server is drained.
 
 -- @include record
+-- @include lane
 
 local T = KEYS[1]
 local worker, lease, seq = ARGV[1], tonumber(ARGV[2]), ARGV[3]
@@ -146,19 +147,6 @@ local function claim_parked()
   return true
 end
 
-local function last_delivered(lane)
-  local info = redis.call('XINFO', 'GROUPS', lane)[1]
-  if not info then -- a stream that no enqueue made
-    redis.call('XGROUP', 'CREATE', lane, GROUP, 0)
-    return '0-0'
-  end
-  for i = 1, #info, 2 do
-    if info[i] == 'last-delivered-id' then
-      return info[i + 1]
-    end
-  end
-end
-
 -- lane -> its references from where the group is, read in growing pieces, and how many of them are
 -- to be delivered in the end.
 local readers = {}
@@ -210,14 +198,6 @@ local function first_tenant(priority)
     leads[priority] = { tenant = two[1], charge = 0, spare = spare }
   end
   return two[1]
-end
-
--- What a reference says: request id and charge; nil for one that no enqueue wrote.
-local function read_reference(fields)
-  local cost, most = tonumber(fields[4]), tonumber(fields[6])
-  if fields[1] == 'id' and is_sound(cost) and is_sound(most) then
-    return fields[2], cost + most
-  end
 end
 
 -- priority -> the next to be claimed: tenant, lane, entry id, request id, charge; false: none waits.
