@@ -96,9 +96,10 @@ class ChatTemplate:
             )
         except (jinja2.TemplateError, TypeError, ValueError, LookupError) as error:
             # What the template itself refuses it says in its own words.
-            got = error if isinstance(error, jinja2.TemplateError) else type(error).__name__
+            is_its_own = isinstance(error, jinja2.TemplateError)
+            told = str(error) if is_its_own else type(error).__name__
             expected = "messages that the model's chat template takes"
-            raise InvalidRequest("prompt", expected, Words(got)) from error
+            raise InvalidRequest("prompt", expected, Words(told)) from error
         pieces = self._marked.split(text)
         return ((p, bool(n % 2)) for n, p in enumerate(pieces) if p)
 

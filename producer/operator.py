@@ -196,7 +196,7 @@ class Operator:
         total = Purged(foreign=int(not last))
         looked_at = _BATCH if last else 0
         while looked_at == _BATCH:
-            arguments = [priority, tenant, last, _BATCH]
+            arguments: list[str | int] = [priority, tenant, last, _BATCH]
             cancelled, looked_at, foreign = _PURGE(self._server, self._keys.tag, arguments)
             total += Purged(cancelled=cancelled, foreign=foreign)
         return total

@@ -147,7 +147,9 @@ class Intake:
                 self.turn()
             except RedisError as error:
                 if not self._stopping.is_set():
-                    self._stopping.wait(self._outage.lost(error))
+                    delay_s = self._outage.lost(error)
+                    # One shard is tried again in its own time, and keeps nobody from the others.
+                    self._stopping.wait(0.0 if self._queue.is_reachable_in_part else delay_s)
 
     def turn(self) -> None:
         """Claim once, or wait for what makes it worth while."""
@@ -169,7 +171,7 @@ class Intake:
         self._outage.back()
         self._take(claims)
         was_fed = bool(self._queue.num_inbox) and self._queue.admit() > 0
-        if claims or was_fed or not was_idle:
+        if claims or was_fed or not was_idle or not self._queue.is_whole:
             self._idle_since = None
         elif self._idle_since is None:
             self._idle_since = self._clock()

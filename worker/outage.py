@@ -1,4 +1,7 @@
-"""`Outage`: the server does not answer, or refuses everybody; what all threads do about it."""
+"""`Outage`: the server does not answer, or refuses everybody; what all threads do about it.
+
+Of several shards, one that is away is an outage, said once; it is over when all answer.
+"""
 
 import threading
 import time
@@ -15,8 +18,15 @@ BACKOFF_S = (0.05, 2.0)
 class Outage:
     """Says once that the server is lost and once that it is back; threads share it."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        is_whole: Callable[[], bool] = lambda: True,
+    ) -> None:
+        """`is_whole`: whether every shard has answered the last call to it."""
         self._clock = clock
+        self._is_whole = is_whole
         self._lock = threading.Lock()
         self._since: float | None = None
         self._failures = 0
@@ -41,8 +51,8 @@ class Outage:
         return delay
 
     def back(self) -> None:
-        """A call succeeded."""
-        if self._since is None:
+        """A call succeeded: the server is back, unless one of its shards is still away."""
+        if self._since is None or not self._is_whole():
             return
         with self._lock:
             since, self._since, self._failures = self._since, None, 0

@@ -169,9 +169,9 @@ class Worker:
     ) -> None:
         self.worker_id = worker_id
         self.inbox = Inbox()
-        self.outage = Outage()
         self.pulse = pulse or Pulse(config.stall_limit_s)
         self.queue = queue_of(shards, worker_id, lease_ms=config.lease_ms)
+        self.outage = Outage(is_whole=lambda: self.queue.is_whole)
         self._config = config
         self._is_registered = False
         self._failure: BaseException | None = None

@@ -146,6 +146,8 @@ class Queue:
         self.is_drained = False
         #: Entries of the inbox at the last claim.
         self.num_inbox = 0
+        #: One shard has no others: that it is away is told by every call.
+        self.is_whole, self.is_reachable_in_part = True, False
         #: What the server takes for this worker's and it did not run, at the last look.
         self._strays: set[str] = set()
         self._plain = PlainInbox(server, keys)

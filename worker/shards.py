@@ -12,6 +12,7 @@ with one: priorities, tenants and their weights hold there, and for the whole as
 are spread evenly, which their ids are.
 """
 
+import math
 import time
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, Protocol, TypeVar
@@ -19,8 +20,10 @@ from typing import Any, Protocol, TypeVar
 from redis.exceptions import RedisError
 
 from tokenmill.producer.connection import MAX_BLOCK_S
+from tokenmill.producer.refusals import is_about_the_server
 from tokenmill.producer.shards import Shards
 from tokenmill.producer.wire import WorkerInfo
+from tokenmill.worker.outage import BACKOFF_S
 from tokenmill.worker.queue import MAX_BATCH, Append, Claim, Finish, Queue, Verdict
 
 #: How often shards of which nothing is heard are asked all the same.
@@ -35,6 +38,10 @@ class QueueLike(Protocol):
 
     num_inbox: int
 
+    @property
+    def is_whole(self) -> bool: ...
+    @property
+    def is_reachable_in_part(self) -> bool: ...
     @property
     def worker_id(self) -> str: ...
     @property
@@ -94,6 +101,9 @@ class ShardedQueue:
         self._quiet: set[int] = set()
         self._clock = clock
         self._look_at = clock()
+        #: Shards that did not answer the last call: how often since they did, and when they are
+        #: asked for work again.
+        self._away: dict[int, tuple[int, float]] = {}
         #: Shards in the order in which they are asked next.
         self._order = list(range(len(queues)))
         #: What this worker runs: a request that fits no room is only for one that runs nothing.
@@ -128,15 +138,16 @@ class ShardedQueue:
     ) -> list[Claim]:
         """As for `Queue`; what one shard has leaves the others to the next call.
 
-        What comes to a shard that was empty is found after `wait` has heard of it.
+        What comes to a shard that was empty is found after `wait` has heard of it. One that is away
+        is asked more and more rarely.
 
         Raises:
-            RedisError: no shard gave anything, and one did not answer.
+            RedisError: no shard gave anything, and one that was asked did not answer.
         """
         lost: RedisError | None = None
         claims: list[Claim] = []
         self._stir()
-        for number in [number for number in self._order if number not in self._quiet]:
+        for number in [number for number in self._order if self._is_to_be_asked(number)]:
             self._order.remove(number)
             self._order.append(number)
             queue = self._queues[number]
@@ -151,7 +162,9 @@ class ShardedQueue:
                 )
             except RedisError as error:
                 lost = error
+                self._missed(number)
                 continue
+            self._away.pop(number, None)
             if queue.is_drained:
                 self._quiet.add(number)
             if claims:
@@ -163,7 +176,8 @@ class ShardedQueue:
         return claims
 
     def admit(self) -> int:
-        return sum(queue.admit() for queue in self._queues if queue.num_inbox)
+        here = [queue for queue in self._queues if queue.keys.shard not in self._away]
+        return sum(queue.admit() for queue in here if queue.num_inbox)
 
     def append(self, appends: Sequence[Append]) -> list[Verdict]:
         return self._write(appends, lambda queue, some: queue.append(some), {Verdict.FENCED})
@@ -186,13 +200,18 @@ class ShardedQueue:
         streams: dict[Any, Any] = {}
         due: list[tuple[float, int]] = []
         for number, queue in enumerate(self._queues):
-            if not queue.has_claimed:
+            if number in self._away:
+                due.append((self._away_s(number), number))
+            elif not queue.has_claimed:
                 return queue.wait(0)
-            streams |= queue.watched()
+            if queue.has_claimed:
+                streams |= queue.watched()
             left_ms = queue.next_due_ms()
             if left_ms is not None:
                 due.append((left_ms / 1000, number))
         first_s, first = min(due, default=(block_s, -1))
+        if not streams:  # none has answered yet
+            return self._queues[first].wait(0)
         if first_s > 0:
             # The reader asks for what is there if it has no time: a due request is not that.
             block_ms = max(int(min(block_s, first_s) * 1000), 6)
@@ -207,6 +226,32 @@ class ShardedQueue:
             self._ask_first(first)
             return True
         return False
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every shard has answered the last call to it."""
+        return not self._away
+
+    @property
+    def is_reachable_in_part(self) -> bool:
+        """Whether some shards answer, and others do not."""
+        return 0 < len(self._away) < len(self._queues)
+
+    def _is_to_be_asked(self, number: int) -> bool:
+        return number not in self._quiet and self._away_s(number) <= 0
+
+    def _away_s(self, number: int) -> float:
+        """Until a shard that is away is asked for work again."""
+        _, retry_at = self._away.get(number, (0, -math.inf))
+        return max(retry_at - self._clock(), 0.0)
+
+    def _missed(self, number: int) -> None:
+        failures = self._away.get(number, (0, 0.0))[0]
+        low, high = BACKOFF_S
+        self._away[number] = (
+            failures + 1,
+            self._clock() + min(low * 2.0 ** min(failures, 16), high),
+        )
 
     def _stir(self) -> None:
         """Now and then ask all: a server that rolled back may have lost what was to be heard."""
@@ -234,24 +279,29 @@ class ShardedQueue:
         verdicts: dict[int, Verdict] = {}
 
         def part(queue: Queue) -> None:
-            places = parts.get(queue.keys.shard, ())
-            if places:
-                given = write(queue, [items[n] for n in places])
-                verdicts.update(zip(places, given, strict=True))
+            places = parts[queue.keys.shard]
+            given = write(queue, [items[n] for n in places])
+            verdicts.update(zip(places, given, strict=True))
 
-        self._each(part)
+        self._each(part, [queue for queue in self._queues if queue.keys.shard in parts])
         gone = {items[n].request_id for n, verdict in verdicts.items() if verdict in lets_go}
         self._held -= gone
         return [verdicts[n] for n in range(len(items))]
 
-    def _each(self, call: Callable[[Queue], _Reply]) -> list[_Reply]:
-        """Call it for every shard; the first error is raised when all were tried."""
+    def _each(
+        self, call: Callable[[Queue], _Reply], queues: Sequence[Queue] | None = None
+    ) -> list[_Reply]:
+        """Call it for every shard, or for some; the first error is raised when all were tried."""
         replies, errors = [], []
-        for queue in self._queues:
+        for queue in self._queues if queues is None else queues:
             try:
                 replies.append(call(queue))
             except RedisError as error:
                 errors.append(error)
+                if is_about_the_server(error):
+                    self._missed(queue.keys.shard)
+            else:
+                self._away.pop(queue.keys.shard, None)
         if errors:
             raise errors[0]
         return replies

@@ -114,6 +114,8 @@ class SpiedQueue:
     def num_inbox(self) -> int:
         return self._queue.num_inbox
 
+    is_whole, is_reachable_in_part = True, False
+
     def __getattr__(self, name: str) -> Any:
         method = getattr(self._queue, name)
 

@@ -4,6 +4,8 @@ import functools
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -249,9 +251,13 @@ def test_one_shard_that_is_away_keeps_no_other_from_being_served(
     with monkeypatch.context() as patch:
         for name in ("claim", "append", "renew"):
             patch.setattr(away, name, fail)
-        claims = claim_all(queue, COUNT - 1)
-        with pytest.raises(RedisConnectionError, match="away"):
-            queue.claim(**AMPLE)
+        claims: list[Claim] = []
+        while len(claims) < COUNT - 1:  # the one that is away is told, and keeps nobody waiting
+            try:
+                claims += queue.claim(**AMPLE)
+            except RedisConnectionError:
+                assert queue.is_reachable_in_part
+        assert not queue.is_whole
         renewed: list[Queue] = []
         for other in queue._queues:
             if other is not away:
@@ -259,10 +265,56 @@ def test_one_shard_that_is_away_keeps_no_other_from_being_served(
         with pytest.raises(RedisConnectionError, match="away"):
             queue.renew()
         assert len(renewed) == COUNT - 1
+    assert not queue.is_whole
     assert claim_all(queue, 1)[0].request_id == ids[2]
     assert queue.append([piece(claim, 0, 65, text="A") for claim in claims]) == [Verdict.OK] * (
         COUNT - 1
     )
+    assert queue.is_whole
+
+
+def test_a_shard_that_is_away_is_one_outage_and_is_asked_ever_more_rarely(
+    client: Client,
+    make_sharded: MakeQueue,
+    monkeypatch: pytest.MonkeyPatch,
+    make_parts: Callable[..., Any],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO", "tokenmill.worker")
+    queue = make_sharded()
+    parts = make_parts(queue=queue)
+    parts.outage._is_whole = lambda: queue.is_whole
+    monkeypatch.setattr(queue, "_clock", parts.clock)
+    asked = []
+
+    def fail(*_: object, **room: object) -> Any:
+        asked.extend([parts.clock.now] if room else [])
+        raise RedisConnectionError("away")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(queue._queues[2], "claim", fail)
+        patch.setattr(queue._queues[2], "renew", fail)
+        for number in range(40):  # of the other shards there is always something
+            client.submit("x", max_tokens=1, request_id=new_request_id(number % 2))
+            with suppress(RedisConnectionError):
+                parts.claim()
+            parts.step()
+        for _ in range(100):  # and now there is not
+            try:
+                parts.claim()
+            except RedisConnectionError as error:
+                parts.outage.lost(error)
+            parts.clock.sleep(0.1)
+        assert parts.outage.is_on
+    gaps = [after - before for before, after in pairwise(asked)]
+    assert max(gaps) >= 1.9
+    assert len(asked) < 20
+    assert not [record for record in caplog.records if "server_back" in record.getMessage()]
+    assert sum("server_lost" in record.getMessage() for record in caplog.records) == 1
+    parts.clock.sleep(2.0)
+    parts.claim()
+    assert not parts.outage.is_on
+    assert sum("server_back" in record.getMessage() for record in caplog.records) == 1
 
 
 def test_one_shard_costs_nothing_more(server_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
