@@ -47,7 +47,6 @@ def truncate(path: Path) -> None:
         ),
         ("generation_config.json", lambda p: p.write_text("nul"), "is not JSON"),
     ],
-    ids=str,
 )
 def test_a_broken_file_is_named(
     directory: Path, file: str, change: Callable[[Path], object], message: str

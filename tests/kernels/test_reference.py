@@ -38,7 +38,6 @@ def test_add_rms_norm_norms_the_rounded_sum() -> None:
         ),
         ("relu", lambda z: max(z, 0.0)),
     ],
-    ids=str,
 )
 def test_gated_activation_gates_with_the_first_half(
     kind: str, formula: Callable[[float], float]
