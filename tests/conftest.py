@@ -71,6 +71,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize("server_kind", marked, indirect=True)
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Where several processes share the tests, a file stays whole: what it makes is made once.
 
@@ -80,8 +81,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         callspec = getattr(item, "callspec", None)
         is_grouped = callspec is not None and "-" in callspec.params.get("server_kind", "")
-        is_many = item.path.relative_to(TESTS).parts[0] in MANY_PROCESSES
-        name = "processes" if is_grouped or is_many else str(item.path)
+        path = item.path.relative_to(TESTS)
+        is_many = path.parts[0] in MANY_PROCESSES
+        name = "processes" if is_grouped or is_many else str(path)
         item.add_marker(pytest.mark.xdist_group(name))
 
 
