@@ -1,12 +1,14 @@
-"""The kernels by name: Triton for CUDA tensors, plain torch for all others.
+"""The kernels by name: Triton for CUDA tensors; for others compiled by numba, or plain torch.
 
 Shapes and meaning are in `reference.py`. The Triton files are imported at the first CUDA call, so
-that a process on a CPU never loads triton.
+that a process on a CPU never loads triton, and a process on a GPU never numba.
 """
+
+from collections.abc import Callable
 
 import torch
 
-from tokenmill.kernels import cpu_attention, reference
+from tokenmill.kernels import compiler, cpu_attention, reference
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -92,7 +94,7 @@ def paged_attention(
 
         attend = on_gpu.paged_attention
     else:
-        attend = cpu_attention.paged_attention
+        attend = _attention_on_cpu(q, k_cache, softcap)
     return attend(
         q,
         k_cache,
@@ -106,3 +108,15 @@ def paged_attention(
         softcap=softcap,
         out=out,
     )
+
+
+def _attention_on_cpu(
+    q: torch.Tensor, k_cache: torch.Tensor, softcap: float | None
+) -> Callable[..., torch.Tensor]:
+    """The compiled form where numba is there and it takes the arguments; else torch's own ops."""
+    if compiler.is_available():
+        from tokenmill.kernels import compiled_attention
+
+        if compiled_attention.can_attend(q, k_cache, softcap):
+            return compiled_attention.paged_attention
+    return cpu_attention.paged_attention

@@ -80,7 +80,7 @@ def test_the_producer_installs_alone(wheel: Path, tmp_path: Path) -> None:
     python = tmp_path / "env" / "bin" / "python"
     run(python, "-m", "pip", "install", "-qq", "-c", ROOT / "constraints.txt", wheel)
     listed = json.loads(run(python, "-m", "pip", "list", "--format", "json"))
-    assert not {"torch", "transformers", "triton", "numpy"} & {p["name"] for p in listed}
+    assert not {"torch", "transformers", "triton", "numba", "numpy"} & {p["name"] for p in listed}
     script = """if True:
         import importlib.metadata, json, sys
         import tokenmill.producer.client

@@ -48,9 +48,13 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Logits:
 def model(
     request: pytest.FixtureRequest, tiny_checkpoint: TinyCheckpoint, _one_thread: None
 ) -> LoadedModel:
-    """Awkward widths, so that no kernel gets whole vectors; one with norms of heads."""
+    """Awkward widths, so that no kernel gets whole vectors; one with norms of heads.
+
+    Compiled attention takes the heads of the other one.
+    """
     directory, _ = tiny_checkpoint(
-        request.param, hidden_size=50, num_attention_heads=5, num_key_value_heads=1, head_dim=12,
+        request.param, hidden_size=50, num_attention_heads=5, num_key_value_heads=1,
+        head_dim=12 if request.param == "qwen3" else 16,
         intermediate_size=77, max_position_embeddings=1024, sliding_window=None,
     )  # fmt: skip
     return load(str(directory), device="cpu")

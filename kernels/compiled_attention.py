@@ -1,0 +1,270 @@
+"""`paged_attention` for the CPU, compiled: keys and values are read in their blocks.
+
+An item of work is one KV head of some tokens of one sequence: their rows (the queries that share
+the head) lie together in a scratch memory of the thread.
+
+    scores  = q @ keys^T     64 keys at a time, transposed into the scratch
+    weights = exp(scores - max), and their sum
+    out     = weights @ values / sum
+
+Every sum over keys or channels is taken in one order by one kernel, whatever is computed beside:
+a row's bits are the same whole, in chunks, alone or in a batch. Keys that a row does not see weigh
+0 exactly, and adding 0 changes nothing.
+"""
+
+import threading
+
+import numpy as np
+import torch
+from numba import carray, njit, types
+
+from tokenmill.kernels.compiler import compiled
+from tokenmill.kernels.parallel import run
+from tokenmill.kernels.vectors import (
+    ROWS,
+    WIDTH,
+    fetch_add,
+    floats,
+    int32s,
+    int64s,
+    product,
+    transpose,
+    weigh,
+)
+
+#: Keys, and output channels, of a product at a time.
+_TILE = 64
+#: Rows of an item, and scores: half of a usual L2 cache.
+_MOST_ROWS, _MOST_SCORES = 96, 1 << 17
+
+_scores_64 = product(_TILE // WIDTH, is_added=False)
+_add_64, _add_16 = product(_TILE // WIDTH, is_added=True), product(1, is_added=True)
+
+
+@njit(nogil=True)
+def _padded(count, multiple):
+    return (count + multiple - 1) // multiple * multiple
+
+
+@njit(nogil=True)
+def _tokens_of_item(context, group):
+    """Tokens that an item has: as many as its rows' scores leave room for."""
+    rows = min(_MOST_ROWS, max(ROWS, _MOST_SCORES // _padded(context, _TILE)))
+    return max(1, rows // group)
+
+
+@njit(nogil=True)
+def _add_product(a, a_stride, b, b_stride, c, c_stride, count, width):
+    done = 0
+    while done + _TILE <= width:
+        _add_64(a, a_stride, b + 4 * done, b_stride, c + 4 * done, c_stride, count)
+        done += _TILE
+    while done < width:
+        _add_16(a, a_stride, b + 4 * done, b_stride, c + 4 * done, c_stride, count)
+        done += WIDTH
+
+
+@njit(nogil=True)
+def _turn(keys, table, block_size, stride, first, last, dim, turned):
+    """Transpose the keys from `first` on to [D, 64]; columns from `last` on may hold anything."""
+    if block_size % WIDTH == 0:
+        for position in range(first, min(first + _TILE, last), WIDTH):
+            slot = table[position // block_size] * block_size + position % block_size
+            for channel in range(0, dim, WIDTH):
+                transpose(
+                    keys + 4 * (slot * stride + channel),
+                    stride,
+                    turned + 4 * (channel * _TILE + position - first),
+                    _TILE,
+                )
+        return
+    columns = carray(floats(turned), (dim, _TILE))
+    for position in range(first, min(first + _TILE, last)):
+        slot = table[position // block_size] * block_size + position % block_size
+        key = carray(floats(keys + 4 * slot * stride), (dim,))
+        for channel in range(dim):
+            columns[channel, position - first] = key[channel]
+
+
+@njit(nogil=True)
+def _weigh_row(row, low, high, width):
+    """The weights of the scores from `low` to `high`, the others 0; returns their sum."""
+    scores = carray(floats(row), (width,))
+    end = _padded(high, WIDTH)
+    scores[:low] = -np.inf
+    scores[high:end] = -np.inf
+    scores[end:] = 0
+    return weigh(row, end // WIDTH)
+
+
+@njit(nogil=True)
+def _attend(q, keys, values, out, table, scratch, shape, before, num_tokens, window, scale):
+    """One item: `num_tokens` behind the first `before` of a sequence; q and out are at its head.
+
+    `shape`: block size, KV heads, channels, query heads that share one, strides of q and out.
+    """
+    block_size, num_kv_heads, dim, group, q_stride, out_stride = shape
+    stride = num_kv_heads * dim
+    num_rows = num_tokens * group
+    all_rows = _padded(num_rows, ROWS)
+    last = before + num_tokens
+    base = max(0, before - window + 1) // _TILE * _TILE
+    width = _padded(last - base, _TILE)
+    rows, turned = scratch, scratch + 4 * all_rows * dim
+    sums = turned + 4 * dim * _TILE
+    scores = sums + 4 * all_rows * dim
+
+    queries = carray(floats(rows), (all_rows, dim))
+    for row in range(num_rows):
+        source = q + 4 * (row // group * q_stride + row % group * dim)
+        query = carray(floats(source), (dim,))
+        for channel in range(dim):
+            queries[row, channel] = query[channel] * scale
+    queries[num_rows:] = 0
+    carray(floats(sums), (all_rows * dim,))[:] = 0
+    totals = carray(floats(scores + 4 * all_rows * width), (all_rows,))
+
+    for first in range(base, last, _TILE):
+        _turn(keys, table, block_size, stride, first, last, dim, turned)
+        for row in range(0, all_rows, ROWS):
+            if first <= before + (row + ROWS - 1) // group:  # else no row sees it
+                target = scores + 4 * (row * width + first - base)
+                _scores_64(rows + 4 * row * dim, dim, turned, _TILE, target, width, dim)
+    for row in range(num_rows):
+        position = before + row // group
+        low, high = max(0, position - window + 1 - base), position + 1 - base
+        totals[row] = _weigh_row(scores + 4 * row * width, low, high, width)
+    carray(floats(scores), (all_rows, width))[num_rows:] = 0
+
+    first = base
+    while first < last:
+        count = min(block_size - first % block_size, last - first)
+        slot = table[first // block_size] * block_size + first % block_size
+        for row in range(0, all_rows, ROWS):
+            if first <= before + (row + ROWS - 1) // group:
+                weights = scores + 4 * (row * width + first - base)
+                block = values + 4 * slot * stride
+                _add_product(weights, width, block, stride, sums + 4 * row * dim, dim, count, dim)
+        first += count
+
+    attended = carray(floats(sums), (all_rows, dim))
+    for row in range(num_rows):
+        target = out + 4 * (row // group * out_stride + row % group * dim)
+        result = carray(floats(target), (dim,))
+        for channel in range(dim):
+            result[channel] = attended[row, channel] / totals[row]
+
+
+@compiled(types.void(types.int64))
+def _work(data):
+    given = carray(int64s(data), (20,))
+    q, keys, values, out = given[3], given[4], given[5], given[6]
+    num_sequences, num_columns = given[7], given[8]
+    starts = carray(int32s(given[9]), (num_sequences + 1,))
+    contexts = carray(int32s(given[10]), (num_sequences,))
+    tables = carray(int32s(given[11]), (num_sequences, num_columns))
+    block_size, num_kv_heads, dim = given[12], given[13], given[14]
+    group, q_stride = given[15], given[16]
+    out_stride = num_kv_heads * group * dim
+    shape = (block_size, num_kv_heads, dim, group, q_stride, out_stride)
+    window, scratch_size = given[17], given[18]
+    scratch = given[19] + 4 * scratch_size * fetch_add(data, 1)
+    scale = np.float32(carray(int64s(data), (21,)).view(np.float64)[20])
+    mine, index = fetch_add(data + 8, 1), 0
+    for number in range(num_sequences):
+        context, start = np.int64(contexts[number]), np.int64(starts[number])
+        length = starts[number + 1] - start
+        most = _tokens_of_item(context, group)
+        end = index + (length + most - 1) // most * num_kv_heads
+        while mine < end:
+            head, skipped = (mine - index) % num_kv_heads, (mine - index) // num_kv_heads * most
+            row, channel = start + skipped, head * group * dim
+            _attend(
+                q + 4 * (row * q_stride + channel),
+                keys + 4 * head * dim,
+                values + 4 * head * dim,
+                out + 4 * (row * out_stride + channel),
+                tables[number],
+                scratch,
+                shape,
+                context - length + skipped,
+                min(most, length - skipped),
+                window,
+                scale,
+            )
+            mine = fetch_add(data + 8, 1)
+        index = end
+
+
+class _Scratch(threading.local):
+    """Memory of the calling thread, kept: fresh pages cost more than what is done in them."""
+
+    def __init__(self) -> None:
+        self._buffer = torch.empty(0)
+
+    def of(self, size: int) -> torch.Tensor:
+        """At least `size` floats."""
+        if self._buffer.numel() < size:
+            with torch.inference_mode(mode=False):
+                self._buffer = torch.empty(size)
+        return self._buffer
+
+
+_scratch = _Scratch()
+
+
+def can_attend(q: torch.Tensor, k_cache: torch.Tensor, softcap: float | None) -> bool:
+    """Whether the arguments are such that `paged_attention` takes them."""
+    return q.dtype == k_cache.dtype == torch.float32 and q.shape[-1] % WIDTH == 0 and not softcap
+
+
+def paged_attention(
+    q: torch.Tensor,  # [T, Hq, D] float32, D a multiple of 16
+    k_cache: torch.Tensor,  # [num_blocks, block_size, Hkv, D] float32
+    v_cache: torch.Tensor,  # [num_blocks, block_size, Hkv, D] float32
+    *,
+    cu_seqlens_q: torch.Tensor,  # [S + 1] int32
+    context_lens: torch.Tensor,  # [S] int32
+    block_tables: torch.Tensor,  # [S, B] int32
+    max_query_len: int,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    out: torch.Tensor | None = None,  # [T, Hq, D] float32, contiguous
+) -> torch.Tensor:
+    """As `reference.paged_attention`, but without a soft cap; returns [T, Hq, D]."""
+    del max_query_len
+    if not can_attend(q, k_cache, softcap):
+        raise ValueError(
+            "compiled attention needs float32, channels that are a multiple of 16 and no soft cap"
+        )
+    out = torch.empty_like(q, memory_format=torch.contiguous_format) if out is None else out
+    num_sequences, num_columns = block_tables.shape
+    _, block_size, num_kv_heads, dim = k_cache.shape
+    group = q.shape[1] // num_kv_heads
+    width = num_columns * block_size + _TILE
+    most_rows = max(_MOST_ROWS, group) + ROWS
+    size = _MOST_SCORES + (group + 2 * ROWS) * width + most_rows * (2 * dim + 1) + _TILE * dim
+    size = -(-size // WIDTH) * WIDTH
+    scratch = _scratch.of(size * torch.get_num_threads())
+    tables = block_tables.contiguous()
+    run(
+        _work,
+        [
+            *(tensor.data_ptr() for tensor in (q, k_cache, v_cache, out)),
+            num_sequences,
+            num_columns,
+            *(tensor.data_ptr() for tensor in (cu_seqlens_q, context_lens, tables)),
+            block_size,
+            num_kv_heads,
+            dim,
+            group,
+            q.stride(0),
+            window or 1 << 40,
+            size,
+            scratch.data_ptr(),
+            float(scale),
+        ],
+        num_sequences * num_kv_heads,
+    )
+    return out
