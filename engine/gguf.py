@@ -35,6 +35,8 @@ _SCALARS = {
 }
 _STRING, _ARRAY = 8, 9
 _MAX_ITEMS = 1 << 24
+#: Values that are dequantized at a time.
+_PIECE = 1 << 18
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,15 +136,20 @@ class GGUFFile:
         if info.offset + size > len(self._map):
             raise UnsupportedModel(f"{self.path} is not a whole GGUF file: {name} is cut short")
         raw = np.frombuffer(self._map, np.uint8, count=size, offset=info.offset)
-        rows = raw.reshape(*info.shape[:-1], -1)
+        values = np.empty(math.prod(info.shape), np.float32)
+        # A piece at a time, given as one row: what is made on the way stays in the cache.
+        step = max(_PIECE // block, 1)
         try:
             with np.errstate(all="ignore"):
-                values = dequantize(rows, kind)
+                for first in range(0, size // block_bytes, step):
+                    piece = raw[first * block_bytes : (first + step) * block_bytes]
+                    part = dequantize(piece[np.newaxis], kind).reshape(-1)
+                    values[first * block : first * block + len(part)] = part
         except NotImplementedError as error:
             raise UnsupportedModel(
                 f"{name} is of a GGUF type that cannot be read: {kind.name}"
             ) from error
-        return torch.from_numpy(np.array(values, dtype=np.float32)).reshape(info.shape)
+        return torch.from_numpy(values).reshape(info.shape)
 
 
 def config_from_gguf(
