@@ -19,13 +19,12 @@ from types import TracebackType
 from typing import Any, Self
 
 from peer_model import PeerModel
-from workloads import ROOT, Workload
+from workloads import ROOT
 
 RUNNERS = ROOT / "bench" / "peers" / "engine"
 #: vLLM compiles at its first start, for minutes.
 START_TIMEOUT_S = 600.0
 STOP_TIMEOUT_S = 60.0
-VOCABULARY = 49152
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,15 +91,12 @@ PEERS = {
 
 
 class PeerEngine:
-    """A running peer: called with a workload, it returns the seconds that it took.
-
-    `outputs` are the tokens of the last run; `about` is what the peer says of itself.
-    """
+    """A running peer; `outputs` are the tokens of the last run, `about` what it says of itself."""
 
     def __init__(self, peer: Peer, environments: Path, model: PeerModel) -> None:
         self.peer = peer
         self.outputs: list[list[int]] = []
-        self._log = tempfile.TemporaryFile("w+")
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed with the process)
         variables = vllm_variables(environments) if peer.runner == "vllm" else {}
         clean = {name: v for name, v in os.environ.items() if name != "GOMP_SPINCOUNT"}
         started = time.perf_counter()
@@ -111,7 +107,7 @@ class PeerEngine:
             stderr=self._log,
             text=True,
             process_group=0,
-            env=clean | variables | peer.variables,
+            env={**clean, **variables, **peer.variables},
         )
         try:
             self.about = self._reply() | {"start_s": time.perf_counter() - started}
@@ -120,10 +116,6 @@ class PeerEngine:
             self._kill()
             raise
         self._signal(signal.SIGSTOP)
-
-    def __call__(self, workload: Workload) -> float:
-        requests = workload.prompts(VOCABULARY)
-        return self.run(requests)
 
     def run(self, requests: Sequence[tuple[list[int], int]]) -> float:
         """Seconds for requests of (prompt, tokens to generate)."""
@@ -181,4 +173,3 @@ class PeerEngine:
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(STOP_TIMEOUT_S)
         self._kill()
-

@@ -70,10 +70,7 @@ def _write_hugging_face(source: GGUFFile, directory: Path) -> None:
     config = config_from_gguf(source.metadata, source.tensors)
     tokenizer = tokenizer_from_gguf(source.metadata)
     tokens = source.metadata["tokenizer.ggml.tokens"]
-    ids = {
-        name: source.metadata[f"tokenizer.ggml.{name}_token_id"]
-        for name in ("bos", "eos")
-    }
+    ids = {name: source.metadata[f"tokenizer.ggml.{name}_token_id"] for name in ("bos", "eos")}
     special = {f"{name}_token": tokens[number] for name, number in ids.items()}
     shape = {
         "architectures": ["LlamaForCausalLM"],
@@ -138,7 +135,7 @@ def largest_difference(place: PeerModel) -> float:
     with torch.inference_mode():
         expected = theirs(torch.tensor([ids])).logits[0, -1]
     engine = Engine(load(MODEL, device="cpu"), EngineConfig(token_budget=128))
-    probe = Probe(engine._decoder, engine._cache, engine.max_model_len)  # noqa: SLF001
+    probe = Probe(engine._runner)  # noqa: SLF001 (the logits of a step are nobody else's)
     return float((probe.logits([(0, len(ids))])[0] - expected).abs().max())
 
 

@@ -2,7 +2,8 @@
 
 Standard library alone: it runs in the virtual environment of each peer. Wishes come as a line of
 JSON on stdin each, {"path": workload file}; replies go as a line of JSON on stdout each. The first
-line says what runs: versions, settings, seconds it took to load.
+line says what runs: versions, settings, seconds it took to load. With `is_cold` nothing is run to
+warm up, and a line of its own, {"first": true}, says when the first token is there.
 
 A workload file is JSON: a list of [token ids of the prompt, tokens to generate]. Ends are ignored,
 the likeliest token is taken.
@@ -18,12 +19,15 @@ from pathlib import Path
 from typing import Any
 
 Request = tuple[list[int], int]
-#: Runs requests, all there at once, and returns the tokens generated for each.
-Run = Callable[[Sequence[Request]], list[list[int]]]
+#: Runs requests, all there at once, and returns the tokens generated for each; calls the function
+#: given as soon as there is a token.
+Run = Callable[[Sequence[Request], Callable[[], None]], list[list[int]]]
+
+WARM_UP = 8
 
 
 def converse(
-    load: Callable[[], tuple[Run, dict[str, Any]]], packages: Sequence[str], warm_up: int = 8
+    load: Callable[[], tuple[Run, dict[str, Any]]], packages: Sequence[str], *, is_cold: bool
 ) -> None:
     """Answer until stdin ends; `load` returns the function that runs, and its settings."""
     replies = os.fdopen(os.dup(1), "w")
@@ -33,11 +37,18 @@ def converse(
     seconds = time.perf_counter() - started
     versions = {name: version(name) for name in packages}
     _say(replies, {"versions": versions, "settings": settings, "load_s": seconds})
-    run([([37 * n % 999 for n in range(40 + number)], 12) for number in range(warm_up)])
+    if not is_cold:
+        made_up = [([37 * n % 999 for n in range(40 + number)], 12) for number in range(WARM_UP)]
+        run(made_up, lambda: None)
+
+    def first() -> None:
+        if is_cold:
+            _say(replies, {"first": True})
+
     for line in sys.stdin:
         requests = [tuple(item) for item in json.loads(Path(json.loads(line)["path"]).read_text())]
         started = time.perf_counter()
-        outputs = run(requests)
+        outputs = run(requests, first)
         seconds = time.perf_counter() - started
         lengths = [len(output) for output in outputs]
         if lengths != [length for _, length in requests]:

@@ -4,6 +4,7 @@ A padded batch runs until its longest answer is there; only the tokens asked for
 """
 
 import argparse
+from collections.abc import Callable
 
 import torch
 from conversation import Request, converse
@@ -13,16 +14,16 @@ from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, Generat
 class Padded:
     """Batches of `rows` requests, sorted by the length of their answers, padded on the left."""
 
-    def __init__(self, model, rows: int) -> None:  # noqa: ANN001
+    def __init__(self, model, rows: int) -> None:
         self._model = model
         self._rows = rows
 
     @torch.inference_mode()
-    def run(self, requests: list[Request]) -> list[list[int]]:
+    def run(self, requests: list[Request], first: Callable[[], None]) -> list[list[int]]:
         outputs: list[list[int]] = [[] for _ in requests]
         order = sorted(range(len(requests)), key=lambda n: requests[n][1])
-        for first in range(0, len(order), self._rows):
-            rows = order[first : first + self._rows]
+        for start in range(0, len(order), self._rows):
+            rows = order[start : start + self._rows]
             width = max(len(requests[n][0]) for n in rows)
             ids = torch.zeros(len(rows), width, dtype=torch.long)
             mask = torch.zeros_like(ids)
@@ -38,6 +39,7 @@ class Padded:
                     max_new_tokens=most, do_sample=False, eos_token_id=None, pad_token_id=0
                 ),
             )
+            first()
             for row, number in enumerate(rows):
                 outputs[number] = answers[row, width : width + requests[number][1]].tolist()
         return outputs
@@ -46,7 +48,7 @@ class Padded:
 class Continuous:
     """One manager for every run; blocks are not shared, so that no prompt is remembered."""
 
-    def __init__(self, model) -> None:  # noqa: ANN001
+    def __init__(self, model) -> None:
         self._manager = model.init_continuous_batching(
             GenerationConfig(do_sample=False, eos_token_id=-1, max_new_tokens=1),
             ContinuousBatchingConfig(
@@ -55,7 +57,7 @@ class Continuous:
         )
         self._manager.start()
 
-    def run(self, requests: list[Request]) -> list[list[int]]:
+    def run(self, requests: list[Request], first: Callable[[], None]) -> list[list[int]]:
         names = {
             self._manager.add_request(prompt, max_new_tokens=length): number
             for number, (prompt, length) in enumerate(requests)
@@ -65,6 +67,7 @@ class Continuous:
             result = self._manager.get_result(timeout=60)
             if result is None or result.error:
                 raise SystemExit(f"continuous batching failed: {result and result.error}")
+            first()
             if result.is_finished():
                 outputs[names.pop(result.request_id)] = list(result.generated_tokens)
         return outputs
@@ -78,13 +81,13 @@ def main() -> None:
     parser.add_argument("--continuous", action="store_true")
     options = parser.parse_args()
 
-    def load():  # noqa: ANN202
+    def load():
         model = AutoModelForCausalLM.from_pretrained(options.model, dtype=options.dtype)
         runner = Continuous(model) if options.continuous else Padded(model, options.rows)
         settings = {name: value for name, value in vars(options).items() if name != "model"}
         return runner.run, settings | {"threads": torch.get_num_threads()}
 
-    converse(load, ["transformers", "torch"])
+    converse(load, ["transformers", "torch"], is_cold=False)
 
 
 if __name__ == "__main__":
