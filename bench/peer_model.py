@@ -8,7 +8,6 @@ GGUF files in f16 and Q8_0 (llama.cpp), once, below the user's cache directory.
 """
 
 import json
-import os
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from tokenmill.engine.gguf import GGUFFile, config_from_gguf, tensors_of
 from tokenmill.engine.loader import load
 from tokenmill.engine.models.families import spec_from_config
 from tokenmill.engine.probe import Probe
-from tokenmill.engine.sources import pull
+from tokenmill.engine.sources import cache_home, pull
 from tokenmill.engine.tokenizer import tokenizer_from_gguf
 
 MODEL = "smollm2"
@@ -51,8 +50,7 @@ class PeerModel:
 
 def peer_model() -> PeerModel:
     """The forms of the model, written if they are not there."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    place = PeerModel(cache / "tokenmill" / "peers" / f"{MODEL}-{FORMAT}")
+    place = PeerModel(cache_home() / "peers" / f"{MODEL}-{FORMAT}")
     if not place.directory.is_dir():
         place.directory.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=place.directory.parent) as scratch:

@@ -23,6 +23,7 @@ from tokenmill.engine.scheduler import Chunk, Scheduler
 from tokenmill.engine.sequence import FinishReason, Sequence
 from tokenmill.engine.stats import EngineStats
 from tokenmill.engine.step import MIN_CHUNK
+from tokenmill.engine.timings import kept_or_timed
 from tokenmill.producer.errors import InvalidRequest
 from tokenmill.producer.logprobs import TokenLogprobs
 from tokenmill.producer.params import SamplingParams
@@ -95,7 +96,7 @@ class Engine:
         probe = Probe(self._runner)
         cost = CostModel()
         if config.token_budget is None or config.max_step_ms is not None:
-            cost.probe(probe.timings())
+            cost.probe(kept_or_timed(model, probe.timings))
         if config.deterministic and not probe.is_batch_invariant():
             raise InvalidRequest(
                 "deterministic",

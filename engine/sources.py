@@ -58,10 +58,13 @@ class ModelEntry:
 def models_home() -> Path:
     """Where pulled models are kept: $TOKENMILL_MODELS_DIR, or below the user's cache directory."""
     chosen = os.environ.get("TOKENMILL_MODELS_DIR")
-    if chosen:
-        return Path(chosen)
+    return Path(chosen) if chosen else cache_home() / "models"
+
+
+def cache_home() -> Path:
+    """Where we keep what can be had again: below the user's cache directory."""
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "tokenmill" / "models"
+    return Path(cache) / "tokenmill"
 
 
 def resolve(model: str) -> Path:

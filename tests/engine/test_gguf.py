@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType, GGUFWriter
-from gguf.quants import quantize
+from gguf.quants import dequantize, quantize
 
+from tokenmill.engine import gguf
 from tokenmill.engine.errors import UnsupportedModel
 from tokenmill.engine.gguf import GGUFFile, _half_split, config_from_gguf
 
@@ -42,6 +43,16 @@ def test_metadata_and_tensors_are_read(written: Path) -> None:
     assert torch.equal(file.tensor("plain"), expected)
     assert (file.tensor("Q8_0") - expected).abs().max() <= 0.26
     assert (file.tensor("Q4_0") - expected).abs().max() <= 4.3
+
+
+@pytest.mark.parametrize("piece", [1, 32, 40, 1 << 18])
+def test_pieces_make_the_whole(written: Path, piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gguf, "_PIECE", piece)
+    kind = GGMLQuantizationType.Q8_0
+    values = np.arange(64, dtype=np.float32).reshape(2, 32)
+    expected = torch.from_numpy(dequantize(quantize(values, kind), kind))
+    assert torch.equal(GGUFFile(written).tensor("Q8_0"), expected)
+    assert torch.equal(GGUFFile(written).tensor("plain"), torch.from_numpy(values))
 
 
 @pytest.mark.parametrize("length", [0, 3, 20, 100, 200])

@@ -1,0 +1,79 @@
+"""Timed steps are kept for the next start, where they can be relied on."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tokenmill.engine import timings
+from tokenmill.engine.cost_model import Timing
+from tokenmill.engine.loader import LoadedModel, load
+from tokenmill.engine.timings import kept_or_timed
+
+#: t = 10 ms + 1 ms for each token.
+REGULAR = [Timing(tokens, 0, 0.01 + 0.001 * tokens) for tokens in range(1, 129, 16)]
+DISTURBED = [Timing(t.tokens, 0, t.seconds * (1 + 2 * (n % 2))) for n, t in enumerate(REGULAR)]
+
+
+@pytest.fixture
+def model(write_checkpoint: Callable[..., None], tmp_path: Path) -> LoadedModel:
+    write_checkpoint(tmp_path / "model", "llama")
+    return load(str(tmp_path / "model"), device="cpu")
+
+
+@pytest.fixture
+def no_measuring() -> Callable[[], list[Timing]]:
+    def fail() -> list[Timing]:
+        pytest.fail("the steps were timed again")
+
+    return fail
+
+
+@pytest.fixture(autouse=True)
+def always_worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timings, "LEAST_S", -1.0)
+
+
+def test_a_second_start_reads_them(
+    model: LoadedModel, no_measuring: Callable[[], list[Timing]], tmp_path: Path
+) -> None:
+    assert kept_or_timed(model, lambda: REGULAR, tmp_path / "kept") == REGULAR
+    assert kept_or_timed(model, no_measuring, tmp_path / "kept") == REGULAR
+
+
+def test_another_model_is_timed_itself(
+    model: LoadedModel, write_checkpoint: Callable[..., None], tmp_path: Path
+) -> None:
+    write_checkpoint(tmp_path / "other", "llama", num_hidden_layers=2)
+    other = load(str(tmp_path / "other"), device="cpu")
+    kept_or_timed(model, lambda: REGULAR, tmp_path / "kept")
+    assert kept_or_timed(other, lambda: DISTURBED, tmp_path / "kept") == DISTURBED
+
+
+def test_disturbed_steps_are_timed_again(model: LoadedModel, tmp_path: Path) -> None:
+    kept_or_timed(model, lambda: DISTURBED, tmp_path / "kept")
+    assert kept_or_timed(model, lambda: REGULAR, tmp_path / "kept") == REGULAR
+
+
+def test_quick_ones_are_not_kept(
+    model: LoadedModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(timings, "LEAST_S", 60.0)
+    kept_or_timed(model, lambda: REGULAR, tmp_path / "kept")
+    assert not (tmp_path / "kept").exists()
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", '[{"tokens": 1}]', '[{"tokens":1,"kv_tokens":0,"seconds":0}]']
+)
+def test_a_broken_file_is_written_anew(model: LoadedModel, content: str, tmp_path: Path) -> None:
+    kept_or_timed(model, lambda: REGULAR, tmp_path / "kept")
+    (file,) = (tmp_path / "kept").iterdir()
+    file.write_text(content)
+    assert kept_or_timed(model, lambda: REGULAR, tmp_path / "kept") == REGULAR
+    assert len(file.read_text()) > len(content)
+
+
+def test_a_directory_that_cannot_be_written_is_no_error(model: LoadedModel, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert kept_or_timed(model, lambda: REGULAR, tmp_path / "file" / "kept") == REGULAR
