@@ -4,7 +4,8 @@ start, and ends W1 in half the wall time of the best peer.
 Wall time from the start of a process to the first token and to the last answer of W1, everything
 that a user waits for included: the embedded server and the worker; a peer's imports and its load.
 Each engine is a process that starts, runs W1 once and ends, in turns. vLLM as it starts fastest:
-eager, and compiled with a warm cache and VLLM_USE_AOT_COMPILE=0. The answers of all are compared.
+eager, and compiled with VLLM_USE_AOT_COMPILE=0 and a cache that bench/cpu_engine.py has warmed.
+The answers of all are compared.
 
     python bench/cold_start.py [--peers DIRECTORY] [--system tokenmill llamacpp-f16 ...]
         [--rounds 3] [--requests 48] [--resume]
@@ -39,7 +40,7 @@ PEERS = {
     peer.name: peer
     for peer in (
         Peer("vllm-eager", "vllm", "vllm", "hf", (*_VLLM, "--eager")),
-        Peer("vllm-compiled", "vllm", "vllm", "hf", _VLLM, variables={"VLLM_USE_AOT_COMPILE": "0"}),
+        Peer("vllm-compiled", "vllm", "vllm", "hf", _VLLM),
         Peer("llamacpp-f16", "llamacpp", "llamacpp", "f16", ("--cold",)),
     )
 }
