@@ -1,7 +1,7 @@
 """`FAMILIES`: how each family's config becomes a `ModelSpec`, and where its weights go.
 
-A family is data for the one decoder: the fields of its spec that are not read alike for all, its
-names for the common config fields, what older configs leave out, and its weight map.
+A family is data for the one decoder: the fields of its spec that are not read alike for all, what
+older configs leave out, and its weight map.
 """
 
 from collections.abc import Callable, Mapping
@@ -21,10 +21,30 @@ class Family:
     """`models` is what users know it as; the rest as in the docstring of this module."""
 
     models: str
-    weight_map: WeightMap
     read: Callable[[Config], Fields]
-    aliases: Mapping[str, str] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    weight_map: WeightMap = names.COMMON
+
+
+#: Names that families have for the common fields of a config; none means two things.
+_ALIASES = {
+    "activation": "hidden_act",
+    "activation_function": "hidden_act",
+    "ffn_dim": "intermediate_size",
+    "ffn_hidden_size": "intermediate_size",
+    "hidden_activation": "hidden_act",
+    "kv_channels": "head_dim",
+    "layer_norm_eps": "rms_norm_eps",
+    "layer_norm_epsilon": "rms_norm_eps",
+    "n_embd": "hidden_size",
+    "n_head": "num_attention_heads",
+    "n_inner": "intermediate_size",
+    "n_layer": "num_hidden_layers",
+    "n_positions": "max_position_embeddings",
+    "num_local_experts": "num_experts",
+    "rotary_emb_base": "rope_theta",
+    "rotary_pct": "partial_rotary_factor",
+}
 
 
 def spec_from_config(config: Config) -> ModelSpec:
@@ -50,7 +70,11 @@ def _spec(config: Config) -> ModelSpec:
         )
     family = FAMILIES[name]
     config = {**config, **config.get("text_config", {})}
-    own = {common: config[theirs] for theirs, common in family.aliases.items() if theirs in config}
+    own = {
+        common: config[theirs]
+        for theirs, common in _ALIASES.items()
+        if config.get(theirs) is not None
+    }
     config = {**family.defaults, **config, **own}
     if config.get("quantization_config"):
         raise UnsupportedModel("quantized weights are not supported; choose the unquantized model")
@@ -83,115 +107,44 @@ def _spec(config: Config) -> ModelSpec:
 
 
 _TIED = {"tie_word_embeddings": True}
-_EXPERTS = {"num_local_experts": "num_experts"}
 _GEMMA = {**_TIED, "hidden_act": "gelu_pytorch_tanh"}
 _GEMMA3 = {**_GEMMA, "rope_theta": 1e6, "query_pre_attn_scalar": 256, "sliding_window": 4096}
+_GEMMA3_LARGE = {
+    **_GEMMA3,
+    "vocab_size": 262208,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "max_position_embeddings": 131072,
+}
+_CLASSIC = {"hidden_act": "gelu_new", "rms_norm_eps": 1e-5, "intermediate_size": None}
+_PHI = {"hidden_act": "gelu_new", "partial_rotary_factor": 0.5}
+_NEOX = {**_CLASSIC, "hidden_act": "gelu", "partial_rotary_factor": 0.25}
 
 #: model_type in config.json -> the family.
 FAMILIES: dict[str, Family] = {
-    "llama": Family("Llama 1 to 3, SmolLM, SmolLM2, TinyLlama, Yi", names.LLAMA, fields.llama),
-    "mistral": Family("Mistral", names.LLAMA, fields.mistral),
-    "mixtral": Family("Mixtral", names.MIXTRAL, fields.mixtral, _EXPERTS, {"norm_topk_prob": True}),
-    "qwen": Family(
-        "Qwen (first)",
-        names.QWEN,
-        fields.qwen,
-        {
-            "kv_channels": "head_dim",
-            "layer_norm_epsilon": "rms_norm_eps",
-            "rotary_emb_base": "rope_theta",
-            "rotary_pct": "partial_rotary_factor",
-        },
-    ),
-    "qwen2": Family("Qwen2, Qwen2.5, QwQ", names.LLAMA, fields.qwen2),
-    "qwen2_moe": Family(
-        "Qwen1.5-MoE, Qwen2-MoE",
-        names.QWEN_MOE,
-        fields.qwen2_moe,
-        _EXPERTS,
-        {"norm_topk_prob": False},
-    ),
-    "qwen3": Family("Qwen3", names.LLAMA, fields.qwen3),
-    "qwen3_moe": Family(
-        "Qwen3-MoE", names.QWEN_MOE, fields.qwen3_moe, _EXPERTS, {"norm_topk_prob": False}
-    ),
-    "olmo2": Family("OLMo 2", names.OLMO2, fields.olmo2),
-    "smollm3": Family("SmolLM3", names.LLAMA, fields.smollm3, {}, {**_TIED, "rope_theta": 2e6}),
-    "gemma": Family("Gemma", names.LLAMA, fields.gemma1, {}, _GEMMA),
-    "gemma2": Family(
-        "Gemma 2", names.GEMMA2, fields.gemma2, {"hidden_activation": "hidden_act"}, _GEMMA
-    ),
-    "gemma3_text": Family(
-        "Gemma 3 (270M, 1B)",
-        names.GEMMA2,
-        fields.gemma3,
-        {"hidden_activation": "hidden_act"},
-        _GEMMA3,
-    ),
+    "llama": Family("Llama 1 to 3, SmolLM, SmolLM2, TinyLlama, Yi", fields.llama),
+    "mistral": Family("Mistral", fields.mistral),
+    "mixtral": Family("Mixtral", fields.mixtral, {"norm_topk_prob": True}),
+    "qwen": Family("Qwen (first)", fields.qwen),
+    "qwen2": Family("Qwen2, Qwen2.5, QwQ", fields.qwen2),
+    "qwen2_moe": Family("Qwen1.5-MoE, Qwen2-MoE", fields.qwen2_moe, {"norm_topk_prob": False}),
+    "qwen3": Family("Qwen3", fields.qwen3),
+    "qwen3_moe": Family("Qwen3-MoE", fields.qwen3_moe, {"norm_topk_prob": False}),
+    "olmo2": Family("OLMo 2", fields.olmo2, {}, names.POST_NORMS),
+    "smollm3": Family("SmolLM3", fields.smollm3, {**_TIED, "rope_theta": 2e6}),
+    "gemma": Family("Gemma", fields.gemma1, _GEMMA),
+    "gemma2": Family("Gemma 2", fields.gemma2, _GEMMA, names.POST_NORMS),
+    "gemma3_text": Family("Gemma 3 (270M, 1B)", fields.gemma3, _GEMMA3, names.POST_NORMS),
     "gemma3": Family(
-        "Gemma 3 (4B and larger: the text alone)",
-        names.GEMMA2,
-        fields.gemma3,
-        {"hidden_activation": "hidden_act"},
-        {
-            **_GEMMA3,
-            "vocab_size": 262208,
-            "num_attention_heads": 8,
-            "num_key_value_heads": 4,
-            "head_dim": 256,
-            "max_position_embeddings": 131072,
-        },
+        "Gemma 3 (4B and larger: the text alone)", fields.gemma3, _GEMMA3_LARGE, names.POST_NORMS
     ),
-    "phi": Family(
-        "Phi-1, Phi-1.5, Phi-2",
-        names.PHI,
-        fields.phi,
-        {"layer_norm_eps": "rms_norm_eps"},
-        {"hidden_act": "gelu_new", "partial_rotary_factor": 0.5},
-    ),
-    "phi3": Family("Phi-3, Phi-3.5, Phi-4", names.PHI3, fields.mistral),
+    "phi": Family("Phi-1, Phi-1.5, Phi-2", fields.phi, _PHI),
+    "phi3": Family("Phi-3, Phi-3.5, Phi-4", fields.mistral),
     "falcon": Family(
-        "Falcon 7B, 40B, 180B, 11B",
-        names.FALCON,
-        fields.falcon,
-        {
-            "activation": "hidden_act",
-            "ffn_hidden_size": "intermediate_size",
-            "layer_norm_epsilon": "rms_norm_eps",
-        },
-        {**_TIED, "hidden_act": "gelu", "rms_norm_eps": 1e-5, "intermediate_size": None},
+        "Falcon 7B, 40B, 180B, 11B", fields.falcon, {**_CLASSIC, **_TIED, "hidden_act": "gelu"}
     ),
-    "gpt2": Family(
-        "GPT-2",
-        names.GPT2,
-        fields.gpt2,
-        {
-            "n_embd": "hidden_size",
-            "n_head": "num_attention_heads",
-            "n_layer": "num_hidden_layers",
-            "n_positions": "max_position_embeddings",
-            "n_inner": "intermediate_size",
-            "activation_function": "hidden_act",
-            "layer_norm_epsilon": "rms_norm_eps",
-        },
-        {**_TIED, "hidden_act": "gelu_new", "rms_norm_eps": 1e-5, "intermediate_size": None},
-    ),
-    "gpt_neox": Family(
-        "GPT-NeoX, Pythia",
-        names.GPT_NEOX,
-        fields.gpt_neox,
-        {
-            "layer_norm_eps": "rms_norm_eps",
-            "rotary_emb_base": "rope_theta",
-            "rotary_pct": "partial_rotary_factor",
-        },
-        {"hidden_act": "gelu", "rms_norm_eps": 1e-5, "partial_rotary_factor": 0.25},
-    ),
-    "opt": Family(
-        "OPT (all but 350M)",
-        names.OPT,
-        fields.opt,
-        {"ffn_dim": "intermediate_size", "activation_function": "hidden_act"},
-        {**_TIED, "hidden_act": "relu", "rms_norm_eps": 1e-5},
-    ),
+    "gpt2": Family("GPT-2", fields.gpt2, {**_CLASSIC, **_TIED}, names.TRANSPOSED),
+    "gpt_neox": Family("GPT-NeoX, Pythia", fields.gpt_neox, _NEOX),
+    "opt": Family("OPT (all but 350M)", fields.opt, {**_CLASSIC, **_TIED, "hidden_act": "relu"}),
 }
