@@ -9,6 +9,7 @@ import torch
 
 from tokenmill.engine.batch import build_batch
 from tokenmill.engine.block_pool import BlockPool
+from tokenmill.engine.capacity import Capacity, capacity_of
 from tokenmill.engine.config import EngineConfig
 from tokenmill.engine.constraint import ConstraintCompiler
 from tokenmill.engine.cost_model import CostModel, Timing, kv_tokens_read
@@ -35,8 +36,6 @@ KNEE = 0.9
 #: Share of the device memory left by the weights that the KV cache takes on a GPU.
 GPU_KV_SHARE = 0.85
 CPU_KV_BYTES = 2 << 30
-#: Steps' worth of prompt tokens, and rows, that are taken ahead so that no step is half empty.
-LOOKAHEAD_STEPS, LOOKAHEAD_ROWS = 2, 1 / 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,16 +50,6 @@ class StepOutput:
     logprobs: tuple[TokenLogprobs, ...] = ()
     #: Of the prompt's next tokens, from the second one on, where asked for.
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Capacity:
-    """What the engine can take now: prompt tokens, KV blocks of `block_size` tokens, sequences."""
-
-    tokens: int
-    blocks: int
-    sequences: int
-    block_size: int
 
 
 class Engine:
@@ -193,20 +182,7 @@ class Engine:
             GroupLost: another rank has gone, so that no step is possible any more.
         """
         self._group.check()
-        scheduler = self.scheduler
-        known = [*scheduler.running, *scheduler.waiting]
-        backlog = sum(s.num_uncomputed_tokens for s in known if s.is_prefilling)
-        decoding = sum(not s.is_prefilling for s in scheduler.running)
-        budget = LOOKAHEAD_STEPS * (scheduler.token_budget - decoding)
-        rows = scheduler.max_num_seqs + max(1, int(scheduler.max_num_seqs * LOOKAHEAD_ROWS))
-        asked = sum(scheduler.pool.blocks_for(s.num_tokens) for s in scheduler.waiting)
-        free = scheduler.pool.num_free - scheduler.num_reserved_blocks() - asked
-        return Capacity(
-            tokens=max(budget - backlog, 0),
-            blocks=max(free, 0),
-            sequences=max(rows - len(known), 0),
-            block_size=scheduler.pool.block_size,
-        )
+        return capacity_of(self.scheduler)
 
     def stats(self) -> EngineStats:
         """What the engine has done so far, and how full it is."""

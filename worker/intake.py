@@ -19,8 +19,8 @@ from typing import Any, Protocol
 
 from redis.exceptions import RedisError
 
+from tokenmill.engine.capacity import Capacity
 from tokenmill.engine.detokenizer import Decodes
-from tokenmill.engine.engine import Capacity
 from tokenmill.producer.connection import MAX_BLOCK_S
 from tokenmill.producer.errors import InvalidRequest
 from tokenmill.producer.params import SamplingParams, derived_seed

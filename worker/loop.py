@@ -19,7 +19,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Protocol
 
-from tokenmill.engine.engine import Capacity, StepOutput
+from tokenmill.engine.capacity import Capacity
+from tokenmill.engine.engine import StepOutput
 from tokenmill.producer.errors import InvalidRequest, TokenmillError
 from tokenmill.producer.params import SamplingParams
 from tokenmill.worker.health import Pulse

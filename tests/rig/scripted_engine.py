@@ -9,7 +9,8 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from tokenmill.engine.engine import Capacity, StepOutput
+from tokenmill.engine.capacity import Capacity
+from tokenmill.engine.engine import StepOutput
 from tokenmill.engine.sequence import FinishReason
 from tokenmill.producer.errors import InvalidRequest
 from tokenmill.producer.params import SamplingParams

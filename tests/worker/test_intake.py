@@ -8,7 +8,7 @@ import pytest
 import redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 
-from tokenmill.engine.engine import Capacity
+from tokenmill.engine.capacity import Capacity
 from tokenmill.producer.client import Client
 from tokenmill.producer.keys import Keys
 from tokenmill.producer.params import derived_seed

@@ -6,7 +6,7 @@ from typing import Any, cast
 import pytest
 import redis
 
-from tokenmill.engine.engine import Capacity
+from tokenmill.engine.capacity import Capacity
 from tokenmill.producer.client import Client
 from tokenmill.producer.keys import Keys
 from tokenmill.worker import intake as intake_module

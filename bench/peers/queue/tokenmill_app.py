@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 
 from measure import Answer, began_us, measure
 
-from tokenmill.engine.engine import Capacity, StepOutput
+from tokenmill.engine.capacity import Capacity
+from tokenmill.engine.engine import StepOutput
 from tokenmill.engine.sequence import FinishReason
 from tokenmill.producer.client import Client
 from tokenmill.producer.params import SamplingParams

@@ -1,0 +1,35 @@
+"""`Capacity`: what a scheduler can take now. Standard library only."""
+
+from dataclasses import dataclass
+
+from tokenmill.engine.scheduler import Scheduler
+
+#: Steps' worth of prompt tokens, and rows, that are taken ahead so that no step is half empty.
+LOOKAHEAD_STEPS, LOOKAHEAD_ROWS = 2, 1 / 16
+
+
+@dataclass(frozen=True, slots=True)
+class Capacity:
+    """What the engine can take now: prompt tokens, KV blocks of `block_size` tokens, sequences."""
+
+    tokens: int
+    blocks: int
+    sequences: int
+    block_size: int
+
+
+def capacity_of(scheduler: Scheduler) -> Capacity:
+    """What can be taken now; zero or more of each."""
+    known = [*scheduler.running, *scheduler.waiting]
+    backlog = sum(s.num_uncomputed_tokens for s in known if s.is_prefilling)
+    decoding = sum(not s.is_prefilling for s in scheduler.running)
+    budget = LOOKAHEAD_STEPS * (scheduler.token_budget - decoding)
+    rows = scheduler.max_num_seqs + max(1, int(scheduler.max_num_seqs * LOOKAHEAD_ROWS))
+    asked = sum(scheduler.pool.blocks_for(s.num_tokens) for s in scheduler.waiting)
+    free = scheduler.pool.num_free - scheduler.num_reserved_blocks() - asked
+    return Capacity(
+        tokens=max(budget - backlog, 0),
+        blocks=max(free, 0),
+        sequences=max(rows - len(known), 0),
+        block_size=scheduler.pool.block_size,
+    )
