@@ -12,6 +12,7 @@ from tokenmill.engine.group import ALONE, Group
 from tokenmill.engine.json_file import read_json
 from tokenmill.engine.models.checkpoint import tensors_of_directory
 from tokenmill.engine.models.families import FAMILIES, spec_from_config
+from tokenmill.engine.models.quantization import Quantize, choose_quantization
 from tokenmill.engine.models.shard import WHOLE, Shard
 from tokenmill.engine.models.spec import ModelSpec
 from tokenmill.engine.models.weight_map import fill_weights
@@ -38,7 +39,12 @@ class LoadedModel:
 
 
 def load(
-    model: str, *, device: str = "auto", dtype: str = "auto", group: Group = ALONE
+    model: str,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    quantization: str = "none",
+    group: Group = ALONE,
 ) -> LoadedModel:
     """Load `model`: a known name, a directory, a GGUF file, or a pulled hub id.
 
@@ -48,17 +54,18 @@ def load(
         ModelNotFound: it is not on this machine.
         UnsupportedModel: its family or a feature of it is not supported.
         OutOfMemory: it does not fit the device.
-        InvalidRequest: `device` or `dtype` is not one of the known, or not to be had here; or the
-            model cannot be divided among so many ranks.
+        InvalidRequest: `device`, `dtype` or `quantization` is not one of the known, or not to be
+            had here; or the model cannot be divided among so many ranks.
     """
     place = choose_device(device, group.shard)
     kind = choose_dtype(dtype, place)
+    quantize = choose_quantization(quantization, place, kind, group.shard)
     path = resolve(model)
     file = GGUFFile(path) if path.suffix == ".gguf" else None
     with ThreadPoolExecutor(1) as beside:
         tokenizer = beside.submit(_tokenizer, path, file)
         try:
-            spec, weights = _load_weights(path, file, place, kind, group.shard)
+            spec, weights = _load_weights(path, file, place, kind, group.shard, quantize)
         except torch.OutOfMemoryError as error:
             raise OutOfMemory(f"{model} in {kind} does not fit {place}: {error}") from error
         return LoadedModel(model, spec, weights, tokenizer.result(), place, kind, group)
@@ -83,7 +90,12 @@ def _tokenizer(path: Path, file: GGUFFile | None) -> Tokenizer:
 
 @torch.inference_mode()
 def _load_weights(
-    path: Path, file: GGUFFile | None, device: torch.device, dtype: torch.dtype, shard: Shard
+    path: Path,
+    file: GGUFFile | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    shard: Shard,
+    quantize: Quantize | None = None,
 ) -> tuple[ModelSpec, ModelWeights]:
     if file is not None:
         whole = spec_from_config(config_from_gguf(file.metadata, file.tensors))
@@ -94,7 +106,7 @@ def _load_weights(
     spec = shard.spec(whole)
     weights = empty_weights(spec, dtype, device, shard)
     fill_weights(weights, whole, FAMILIES[whole.family].weight_map, tensors, shard)
-    return spec, pack(weights)
+    return spec, pack(weights, quantize)
 
 
 def choose_device(device: str, shard: Shard = WHOLE) -> torch.device:

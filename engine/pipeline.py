@@ -59,9 +59,16 @@ class Pipeline:
     """
 
     def __init__(
-        self, model: str, *, device: str = "auto", dtype: str = "auto", **config: Any
+        self,
+        model: str,
+        *,
+        device: str = "auto",
+        dtype: str = "auto",
+        quantization: str = "none",
+        **config: Any,
     ) -> None:
-        self.engine = Engine(load(model, device=device, dtype=dtype), EngineConfig(**config))
+        loaded = load(model, device=device, dtype=dtype, quantization=quantization)
+        self.engine = Engine(loaded, EngineConfig(**config))
 
     def __call__(
         self, prompts: Prompt | Seq[Prompt], *, n: int = 1, **sampling: Any

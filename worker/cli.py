@@ -67,6 +67,14 @@ def _auto(value: str) -> int | None:
     help="auto is bfloat16 on a GPU and float32 on a CPU.",
 )
 @_option(
+    "--quantization",
+    envvar="TOKENMILL_QUANTIZATION",
+    type=click.Choice(["none", "int8"]),
+    default="none",
+    show_default=True,
+    help="int8 computes linears in 8 bits, on a CPU.",
+)
+@_option(
     "--max-num-seqs",
     envvar="TOKENMILL_MAX_NUM_SEQS",
     type=_auto,

@@ -26,6 +26,8 @@ class WorkerConfig:
     queue: str = "default"
     device: str = "auto"
     dtype: str = "auto"
+    #: How the weights of linears are held, see `engine.models.quantization`.
+    quantization: str = "none"
     #: CPU threads of the model; None leaves torch its default.
     threads: int | None = None
     engine: EngineConfig = field(default_factory=EngineConfig)

@@ -74,7 +74,12 @@ def load_engine(config: WorkerConfig) -> EngineLike:
 
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    model = load(config.model, device=config.device, dtype=config.dtype)
+    model = load(
+        config.model,
+        device=config.device,
+        dtype=config.dtype,
+        quantization=config.quantization,
+    )
     engine = Engine(model, config.engine)
     stats = engine.stats()
     if stats.cost.num_steps:

@@ -2,28 +2,43 @@
 
 On a CPU in float32 oneDNN multiplies a packed weight 1.3 to 4 times as fast as a plain one, most
 for few rows and for the language-model head (docs/decisions/0005-cpu-linears.md). Elsewhere the
-weight stays as it is, for cuBLAS.
+weight stays as it is, for cuBLAS. A quantized linear is as its scheme says (`quantization.py`).
 """
 
 import torch
 from torch.nn.functional import linear
+
+from tokenmill.engine.models.quantization import Quantize, Quantized
 
 #: Rows that the packed layout is chosen for; measured to be good from 1 to 256.
 _ROWS = 16
 
 
 class Linear:
-    """Callable on rows [T, in]; returns [T, out]. `weight` is [out, in] until it is packed."""
+    """Callable on rows [T, in]; returns [T, out]. `weight` is [out, in] until it is packed.
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+    `is_exact`: too small to gain by quantization, and too much depends on it.
+    """
+
+    def __init__(
+        self, weight: torch.Tensor, bias: torch.Tensor | None = None, *, is_exact: bool = False
+    ) -> None:
         self.weight = weight
         self.bias = bias
+        self.is_exact = is_exact
         self._is_packed = False
+        self._quantized: Quantized | None = None
 
-    def pack(self) -> None:
-        """Replace the weight by its layout for the device; it can no longer be read or written."""
+    def pack(self, quantize: Quantize | None = None) -> None:
+        """Replace the weight by its layout for the device; it can no longer be read or written.
+
+        `quantize`: the scheme that the linear is quantized by, unless it is exact.
+        """
         weight = self.weight
-        if (
+        if quantize is not None and not self.is_exact:
+            self._quantized = quantize(weight)
+            self.weight = weight.new_empty(0)
+        elif (
             weight.device.type == "cpu"
             and weight.dtype == torch.float32
             and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
@@ -34,6 +49,9 @@ class Linear:
             self._is_packed = True
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+        if self._quantized is not None:
+            product = self._quantized(rows)
+            return product if self.bias is None else product.add_(self.bias)
         if not self._is_packed:
             return linear(rows, self.weight, self.bias)
         count = rows.shape[0]

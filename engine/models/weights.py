@@ -13,6 +13,7 @@ from tokenmill.engine.errors import OutOfMemory
 from tokenmill.engine.models.linear import Linear
 from tokenmill.engine.models.mlp import MLP, MoE
 from tokenmill.engine.models.norm import Norm
+from tokenmill.engine.models.quantization import Quantize
 from tokenmill.engine.models.shard import WHOLE, Shard
 from tokenmill.engine.models.spec import ModelSpec, MoESpec
 
@@ -84,10 +85,10 @@ def empty_weights(
         raise OutOfMemory(f"the weights do not fit {device}: {error}") from error
 
 
-def pack(weights: ModelWeights) -> ModelWeights:
+def pack(weights: ModelWeights, quantize: Quantize | None = None) -> ModelWeights:
     """Lay out every linear for its device, in place; returns `weights`."""
     for linear in weights.linears():
-        linear.pack()
+        linear.pack(quantize)
     return weights
 
 
@@ -165,12 +166,12 @@ class _Allocation:
     def _moe(self, moe: MoESpec) -> MoE:
         hidden, shared = self.spec.hidden_size, moe.shared_intermediate_size
         return MoE(
-            self._linear(hidden, moe.num_experts, bias=False),
+            Linear(self._new(moe.num_experts, hidden), is_exact=True),
             [self._mlp(moe.intermediate_size) for _ in range(moe.num_experts)],
             top_k=moe.top_k,
             normalize=moe.normalize,
             shared=self._mlp(shared) if shared else None,
-            shared_gate=self._linear(hidden, 1, bias=False) if shared else None,
+            shared_gate=Linear(self._new(1, hidden), is_exact=True) if shared else None,
         )
 
     def _linear(self, width: int, out: int, *, bias: bool) -> Linear:

@@ -37,6 +37,7 @@ def invoke(*arguments: str, **environment: str) -> Result:
 def test_options(started: list[WorkerConfig]) -> None:
     text = (
         "--model m --redis redis://h/0 --queue q --token-budget 512 --device cpu --dtype bfloat16 "
+        "--quantization int8 "
         "--max-num-seqs 32 --max-model-len 2048 --kv-cache-memory 2GiB --policy prefill_first "
         "--threads 3 --lease 2.5 --stall-limit 9 --exit-when-idle 5 --health-port 8000"
     )
@@ -48,6 +49,7 @@ def test_options(started: list[WorkerConfig]) -> None:
         queue="q",
         device="cpu",
         dtype="bfloat16",
+        quantization="int8",
         threads=3,
         lease_ms=2500,
         stall_limit_s=9.0,

@@ -1,0 +1,68 @@
+"""`Int8Weight`: a weight of int8, multiplied by rows that are quantized as they come.
+
+    y[t, n] = x_scale[t] * w_scale[n] * sum_k x8[t, k] * w8[n, k]
+    w8 = round(w / w_scale),  w_scale[n] = max_k |w[n, k]| / 127,   and the same for each row of x
+
+The sum is one of integers, which is exact in any order, and each row has a scale of its own: the
+product has the same bits whatever else is in the batch (docs/decisions/0014). oneDNN multiplies
+unsigned by signed integers fast, so rows are kept 128 too large and it takes that off again.
+"""
+
+from functools import cache
+
+import torch
+
+#: The largest quantized value, and what makes it unsigned.
+_LEVELS, _OFFSET = 127, 128
+#: Below this a row counts as zeros: it keeps 127 / scale finite.
+_LEAST = 1e-30
+
+
+class Int8Weight:
+    """Made of a plain weight [out, in], float32 on a CPU, which it does not keep."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        codes, self._scales = quantize_rows(weight)
+        self._packed = torch.ops.onednn.qlinear_prepack(codes, None)
+        self._zeros = torch.zeros(len(codes), dtype=torch.long)
+
+    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+        """Rows [T, in] float32 to [T, out] float32."""
+        largest = rows.abs().amax(dim=1, keepdim=True).clamp_(min=_LEAST)  # [T, 1]
+        # What is added rounds to the nearest, as the conversion cuts off.
+        codes = (rows * (_LEVELS / largest)).add_(_OFFSET + 0.5).to(torch.uint8)
+        return _product(codes, self._packed, self._scales, self._zeros).mul_(largest / _LEVELS)
+
+
+def quantize_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """int8 [out, in] and scales [out] of a float weight [out, in]."""
+    scales = weight.abs().amax(dim=1).clamp_(min=_LEAST) / _LEVELS
+    return (weight / scales[:, None]).round_().to(torch.int8), scales
+
+
+def _product(
+    codes: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor
+) -> torch.Tensor:
+    product: torch.Tensor = torch.ops.onednn.qlinear_pointwise(
+        codes, 1.0, _OFFSET, packed, scales, zeros, None, 1.0, 0, torch.float32, "none", [], ""
+    )
+    return product
+
+
+@cache
+def sums_exactly() -> bool:
+    """Whether this machine multiplies integers so, without saturating sums of two products.
+
+    Processors without VNNI add pairs of products in 16 bits.
+    """
+    width, out = 64, 32
+    codes = torch.full((out, width), 127, dtype=torch.int8)
+    codes[1::2] = -127
+    rows = torch.full((4, width), 255, dtype=torch.uint8)
+    try:
+        packed = torch.ops.onednn.qlinear_prepack(codes, None)
+        zeros = torch.zeros(out, dtype=torch.long)
+        got = _product(rows, packed, torch.ones(out), zeros)
+    except (AttributeError, RuntimeError):  # a build of torch without it
+        return False
+    return torch.equal(got, (rows.float() - _OFFSET) @ codes.float().T)

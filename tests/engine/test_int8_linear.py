@@ -1,0 +1,75 @@
+"""int8 linears: the integers are multiplied exactly, and no row depends on another."""
+
+import pytest
+import torch
+
+from tokenmill.engine.models.int8_linear import Int8Weight, quantize_rows, sums_exactly
+from tokenmill.engine.models.linear import Linear
+
+pytestmark = pytest.mark.skipif(not sums_exactly(), reason="this processor adds int8 inexactly")
+
+
+def expected(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """The formula, in float64 over integers: no rounding but that of the codes."""
+    codes, scales = (part.double() for part in quantize_rows(weight))
+    largest = rows.abs().amax(dim=1, keepdim=True).clamp(min=1e-30)
+    row_codes = (rows * (127 / largest) + 128.5).to(torch.uint8).double() - 128
+    return row_codes @ codes.T * scales * (largest.double() / 127)
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 7, 48, 300])
+@pytest.mark.parametrize("shape", [(1, 1), (5, 3), (96, 64), (331, 48), (50, 1537)], ids=str)
+@pytest.mark.parametrize("with_bias", [False, True], ids=["plain", "bias"])
+def test_product_is_that_of_the_formula(
+    count: int, shape: tuple[int, int], with_bias: bool
+) -> None:
+    generator = torch.Generator().manual_seed(count)
+    weight = torch.randn(shape, generator=generator)
+    bias = torch.randn(shape[0], generator=generator) if with_bias else None
+    rows = torch.randn(count, shape[1], generator=generator) * 3
+    with torch.inference_mode():
+        layer = Linear(weight, bias)
+        layer.pack(Int8Weight)
+        got = layer(rows)
+    want = expected(rows, weight) + (0 if bias is None else bias)
+    assert got.shape == (count, shape[0])
+    assert torch.allclose(got.double(), want, rtol=1e-5, atol=1e-5)
+
+
+def test_error_against_the_float_product_is_of_8_bits() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight, rows = torch.randn(256, 512, generator=generator), torch.randn(9, 512)
+    plain = rows @ weight.T
+    relative = (Int8Weight(weight)(rows) - plain).norm() / plain.norm()
+    assert relative < 0.015
+
+
+def test_the_largest_values_neither_saturate_nor_wrap() -> None:
+    weight = torch.ones(4, 4096)
+    weight[1::2] = -1
+    for sign in (1.0, -1.0):
+        product = Int8Weight(weight)(torch.full((2, 4096), sign))
+        assert product[0].tolist() == pytest.approx([4096 * sign, -4096 * sign] * 2)
+
+
+def test_zeros_are_zeros_and_nothing_else_becomes_finite() -> None:
+    weight = torch.randn(8, 16)
+    weight[3] = 0
+    rows = torch.randn(3, 16)
+    rows[0] = 0
+    rows[1, 5] = float("nan")
+    product = Int8Weight(weight)(rows)
+    assert product[0].tolist() == [0.0] * 8
+    assert product[1].isnan().all()
+    assert product[2, 3] == 0.0
+
+
+@pytest.mark.parametrize(("width", "out"), [(576, 960), (1536, 576), (77, 50), (1, 3)])
+def test_a_row_has_the_same_bits_alone_and_among_others(width: int, out: int) -> None:
+    generator = torch.Generator().manual_seed(1)
+    weight = Int8Weight(torch.randn(out, width, generator=generator))
+    rows = torch.randn(513, width, generator=generator)
+    whole = weight(rows)
+    for count in (1, 2, 3, 4, 5, 7, 8, 15, 16, 17, 33, 64, 100, 255):
+        for start in (0, 513 - count):
+            assert torch.equal(weight(rows[start : start + count]), whole[start : start + count])
