@@ -10,7 +10,7 @@ READY  := $(VENV)/.ready
 SECONDS ?= 60
 # Processes that share the tests, a thread each.
 TESTERS ?= 2
-PYTEST  := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(TESTERS) --dist loadgroup --no-loadscope-reorder
+PYTEST  := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(TESTERS) --dist loadscope --no-loadscope-reorder
 
 help:            ## this list
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/'

@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -42,7 +41,6 @@ ONE = ("redis",) if REDIS_SERVER else ("valkey",)
 GROUPS = ("redis-sentinel", "valkey-cluster")
 #: Directories whose tests run several processes each.
 MANY_PROCESSES = ("chaos", "integration", "fuzz")
-TESTS = Path(__file__).parent
 OTHER_GROUPS = ("valkey-sentinel", "redis-cluster")
 
 
@@ -71,20 +69,24 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize("server_kind", marked, indirect=True)
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Where several processes share the tests, a file stays whole: what it makes is made once.
 
     What runs many servers and workers of its own goes to one process, one after the other: these
     start once, nobody takes their ports, and those who time them are not in each other's way.
+    Marks of xdist_group do nothing with xdist 3.8 and pytest 9.2, whose items keep their ids.
     """
-    for item in items:
-        callspec = getattr(item, "callspec", None)
-        is_grouped = callspec is not None and "-" in callspec.params.get("server_kind", "")
-        path = item.path.relative_to(TESTS)
-        is_many = path.parts[0] in MANY_PROCESSES
-        name = "processes" if is_grouped or is_many else str(path)
-        item.add_marker(pytest.mark.xdist_group(name))
+    from xdist.scheduler import LoadScopeScheduling  # type: ignore[import-untyped]
+
+    class ByFile(LoadScopeScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            path = nodeid.partition("::")[0]
+            is_many = path.split("/")[1] in MANY_PROCESSES
+            is_many = is_many or "-sentinel" in nodeid or "-cluster" in nodeid
+            return "processes" if is_many else path
+
+    return ByFile(config, log)
 
 
 _needs_redis = pytest.mark.skipif(REDIS_SERVER is None, reason=NO_REDIS)
