@@ -3,16 +3,24 @@
 `TOKENMILL_SCHEDULES` sets how many schedules are drawn; `make properties` draws 12,000.
 """
 
+import math
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
+from unittest.mock import patch
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tokenmill.engine import scheduler as scheduler_module
+from tokenmill.engine.admission import MARGIN
 from tokenmill.engine.block_pool import BlockPool
+from tokenmill.engine.cost_model import CostFit, CostModel
 from tokenmill.engine.scheduler import Policy, Scheduler, SchedulerOutput
 from tokenmill.engine.sequence import Sequence, SequenceStatus
+from tokenmill.engine.step import MIN_CHUNK, Step
+from tokenmill.producer.errors import InvalidRequest
 from tokenmill.producer.params import SamplingParams
 
 SCHEDULES = int(os.environ.get("TOKENMILL_SCHEDULES", "1000"))
@@ -43,6 +51,14 @@ class Traffic:
     is_caching: bool
     #: Output lengths that the scheduler believes in at first: wrong ones make it preempt.
     believed: int
+    #: How often a sequence that does not fit is passed.
+    max_passes: int = scheduler_module.MAX_PASSES
+    #: Seconds of a step; its cost is COST.
+    max_step_s: float = math.inf
+
+
+#: A step takes 1 s, 0.1 s more for a token, and 0.01 s more for each that attention reads.
+COST = CostFit(fixed_s=1.0, token_s=0.1, kv_token_s=0.01)
 
 
 @st.composite
@@ -68,7 +84,76 @@ def traffics(draw: st.DrawFn) -> Traffic:
         rows,
         draw(st.booleans()),
         draw(st.sampled_from([1, 4, 256])),
+        draw(st.sampled_from([1, 2, 64])),
+        draw(st.sampled_from([math.inf, math.inf, 2.0, 4.0])),
     )
+
+
+class Watched(Scheduler):
+    """Checks admissions and preemptions at the moment when they are decided."""
+
+    step: Step
+    asking: Sequence
+    passed_before: dict[Sequence, int]
+
+    def schedule(self) -> SchedulerOutput:
+        self.passed_before = {seq: seq.times_passed for seq in self.waiting}
+        return super().schedule()
+
+    def fill_waiting(self, step: Step, *, whole: bool = False) -> None:
+        self.step = step
+        super().fill_waiting(step, whole=whole)
+
+    def _admit(self, seq: Sequence, cached: list[int], passed: Iterable[Sequence]) -> None:
+        self.check_admission(seq, cached)
+        self.check_order(seq, list(passed))
+        self.check_passes(passed)
+        super()._admit(seq, cached, passed)
+
+    def _take(self, step: Step, seq: Sequence, length: int) -> None:
+        self.asking = seq
+        super()._take(step, seq, length)
+
+    def _preempt(self, step: Step, seq: Sequence) -> None:
+        self.check_victims(seq)
+        super()._preempt(step, seq)
+
+    def check_admission(self, seq: Sequence, cached: list[int]) -> None:
+        """To its expected end it fits beside what the running ones will ask for."""
+        promised = sum(self.expected(s) - len(s.block_table) for s in self.running)
+        own = self.expected(seq) - sum(self.pool.num_references(b) > 0 for b in cached)
+        margin = -(-self.pool.num_blocks // MARGIN)
+        assert not self.running or own + promised + margin <= self.pool.num_free
+
+    def check_order(self, seq: Sequence, passed: list[Sequence]) -> None:
+        """Who is as urgent and came before is blocked, or waits for what this step computes."""
+        for other in self.waiting:
+            if other.priority <= seq.priority and int(other.seq_id) < int(seq.seq_id):
+                contents = {s.token_ids[0] for s in self.step.lengths}
+                waits = self.pool.is_caching and other.token_ids[0] in contents
+                assert waits or other in passed
+
+    def check_passes(self, passed: Iterable[Sequence]) -> None:
+        """Nobody is passed in a step who had been passed often enough before it."""
+        for seq in passed:
+            assert self.passed_before[seq] < scheduler_module.MAX_PASSES
+
+    def check_victims(self, victim: Sequence) -> None:
+        """Never the first, nor one before who asks; of the least urgent, the least to redo."""
+        behind = [s for s in self.running if s.order > self.asking.order and s.block_table]
+        least = max(s.priority for s in behind)
+        assert victim in behind
+        assert victim.priority == least
+        assert self.redone(victim) == min(self.redone(s) for s in behind if s.priority == least)
+
+    def expected(self, seq: Sequence) -> int:
+        output = self.output_lengths.expect(seq.num_output_tokens)
+        tokens = min(seq.num_prompt_tokens + output, seq.max_num_tokens)
+        return max(-(-tokens // self.pool.block_size), len(seq.block_table))
+
+    def redone(self, seq: Sequence) -> tuple[bool, int]:
+        own = [b for b in seq.block_table if self.pool.num_references(b) == 1]
+        return not own, min(len(own) * self.pool.block_size, seq.num_computed_tokens)
 
 
 class Simulation:
@@ -77,11 +162,15 @@ class Simulation:
     def __init__(self, traffic: Traffic, policy: str = "splitfuse") -> None:
         self.traffic = traffic
         pool = BlockPool(traffic.blocks, traffic.block_size, is_caching=traffic.is_caching)
-        self.scheduler = Scheduler(
+        cost = CostModel()
+        cost.fit = COST
+        self.scheduler = Watched(
             pool,
             token_budget=traffic.budget,
             max_num_seqs=traffic.rows,
             policy=Policy(policy),
+            cost=cost,
+            max_step_s=traffic.max_step_s,
         )
         self.scheduler.output_lengths.record(traffic.believed)
         self.policy = policy
@@ -105,6 +194,18 @@ class Simulation:
         )
 
     def run(self, limit: int = 20_000) -> None:
+        self.check_refusal()
+        with patch.object(scheduler_module, "MAX_PASSES", self.traffic.max_passes):
+            self.run_to_the_end(limit)
+
+    def check_refusal(self) -> None:
+        room = self.traffic.blocks * self.traffic.block_size
+        seq = self._sequence(0, Arrival(0, 1, 1, 1, 1, 0))
+        seq.max_num_tokens = room + 1
+        with pytest.raises(InvalidRequest, match=rf"{room} tokens .* got {room + 1}"):
+            self.scheduler.add(seq)
+
+    def run_to_the_end(self, limit: int) -> None:
         while self.coming or self.alive:
             self.turn()
             assert self.step < limit, "the work does not end"
@@ -126,11 +227,12 @@ class Simulation:
                 del self.alive[seq.seq_id]
         self.step += 1
         plan = scheduler.schedule()
-        self.check(plan)
+        self.check_limits(plan)
+        self.check_time(plan)
         self.compute(plan)
         scheduler.check_integrity()
 
-    def check(self, plan: SchedulerOutput) -> None:
+    def check_limits(self, plan: SchedulerOutput) -> None:
         scheduler, traffic = self.scheduler, self.traffic
         whole_alone = self.policy == "prefill_first" and len(plan.chunks) == 1
         assert plan.num_tokens <= traffic.budget or whole_alone
@@ -148,8 +250,16 @@ class Simulation:
             assert len(chunk.seq.block_table) * traffic.block_size >= chunk.start + chunk.length
         scheduler.check_integrity()
 
+    def check_time(self, plan: SchedulerOutput) -> None:
+        """Prompts are cut to the time that is left, or to MIN_CHUNK where they are alone."""
+        left = self.traffic.max_step_s - COST.fixed_s
+        for number, chunk in enumerate(plan.chunks):
+            left -= self.scheduler.cost.seconds_of(chunk.start, chunk.length)
+            forced = number == 0 and chunk.length <= MIN_CHUNK
+            assert chunk.length == 1 or left > -1e-9 or forced or self.policy == "prefill_first"
+
     def compute(self, plan: SchedulerOutput) -> None:
-        """All of a step's keys and values are written, then everything before is read."""
+        """[contents] All keys and values of a step are written, then all before them are read."""
         size = self.traffic.block_size
         for chunk in plan.chunks:
             for position in range(chunk.start, chunk.start + chunk.length):
@@ -174,7 +284,7 @@ class Simulation:
 @settings(max_examples=SCHEDULES, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @pytest.mark.timeout(1200)
 def test_contract_holds_on_random_traffic(traffic: Traffic, policy: str) -> None:
-    """Limits are kept, every slot holds what its readers need, the first is safe, all end."""
+    """Every clause of the scheduler's docstring, each by the check that it names."""
     Simulation(traffic, policy).run()
 
 
