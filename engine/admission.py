@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 
 from tokenmill.engine.block_pool import BlockPool
+from tokenmill.engine.block_table import BlockTables
 from tokenmill.engine.output_lengths import OutputLengths
 from tokenmill.engine.sequence import Sequence
 
@@ -15,15 +16,22 @@ class Admission:
     """Answers from what is expected of the `running` sequences, the scheduler's own list."""
 
     def __init__(
-        self, pool: BlockPool, running: Seq[Sequence], output_lengths: OutputLengths
+        self,
+        pool: BlockPool,
+        tables: BlockTables,
+        running: Seq[Sequence],
+        output_lengths: OutputLengths,
+        token_budget: int,
     ) -> None:
         self._pool = pool
+        self._tables = tables
+        self._token_budget = token_budget
         self._running = running
         self._output_lengths = output_lengths
 
     def num_reserved_blocks(self) -> int:
         """Blocks that the running sequences are still expected to ask for."""
-        return sum(self.blocks_expected(seq) - len(seq.block_table) for seq in self._running)
+        return sum(self.blocks_expected(seq) - len(seq.held_blocks) for seq in self._running)
 
     def num_unspoken_blocks(self) -> int:
         """Free blocks that nobody is expected to ask for, but for the margin."""
@@ -32,11 +40,11 @@ class Admission:
 
     def fits(self, seq: Sequence, cached: Iterable[int], unspoken: int) -> bool:
         """Whether it fits to its expected end; the first of an idle scheduler always does."""
-        shared = sum(self._pool.num_references(block) > 0 for block in cached)
+        shared = sum(self._pool.num_references(block) > 0 for block in set(cached))
         return not self._running or self.blocks_expected(seq) - shared <= unspoken
 
     def blocks_expected(self, seq: Sequence) -> int:
-        """Blocks for the sequence when it ends, as far as can be guessed now."""
+        """Blocks that the sequence will hold at the most, as far as can be guessed now."""
         output = self._output_lengths.expect(seq.num_output_tokens)
         expected = min(seq.num_prompt_tokens + output, seq.max_num_tokens)
-        return max(self._pool.blocks_for(expected), len(seq.block_table))
+        return max(self._tables.most_held(expected, self._token_budget), len(seq.held_blocks))

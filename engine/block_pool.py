@@ -96,8 +96,12 @@ class BlockPool:
 
     def match(self, hashes: Iterable[bytes]) -> list[int]:
         """The blocks of the longest known prefix; nothing is taken yet."""
-        found = (self._known.get(block_hash) for block_hash in hashes)
+        found = map(self.find, hashes)
         return [b for b in takewhile(lambda block: block is not None, found) if b is not None]
+
+    def find(self, block_hash: bytes) -> int | None:
+        """The block of this hash, if it is known; nothing is taken yet."""
+        return self._known.get(block_hash)
 
     def share(self, blocks: Iterable[int]) -> None:
         """Take a reference to each of `blocks`, which a `match` has just found."""

@@ -1,4 +1,12 @@
-"""`BlockTables`: the blocks that sequences hold, and what the pool remembers of them. No torch."""
+"""`BlockTables`: the blocks that sequences hold, and what the pool remembers of them. No torch.
+
+Where every layer's attention sees a window of tokens alone, blocks that no later query reaches are
+given back, and a prefix is in the cache if what is reached from its end is. A table keeps its
+length: the first block held stands in for those before it, whose values have a weight of zero.
+
+    table    [ 7  7  7  | 7  4  9 ]      3 dropped, 3 held
+    query                        ^       sees back into block 7
+"""
 
 from itertools import islice
 
@@ -9,15 +17,30 @@ from tokenmill.engine.sequence import Sequence
 class BlockTables:
     """Grows and frees the block tables of sequences, from one pool."""
 
-    def __init__(self, pool: BlockPool) -> None:
+    def __init__(self, pool: BlockPool, window: int | None = None) -> None:
         self._pool = pool
+        self._window = window
 
     def cached(self, seq: Sequence) -> list[int]:
         """Blocks that the cache knows of the sequence; never the one of its last token."""
         if not self._pool.is_caching:
             return []
         extend_hashes(seq.block_hashes, seq.token_ids, self._pool.block_size)
-        return self._pool.match(islice(seq.block_hashes, self._num_skippable(seq)))
+        hashes = islice(seq.block_hashes, self._num_skippable(seq))
+        if self._window is None:
+            return self._pool.match(hashes)
+        known = [self._pool.find(block_hash) for block_hash in hashes]
+        best, run = 0, 0  # the longest prefix; known blocks in a row
+        for count, block in enumerate(known, 1):
+            run = 0 if block is None else run + 1
+            if run >= count - self._num_unreached(count * self._pool.block_size):
+                best = count
+        table = [
+            block
+            for block in known[self._num_unreached(best * self._pool.block_size) : best]
+            if block is not None
+        ]
+        return table[:1] * (best - len(table)) + table
 
     def next_hash(self, seq: Sequence, cached: list[int]) -> bytes | None:
         """The hash of the first block that is not `cached`, if it need not be computed again."""
@@ -31,9 +54,10 @@ class BlockTables:
 
     def begin(self, seq: Sequence, cached: list[int]) -> None:
         """Give the sequence the blocks that are `cached` of it: behind them it begins."""
-        self._pool.share(cached)
         seq.block_table = cached
         seq.num_computed_tokens = len(cached) * self._pool.block_size
+        seq.num_dropped_blocks = self._num_unreached(seq.num_computed_tokens)
+        self._pool.share(seq.held_blocks)
 
     def missing(self, seq: Sequence, length: int) -> int:
         """Blocks that the sequence lacks for its next `length` tokens."""
@@ -56,9 +80,36 @@ class BlockTables:
             extend_hashes(seq.block_hashes, seq.token_ids, size)
             for index in full:
                 self._pool.remember(seq.block_table[index], seq.block_hashes[index])
+        self._drop(seq)
 
     def release(self, seq: Sequence) -> None:
         """Free what the sequence holds."""
-        self._pool.free(seq.block_table)
+        self._pool.free(seq.held_blocks)
         seq.block_table = []
+        seq.num_dropped_blocks = 0
         seq.num_computed_tokens = 0
+
+    def most_held(self, num_tokens: int, chunk: int) -> int:
+        """Blocks that a sequence of `num_tokens` holds at the most, in chunks of up to `chunk`."""
+        blocks = self._pool.blocks_for(num_tokens)
+        if self._window is None:
+            return blocks
+        # The window and the chunk, the block that its begin cuts, and the one that is kept.
+        return min(blocks, self._pool.blocks_for(self._window + chunk) + 2)
+
+    def _drop(self, seq: Sequence) -> None:
+        count, table = self._num_unreached(seq.num_computed_tokens), seq.block_table
+        if count > seq.num_dropped_blocks:
+            self._pool.free(table[seq.num_dropped_blocks : count])
+            table[:count] = [table[count]] * count
+            seq.num_dropped_blocks = count
+
+    def _num_unreached(self, position: int) -> int:
+        """Blocks that no query from `position` on reaches; the one before its own is kept.
+
+        That one is full, so that what stands in for the dropped ones has been written.
+        """
+        if self._window is None:
+            return 0
+        size = self._pool.block_size
+        return max(0, min((position - self._window + 1) // size, position // size - 1))

@@ -100,6 +100,7 @@ class Engine:
             policy=config.policy,
             cost=cost,
             max_step_s=_max_step_s(config, cost),
+            window=model.spec.window,
         )
         self._constraints = ConstraintCompiler(
             model.tokenizer.to_json,

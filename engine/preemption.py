@@ -19,5 +19,6 @@ def loss(seq: Sequence, pool: BlockPool) -> tuple[bool, int]:
 
     What it shares with others stays computed, and is not won by anybody either.
     """
-    own = sum(pool.num_references(block) == 1 for block in seq.block_table)
-    return own == 0, min(own * pool.block_size, seq.num_computed_tokens)
+    own = sum(pool.num_references(block) == 1 for block in seq.held_blocks)
+    redone = (own + seq.num_dropped_blocks) * pool.block_size
+    return own == 0, min(redone, seq.num_computed_tokens)

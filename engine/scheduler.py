@@ -22,6 +22,7 @@ brackets; test_scheduler.py has examples)
 7. An admitted sequence begins behind the blocks that the cache knows of it, its last token always
    excepted. One that would compute a block that another computes in this step waits [contents].
 8. A step with work to do computes something, every sequence ends, and its blocks return [end].
+   With a `window` they return when no query reaches them any more [window].
 
 Beside this file: `policies.py`, `step.py` (what fits a step), `admission.py`, `preemption.py`.
 """
@@ -90,6 +91,7 @@ class Scheduler:
         policy: Policy,
         cost: CostModel | None = None,
         max_step_s: float = math.inf,
+        window: int | None = None,
     ) -> None:
         if max_num_seqs > token_budget:
             raise ValueError(
@@ -109,8 +111,10 @@ class Scheduler:
         self.num_admitted_tokens = 0
         self.num_cached_tokens = 0
         self._fill = _POLICIES[policy]
-        self._tables = BlockTables(pool)
-        self._admission = Admission(pool, self.running, self.output_lengths)
+        self._tables = BlockTables(pool, window)
+        self._admission = Admission(
+            pool, self._tables, self.running, self.output_lengths, token_budget
+        )
         self._num_arrived = 0
         self._num_admitted = 0
 
@@ -169,7 +173,7 @@ class Scheduler:
         Raises:
             RuntimeError: the books do not balance.
         """
-        self.pool.check_integrity(seq.block_table for seq in self.running)
+        self.pool.check_integrity(seq.held_blocks for seq in self.running)
         if any(seq.block_table for seq in self.waiting):
             raise RuntimeError("a waiting sequence holds KV blocks")
 

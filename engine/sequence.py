@@ -60,6 +60,8 @@ class Sequence:
     #: Tokens whose KV is in the cache.
     num_computed_tokens: int = 0
     block_table: list[int] = field(default_factory=list)
+    #: Blocks at the begin of the table that have been given back (`engine/block_table.py`).
+    num_dropped_blocks: int = 0
     #: Of its full blocks, as far as they were needed (`block_pool.extend_hashes`).
     block_hashes: list[bytes] = field(default_factory=list)
     status: SequenceStatus = SequenceStatus.WAITING
@@ -89,6 +91,11 @@ class Sequence:
         if wants_prompt and self.num_told_tokens < self.num_prompt_tokens:
             return self.num_told_tokens - 1
         return self.num_tokens - 1
+
+    @property
+    def held_blocks(self) -> list[int]:
+        """The blocks of its table that it has a reference to."""
+        return self.block_table[self.num_dropped_blocks :]
 
     @property
     def is_prefilling(self) -> bool:

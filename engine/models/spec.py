@@ -77,6 +77,12 @@ class ModelSpec:
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim
 
     @property
+    def window(self) -> int | None:
+        """Tokens that a query sees in any layer, its own included; None: all, in some layer."""
+        windows = [window for window in self.windows if window is not None]
+        return max(windows) if len(windows) == self.num_layers else None
+
+    @property
     def q_size(self) -> int:
         """Width of the queries of all heads."""
         return self.num_heads * self.head_dim

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from family_cases import CASES, RENAMED, rename
 from tokenmill.engine import engine as engine_module
 from tokenmill.engine.config import EngineConfig
 from tokenmill.engine.engine import Engine
@@ -103,6 +104,51 @@ def test_cached_or_not(model: LoadedModel, seen: Logits) -> None:
         engine.step()
     assert engine.stats().num_cached_tokens == 228 + 188
     answer(model, "a", "b", prefix_caching=False, block_size=16)
+
+
+#: Experts and a shared one; layer norm, biases and a parallel block..
+QUICK = ("qwen2-moe", "gpt-neox")
+
+
+@pytest.mark.usefixtures("_one_thread")
+@pytest.mark.parametrize(
+    "name", [*QUICK, *(pytest.param(n, marks=pytest.mark.slow) for n in CASES if n not in QUICK)]
+)
+def test_every_kind_of_model(
+    name: str, tmp_path: Path, write_checkpoint: Callable[..., Any], seen: Logits
+) -> None:
+    """The cases of test_families.py, with their windows, experts, norms and caps."""
+    family, overrides = CASES[name]
+    write_checkpoint(tmp_path, family, **overrides)
+    if name in RENAMED:
+        rename(tmp_path, name)
+    model = load(str(tmp_path), device="cpu")
+    answer(model, "c")
+    answer(model, *"cdef", token_budget=7)
+    small = {"kv_cache_memory": 48 * 4 * 4 * model.spec.kv_token_elements}
+    answer(model, *"cdef", token_budget=64, **small)
+    assert len(seen) == 4 * 24
+
+
+def test_on_two_threads(model: LoadedModel, seen: Logits) -> None:
+    torch.set_num_threads(2)
+    answer(model, "f")
+    answer(model, *"ef", token_budget=6)
+    torch.set_num_threads(1)
+    answer(model, "e")
+    assert len(seen) == 2 * 24
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_one_thread")
+def test_the_small_real_model_on_two_threads(smollm2: LoadedModel, seen: Logits) -> None:
+    """Its matrices are large enough to be shared between threads."""
+    torch.set_num_threads(2)
+    answer(smollm2, "d", token_budget=256, block_size=32)
+    answer(smollm2, *"cdef", token_budget=16, block_size=32)
+    torch.set_num_threads(1)
+    answer(smollm2, "c", token_budget=64, block_size=32)
+    assert len(seen) == 4 * 24
 
 
 @pytest.mark.usefixtures("_one_thread")

@@ -55,6 +55,8 @@ class Traffic:
     max_passes: int = scheduler_module.MAX_PASSES
     #: Seconds of a step; its cost is COST.
     max_step_s: float = math.inf
+    #: Tokens that a query sees, in all layers.
+    window: int | None = None
 
 
 #: A step takes 1 s, 0.1 s more for a token, and 0.01 s more for each that attention reads.
@@ -67,11 +69,12 @@ def traffics(draw: st.DrawFn) -> Traffic:
     blocks = draw(st.integers(2, 24))
     room = blocks * block_size
     rows = draw(st.integers(1, 6))
+    is_crowded = draw(st.booleans())  # short prompts with long outputs: many lose their blocks
     arrival = st.builds(
         Arrival,
-        step=st.integers(0, 30),
+        step=st.integers(0, 2 if is_crowded else 30),
         content=st.integers(0, 3),
-        prompt=st.integers(1, room - 1),
+        prompt=st.integers(1, min(block_size + 1, room - 1) if is_crowded else room - 1),
         output=st.integers(1, 40),
         priority=st.integers(0, 2),
         cancel_after=st.sampled_from([0, 0, 0, 1, 5]),
@@ -83,15 +86,17 @@ def traffics(draw: st.DrawFn) -> Traffic:
         rows + draw(st.integers(0, 32)),
         rows,
         draw(st.booleans()),
-        draw(st.sampled_from([1, 4, 256])),
+        1 if is_crowded else draw(st.sampled_from([1, 4, 256])),
         draw(st.sampled_from([1, 2, 64])),
         draw(st.sampled_from([math.inf, math.inf, 2.0, 4.0])),
+        draw(st.none() | st.integers(1, 3 * block_size)),
     )
 
 
 class Watched(Scheduler):
     """Checks admissions and preemptions at the moment when they are decided."""
 
+    window: int | None
     step: Step
     asking: Sequence
     passed_before: dict[Sequence, int]
@@ -120,8 +125,8 @@ class Watched(Scheduler):
 
     def check_admission(self, seq: Sequence, cached: list[int]) -> None:
         """To its expected end it fits beside what the running ones will ask for."""
-        promised = sum(self.expected(s) - len(s.block_table) for s in self.running)
-        own = self.expected(seq) - sum(self.pool.num_references(b) > 0 for b in cached)
+        promised = sum(self.expected(s) - len(s.held_blocks) for s in self.running)
+        own = self.expected(seq) - sum(self.pool.num_references(b) > 0 for b in set(cached))
         margin = -(-self.pool.num_blocks // MARGIN)
         assert not self.running or own + promised + margin <= self.pool.num_free
 
@@ -149,11 +154,14 @@ class Watched(Scheduler):
     def expected(self, seq: Sequence) -> int:
         output = self.output_lengths.expect(seq.num_output_tokens)
         tokens = min(seq.num_prompt_tokens + output, seq.max_num_tokens)
-        return max(-(-tokens // self.pool.block_size), len(seq.block_table))
+        if self.window is not None:
+            tokens = min(tokens, self.window + self.token_budget + 2 * self.pool.block_size)
+        return max(-(-tokens // self.pool.block_size), len(seq.held_blocks))
 
     def redone(self, seq: Sequence) -> tuple[bool, int]:
-        own = [b for b in seq.block_table if self.pool.num_references(b) == 1]
-        return not own, min(len(own) * self.pool.block_size, seq.num_computed_tokens)
+        own = [b for b in seq.held_blocks if self.pool.num_references(b) == 1]
+        redone = (len(own) + seq.num_dropped_blocks) * self.pool.block_size
+        return not own, min(redone, seq.num_computed_tokens)
 
 
 class Simulation:
@@ -171,7 +179,9 @@ class Simulation:
             policy=Policy(policy),
             cost=cost,
             max_step_s=traffic.max_step_s,
+            window=traffic.window,
         )
+        self.scheduler.window = traffic.window
         self.scheduler.output_lengths.record(traffic.believed)
         self.policy = policy
         self.step = 0
@@ -230,6 +240,7 @@ class Simulation:
         self.check_limits(plan)
         self.check_time(plan)
         self.compute(plan)
+        self.check_window()
         scheduler.check_integrity()
 
     def check_limits(self, plan: SchedulerOutput) -> None:
@@ -258,6 +269,22 @@ class Simulation:
             forced = number == 0 and chunk.length <= MIN_CHUNK
             assert chunk.length == 1 or left > -1e-9 or forced or self.policy == "prefill_first"
 
+    def first_seen(self, position: int) -> int:
+        window = self.traffic.window
+        return 0 if window is None else max(0, position - window + 1)
+
+    def check_window(self) -> None:
+        """What no query can reach is given back, but for the block before the next query's."""
+        size = self.traffic.block_size
+        for seq in self.scheduler.running:
+            held = seq.num_dropped_blocks * size
+            assert held <= self.first_seen(seq.num_computed_tokens)
+            kept = min(
+                self.first_seen(seq.num_computed_tokens) // size,
+                seq.num_computed_tokens // size - 1,
+            )
+            assert seq.num_dropped_blocks >= kept
+
     def compute(self, plan: SchedulerOutput) -> None:
         """[contents] All keys and values of a step are written, then all before them are read."""
         size = self.traffic.block_size
@@ -266,7 +293,7 @@ class Simulation:
                 slot = (chunk.seq.block_table[position // size], position % size)
                 self.slots[slot] = tuple(chunk.seq.token_ids[: position + 1])
         for chunk in plan.chunks:
-            for position in range(chunk.start + chunk.length):
+            for position in range(self.first_seen(chunk.start), chunk.start + chunk.length):
                 slot = (chunk.seq.block_table[position // size], position % size)
                 assert self.slots[slot] == tuple(chunk.seq.token_ids[: position + 1])
         self.num_computed += plan.num_tokens
