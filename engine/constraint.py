@@ -9,6 +9,8 @@ everywhere or nowhere.
 import json
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
@@ -29,6 +31,11 @@ LIMITS = LLParserLimits(
 MAX_KEPT = 64
 #: JSON as `json.dumps` writes it: one form, and no room for endless white space.
 JSON_FORM = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+
+#: Characters of times with nanoseconds and a zone: their fractions might have no end.
+MAX_TIME = {"time": 24, "date-time": 35}
+#: Keywords of a schema whose values are values.
+_LITERALS = ("const", "default", "enum", "examples")
 
 
 class Constraint:
@@ -72,6 +79,14 @@ class ConstraintCompiler:
         self._eos_token_ids = sorted(eos_token_ids)
         self._tokenizer: LLTokenizer | None = None
         self._kept: OrderedDict[tuple[str, object], LLMatcher] = OrderedDict()
+        self._thread: ThreadPoolExecutor | None = None
+
+    def submit(
+        self, params: SamplingParams, output_ids: Sequence[int] = ()
+    ) -> Future[Constraint | None]:
+        """`compile` by the compiler's own thread, one after the other; use one of the two."""
+        self._thread = self._thread or ThreadPoolExecutor(1, thread_name_prefix="constraints")
+        return self._thread.submit(self.compile, params, output_ids)
 
     def compile(self, params: SamplingParams, output_ids: Sequence[int] = ()) -> Constraint | None:
         """The constraint that `params` ask for, after `output_ids`; None where they ask for none.
@@ -125,7 +140,21 @@ def _grammar(value: str | tuple[str, ...], field: str) -> str:
         return LLMatcher.grammar_from_lark(f"start: {texts}")
     if field == "regex":
         return LLMatcher.grammar_from_regex(value)
-    return LLMatcher.grammar_from_json_schema(value, overrides=JSON_FORM)  # type: ignore[arg-type]
+    schema = json.dumps(_bounded(json.loads(value)))
+    return LLMatcher.grammar_from_json_schema(schema, overrides=JSON_FORM)  # type: ignore[arg-type]
+
+
+def _bounded(schema: Any) -> Any:
+    """The schema with `MAX_TIME` as the longest length of times that have none."""
+    if isinstance(schema, list):
+        return [_bounded(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    found = {key: item if key in _LITERALS else _bounded(item) for key, item in schema.items()}
+    kind = schema.get("format")
+    if isinstance(kind, str) and kind in MAX_TIME:
+        found.setdefault("maxLength", MAX_TIME[kind])
+    return found
 
 
 def _first_line(text: str) -> str:

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Sequence as Seq
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,7 +12,7 @@ from tokenmill.engine.batch import build_batch
 from tokenmill.engine.block_pool import BlockPool
 from tokenmill.engine.capacity import Capacity, capacity_of
 from tokenmill.engine.config import EngineConfig
-from tokenmill.engine.constraint import ConstraintCompiler
+from tokenmill.engine.constraint import Constraint, ConstraintCompiler
 from tokenmill.engine.cost_model import CostModel, Timing, kv_tokens_read
 from tokenmill.engine.kv_cache import num_blocks_in
 from tokenmill.engine.loader import LoadedModel
@@ -36,6 +37,8 @@ KNEE = 0.9
 #: Share of the device memory left by the weights that the KV cache takes on a GPU.
 GPU_KV_SHARE = 0.85
 CPU_KV_BYTES = 2 << 30
+#: An engine with nothing else to do waits this long for a constraint before it returns.
+COMPILE_WAIT_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +111,8 @@ class Engine:
             eos_token_ids=model.tokenizer.eos_token_ids,
         )
         self._sequences: dict[str, Sequence] = {}
+        #: Constraints of blocked sequences, as they are compiled by a thread beside the steps.
+        self._compiling: dict[str, Future[Constraint | None]] = {}
         #: Sequences that were complete when they were added: they end without a step.
         self._complete: list[Sequence] = []
         self._num_steps = 0
@@ -163,16 +168,29 @@ class Engine:
             priority=priority,
             # Whoever has output has been told of the prompt.
             num_told_tokens=len(prompt_ids) if output_ids else 1,
-            constraint=self._constraints.compile(params, output_ids),
+            is_blocked=params.constraint is not None,
         )
-        self._sequences[seq_id] = seq
         self.scheduler.add(seq)
-        if seq.num_tokens >= seq.max_num_tokens or (seq.constraint and seq.constraint.is_complete):
-            self._complete.append(seq)
+        self._sequences[seq_id] = seq
+        if seq.is_blocked:
+            self._compiling[seq_id] = self._constraints.submit(params, output_ids)
+        else:
+            self._start(seq)
+
+    def compile(self, params: SamplingParams) -> None:
+        """Compile the constraint of `params` and wait for it; a sequence with it starts at once.
+
+        Raises:
+            InvalidRequest: it cannot be compiled, or is too large.
+        """
+        if params.constraint is not None:
+            self._constraints.submit(params).result()
 
     def abort(self, seq_id: str) -> None:
         """Forget a sequence and free its blocks; an unknown id is no error."""
         seq = self._sequences.pop(seq_id, None)
+        if future := self._compiling.pop(seq_id, None):
+            future.cancel()
         if seq is not None:
             self.scheduler.abort(seq)
 
@@ -205,8 +223,13 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[StepOutput]:
-        """Run one forward pass and return what it gave; an idle engine returns nothing."""
-        outputs = [self._end(seq, _reason(seq)) for seq in self._take_complete()]
+        """Run one forward pass and return what it gave; an idle engine returns nothing.
+
+        A constraint that is being compiled holds up its own sequence alone; its error is the
+        output that ends that sequence.
+        """
+        outputs = self._take_compiled()
+        outputs += [self._end(seq, _reason(seq)) for seq in self._take_complete()]
         started = time.perf_counter()
         plan = self.scheduler.schedule()
         if not plan.chunks:
@@ -237,6 +260,26 @@ class Engine:
             RuntimeError: they do not balance.
         """
         self.scheduler.check_integrity()
+
+    def _take_compiled(self) -> list[StepOutput]:
+        """Let the sequences go whose constraints are compiled, and end those that are refused."""
+        if self._compiling and all(seq.is_blocked for seq in self._sequences.values()):
+            wait(self._compiling.values(), COMPILE_WAIT_S, FIRST_COMPLETED)
+        refused = []
+        for seq_id in [key for key, future in self._compiling.items() if future.done()]:
+            seq = self._sequences[seq_id]
+            try:
+                seq.constraint = self._compiling.pop(seq_id).result()
+            except InvalidRequest as error:
+                refused.append(replace(self._end(seq, FinishReason.ERROR), error=str(error)))
+                continue
+            self._start(seq)
+        return refused
+
+    def _start(self, seq: Sequence) -> None:
+        seq.is_blocked = False
+        if seq.num_tokens >= seq.max_num_tokens or (seq.constraint and seq.constraint.is_complete):
+            self._complete.append(seq)
 
     def _take_complete(self) -> list[Sequence]:
         complete = [s for s in self._complete if s.seq_id in self._sequences]
@@ -271,6 +314,7 @@ class Engine:
         logprobs: tuple[TokenLogprobs, ...] = (),
     ) -> StepOutput:
         del self._sequences[seq.seq_id]
+        self._compiling.pop(seq.seq_id, None)
         self.scheduler.finish(seq)
         return StepOutput(seq.seq_id, tokens, reason, logprobs=logprobs)
 

@@ -96,6 +96,7 @@ class Pipeline:
         check_choices(n)
         params = SamplingParams(**sampling)
         running: dict[str, _Running] = {}
+        self.engine.compile(params)
         try:
             for index, prompt in enumerate(prompts):
                 seed = derived_seed(str(index)) if params.seed is None else params.seed

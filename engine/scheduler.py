@@ -191,7 +191,7 @@ class Scheduler:
         """Admit waiting sequences in order while budget, rows and blocks allow."""
         admission, passed = self._admission, list[Sequence]()
         free = admission.num_unspoken_blocks()
-        for seq in list(self.waiting):
+        for seq in self._unblocked():
             if step.left <= 0 or len(self.running) >= self.max_num_seqs:
                 return
             cached = self._tables.cached(seq)
@@ -214,9 +214,12 @@ class Scheduler:
             else:
                 passed.append(seq)
 
+    def _unblocked(self) -> list[Sequence]:
+        return [seq for seq in self.waiting if not seq.is_blocked]
+
     def admit_all(self) -> None:
         """Admit waiting sequences in order while rows and blocks allow, whatever the budget."""
-        for seq in list(self.waiting):
+        for seq in self._unblocked():
             cached = self._tables.cached(seq)
             free = self._admission.num_unspoken_blocks()
             if len(self.running) >= self.max_num_seqs or not self._admission.fits(

@@ -69,6 +69,8 @@ class Sequence:
     num_told_tokens: int = 1
     #: Kept by the sampler where there are penalties; made anew from `token_ids` when missing.
     counts: TokenCounts | None = None
+    #: Not to be admitted yet: its constraint is being compiled.
+    is_blocked: bool = False
     #: What the output may be; None for anything.
     constraint: "Constraint | None" = None
 

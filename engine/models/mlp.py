@@ -62,7 +62,9 @@ class MoE:
             share = shares[rows, places].unsqueeze(1)
             out.index_add_(0, rows, self.experts[number](x[rows]) * share)
         if self.shared is not None and self.shared_gate is not None:
-            out += self.shared_gate(x).sigmoid() * self.shared(x)
+            # Torch's own sigmoid rounds a tensor's last few elements differently.
+            gate = torch.exp(-self.shared_gate(x)).add_(1).reciprocal_()
+            out += gate * self.shared(x)
         return out
 
     def linears(self) -> Iterator[Linear]:

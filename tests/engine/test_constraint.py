@@ -3,7 +3,9 @@
 import contextlib
 import json
 import re
+import threading
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -171,8 +173,11 @@ def test_an_output_that_is_complete_already_ends_without_a_step(engine: Engine) 
 def test_what_cannot_be_compiled_is_refused_by_name(
     engine: Engine, sampling: dict[str, Any], message: str
 ) -> None:
+    tokens, end = run(engine, "x", **sampling)
+    assert (tokens, end.finish_reason) == ([], FinishReason.ERROR)
+    assert re.match(message, end.error)
     with pytest.raises(InvalidRequest, match=message):
-        run(engine, "x", **sampling)
+        engine.compile(SamplingParams(**sampling))
     assert not engine.has_work
 
 
@@ -206,18 +211,81 @@ def test_what_is_expensive_is_refused_or_stays_cheap(
     assert time.process_time() - began < 3
 
 
+def test_steps_go_on_while_a_constraint_is_compiled(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that takes for ever holds up its own sequence alone, and can be aborted."""
+    is_done = threading.Event()
+    compile_it = ConstraintCompiler.compile
+
+    def slow(self: ConstraintCompiler, params: SamplingParams, ids: Sequence[int] = ()) -> Any:
+        assert is_done.wait(60)
+        return compile_it(self, params, ids)
+
+    monkeypatch.setattr(ConstraintCompiler, "compile", slow)
+    try:
+        for name in ("slow", "left"):
+            engine.add(name, [5, 6], SamplingParams(choice=("yes",)), seed=0)
+        engine.add("free", [5, 6], SamplingParams(max_tokens=3, ignore_eos=True), seed=0)
+        assert [[o.seq_id for o in engine.step()] for _ in range(3)] == [["free"]] * 3
+        engine.abort("left")
+    finally:
+        is_done.set()
+    outputs: list[StepOutput] = []
+    while engine.has_work:
+        outputs += engine.step()
+    assert {output.seq_id for output in outputs} == {"slow"}
+    assert outputs[-1].finish_reason is FinishReason.STOP
+    engine.check_integrity()
+
+
 def test_a_constraint_that_reaches_a_limit_ends_its_sequence_alone(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine.add("bad", [5, 6], SamplingParams(regex="[a-z ]+"), seed=0)
     engine.add("good", [5, 6], SamplingParams(max_tokens=3, ignore_eos=True), seed=0)
     monkeypatch.setattr(Constraint, "accept", lambda self, ids: False)
-    outputs = [output for _ in range(3) for output in engine.step()]
-    (bad,) = [output for output in outputs if output.seq_id == "bad"]
-    assert bad.finish_reason is FinishReason.ERROR
-    assert bad.error.startswith("regex must be less costly")
-    assert outputs[-1].finish_reason is FinishReason.LENGTH
+    ends: dict[str, StepOutput] = {}
+    while engine.has_work:
+        ends |= {output.seq_id: output for output in engine.step()}
+    assert ends["bad"].finish_reason is FinishReason.ERROR
+    assert ends["bad"].error.startswith("regex must be less costly")
+    assert ends["good"].finish_reason is FinishReason.LENGTH
     engine.check_integrity()
+
+
+@pytest.mark.parametrize(
+    ("schema", "text", "is_allowed"),
+    [
+        ({"format": "time"}, "11:22:33.123456789+01:00", True),
+        ({"format": "time"}, "11:22:33.12345678900000000000", False),
+        ({"anyOf": [{"format": "date-time"}]}, "2026-01-02T11:22:33.123456789+01:00", True),
+        ({"anyOf": [{"format": "date-time"}]}, "2026-01-02T11:22:33.1234567890000000000", False),
+        ({"format": "time", "maxLength": 60}, "11:22:33.12345678900000000000Z", True),
+    ],
+)
+def test_a_time_comes_to_an_end(
+    compiler: ConstraintCompiler,
+    smollm2: LoadedModel,
+    schema: dict[str, Any],
+    text: str,
+    is_allowed: bool,
+) -> None:
+    """A small model writes digits for ever where it may."""
+    params = SamplingParams(json_schema={"type": "string", **schema})
+    constraint = compiler.compile(params)
+    assert constraint is not None
+    assert constraint.accept(smollm2.tokenizer.encode(json.dumps(text))) is is_allowed
+
+
+def test_values_that_look_like_schemas_stay_as_they_are(
+    compiler: ConstraintCompiler, smollm2: LoadedModel
+) -> None:
+    value = {"format": "time"}
+    constraint = compiler.compile(SamplingParams(json_schema={"const": value}))
+    assert constraint is not None
+    assert constraint.accept(smollm2.tokenizer.encode(json.dumps(value)))
+    assert constraint.is_complete
 
 
 def test_a_model_whose_tokenizer_is_of_no_use_says_so() -> None:

@@ -28,7 +28,7 @@ def poison(engine: Engine) -> None:
     """Overwrite every block that no running sequence holds: who reads one gets NaN."""
     held = {block for seq in engine.scheduler.running for block in seq.held_blocks}
     free = [b for b in range(engine.scheduler.pool.num_blocks) if b not in held]
-    for layer in (*engine._cache.keys, *engine._cache.values):
+    for layer in (*engine._runner._cache.keys, *engine._runner._cache.values):
         layer[free] = torch.nan
 
 
