@@ -272,7 +272,7 @@ def test_a_time_comes_to_an_end(
     is_allowed: bool,
 ) -> None:
     """A small model writes digits for ever where it may."""
-    params = SamplingParams(json_schema={"type": "string", **schema})
+    params = SamplingParams(json_schema=json.dumps({"type": "string", **schema}))
     constraint = compiler.compile(params)
     assert constraint is not None
     assert constraint.accept(smollm2.tokenizer.encode(json.dumps(text))) is is_allowed
@@ -282,7 +282,7 @@ def test_values_that_look_like_schemas_stay_as_they_are(
     compiler: ConstraintCompiler, smollm2: LoadedModel
 ) -> None:
     value = {"format": "time"}
-    constraint = compiler.compile(SamplingParams(json_schema={"const": value}))
+    constraint = compiler.compile(SamplingParams(json_schema=json.dumps({"const": value})))
     assert constraint is not None
     assert constraint.accept(smollm2.tokenizer.encode(json.dumps(value)))
     assert constraint.is_complete

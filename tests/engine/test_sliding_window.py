@@ -60,10 +60,10 @@ def test_blocks_behind_the_window_are_free_and_never_read(
         poison(engine)
     assert most <= -(-(WINDOW + 16) // BLOCK) + 2
     assert engine.scheduler.pool.num_free == engine.scheduler.pool.num_blocks
-    for prompt, output in zip(prompts, outputs.values(), strict=True):
+    for prompt, answer in zip(prompts, outputs.values(), strict=True):
         with torch.inference_mode():
-            logits = reference(torch.tensor([prompt + output])).logits
-        assert output == logits[0, len(prompt) - 1 : -1].argmax(dim=-1).tolist()
+            logits = reference(torch.tensor([prompt + answer])).logits
+        assert answer == logits[0, len(prompt) - 1 : -1].argmax(dim=-1).tolist()
 
 
 def make_sequence(length: int) -> Sequence:
