@@ -35,6 +35,7 @@ from tokenmill.engine.models.spec import ModelSpec
 from tokenmill.producer.params import SamplingParams
 
 Request = tuple[list[int], int]
+OURS_INT8 = f"{OURS}-int8"
 #: Least share of a peer's greedy tokens that come before the first which differs from ours.
 LEAST_AGREEMENT = 0.8
 
@@ -130,7 +131,8 @@ def main() -> None:
     workloads = [WORKLOADS[name] for name in options.workload]
     if options.requests:
         workloads = [replace(w, requests=min(w.requests, options.requests)) for w in workloads]
-    ours = Ours(load("smollm2", device="cpu"), EngineConfig(token_budget=options.token_budget))
+    config = EngineConfig(token_budget=options.token_budget)
+    ours = Ours(load("smollm2", device="cpu"), config)
     if options.profile:
         _profile(ours, workloads)
         return
@@ -139,7 +141,9 @@ def main() -> None:
     with ExitStack() as stack:
         runners: dict[str, Runner] = {OURS: ours}
         for system in options.system:
-            if system != OURS:
+            if system == OURS_INT8:
+                runners[system] = Ours(load("smollm2", device="cpu", quantization="int8"), config)
+            elif system != OURS:
                 peer = PeerEngine(PEERS[system], options.peers, peer_model())
                 runners[system] = stack.enter_context(peer)
                 runs.about[system] = peer.about
@@ -185,10 +189,10 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--token-budget", type=int)
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--peers", type=Path, help="where their virtual environments lie")
-    parser.add_argument("--system", nargs="+", choices=[OURS, *PEERS], default=[OURS])
+    parser.add_argument("--system", nargs="+", choices=[OURS, OURS_INT8, *PEERS], default=[OURS])
     parser.add_argument("--resume", action="store_true", help="keep the runs of the result there")
     options = parser.parse_args()
-    if options.peers is None and set(options.system) != {OURS}:
+    if options.peers is None and set(options.system) - {OURS, OURS_INT8}:
         parser.error("--peers is needed for other systems than ours")
     return options
 

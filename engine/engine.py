@@ -88,7 +88,7 @@ class Engine:
         probe = Probe(self._runner)
         cost = CostModel()
         if config.token_budget is None or config.max_step_ms is not None:
-            cost.probe(kept_or_timed(model, probe.timings))
+            cost.probe(kept_or_timed(model, probe))
         if config.deterministic and not probe.is_batch_invariant():
             raise InvalidRequest(
                 "deterministic",

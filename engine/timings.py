@@ -2,8 +2,9 @@
 
 Timing them takes a second or more, of a start that should take three; what they tell is the same
 every time. A file is one model as it is computed here: shapes, types, threads, processor, torch,
-and our own code. It serves a week, and is only written where the cost model fits what it holds:
-steps that were disturbed are timed again at the next start.
+and our own code. It serves a week. Other processes make steps slower, never faster: a start runs
+one of the steps again, and times all of them anew where that one is faster than it was. Steps that
+the cost model does not fit are not kept.
 """
 
 import hashlib
@@ -11,10 +12,11 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
@@ -25,20 +27,32 @@ from tokenmill.engine.sources import cache_home
 KEEP_S = 7 * 86_400
 #: Timing anew is worth nothing below, and trusted above a median relative error of.
 LEAST_S, MOST_ERROR = 0.3, 0.15
+#: A step that takes less than this share of the time that is kept tells that it was disturbed.
+FASTER = 0.8
 
 
-def kept_or_timed(
-    model: LoadedModel, measure: Callable[[], list[Timing]], directory: Path | None = None
-) -> list[Timing]:
-    """What `measure` gives, or gave at an earlier start of the same model on a CPU."""
+class Steps(Protocol):
+    """What runs steps to time them."""
+
+    def timings(self) -> list[Timing]:
+        """Steps of different sizes and contexts."""
+
+    def time_again(self, timings: Sequence[Timing]) -> tuple[Timing, Timing]:
+        """One of those: (as it was, as it is now)."""
+
+
+def kept_or_timed(model: LoadedModel, steps: Steps, directory: Path | None = None) -> list[Timing]:
+    """What `steps` takes, or took at an earlier start of the same model on a CPU."""
     if model.device.type != "cpu":  # there the steps also compile the kernels
-        return measure()
+        return steps.timings()
     path = (directory or cache_home() / "timings") / f"{_identity(model)}.json"
     found = _read(path)
     if found:
-        return found
+        before, now = steps.time_again(found)
+        if now.seconds >= FASTER * before.seconds:
+            return found
     started = time.perf_counter()
-    timings = measure()
+    timings = steps.timings()
     if time.perf_counter() - started > LEAST_S and _is_regular(timings):
         with suppress(OSError):  # a home that cannot be written: timed at every start
             _write(path, timings)
