@@ -89,6 +89,20 @@ def paged_attention(
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Causal attention of ragged chunks over the blocked KV cache; returns [T, Hq, D]."""
+    if q.is_cuda and max_query_len == 1:
+        from tokenmill.kernels import decode_attention as decoding_on_gpu
+
+        return decoding_on_gpu.decode_attention(
+            q,
+            k_cache,
+            v_cache,
+            context_lens=context_lens,
+            block_tables=block_tables,
+            scale=scale,
+            window=window,
+            softcap=softcap,
+            out=out,
+        )
     if q.is_cuda:
         from tokenmill.kernels import paged_attention as on_gpu
 

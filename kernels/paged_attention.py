@@ -32,6 +32,7 @@ import torch
 import triton
 import triton.language as tl
 
+from tokenmill.kernels.attention_tile import LOG2_E, visit_keys
 from tokenmill.kernels.checks import (
     check_contiguous,
     check_device,
@@ -41,8 +42,6 @@ from tokenmill.kernels.checks import (
     check_rows,
     check_shape,
 )
-
-_LOG2_E = 1.4426950408889634
 
 
 # The counts change from step to step: specialised, each new kind would compile while serving.
@@ -56,8 +55,8 @@ def _paged_attention_kernel(
     context_lens_ptr,
     block_tables_ptr,
     num_seqs,
-    score_scale,  # scale * log2(e): the softmax is computed in powers of two; CAPPED: scale / cap
-    cap_log2,  # cap * log2(e)
+    score_scale,  # of `visit_keys`
+    cap_log2,
     q_token,  # strides in elements
     q_head,
     out_token,
@@ -115,31 +114,29 @@ def _paged_attention_kernel(
     if WINDOW:
         begin = tl.maximum(before + first_query - WINDOW + 1, 0) // TILE * TILE
     for tile_start in range(begin, end, TILE):
-        position = tile_start + tl.arange(0, TILE)
-        key_inside = position < end
-        block = tl.load(table + position // BLOCK_SIZE, mask=key_inside, other=0).to(tl.int64)
-        cached = ((block * BLOCK_SIZE + position % BLOCK_SIZE) * Hkv + kv_head) * D
-        kv_offsets = cached[:, None] + channels[None, :]
-        kv_inside = key_inside[:, None] & channel_inside[None, :]
-        k = tl.load(k_cache_ptr + kv_offsets, mask=kv_inside, other=0.0).to(q.dtype)
-        v = tl.load(v_cache_ptr + kv_offsets, mask=kv_inside, other=0.0).to(q.dtype)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * score_scale
-        if CAPPED:
-            scores = cap_log2 * (2.0 * tl.sigmoid(2.0 * scores) - 1.0)  # cap * tanh
-        visible = position[None, :] <= query_position[:, None]
-        if WINDOW:
-            visible = visible & (position[None, :] > query_position[:, None] - WINDOW)
-        scores = tl.where(visible & key_inside[None, :], scores, float("-inf"))
-        # Without a window every row sees position 0, so `risen` is finite from the first tile on.
-        risen = tl.maximum(highest, tl.max(scores, axis=1))
-        if WINDOW:
-            risen = tl.maximum(risen, -1e30)
-        weights = tl.exp2(scores - risen[:, None])
-        shrink = tl.exp2(highest - risen)
-        total = total * shrink + tl.sum(weights, axis=1)
-        mean = mean * shrink[:, None]
-        mean += tl.dot(weights.to(q.dtype), v, input_precision=PRECISION)
-        highest = risen
+        highest, total, mean = visit_keys(
+            q,
+            highest,
+            total,
+            mean,
+            query_position,
+            tile_start,
+            end,
+            table,
+            k_cache_ptr,
+            v_cache_ptr,
+            kv_head,
+            score_scale,
+            cap_log2,
+            Hkv,
+            D,
+            BLOCK_SIZE,
+            BLOCK_D,
+            TILE,
+            WINDOW,
+            CAPPED,
+            PRECISION,
+        )
 
     out_offsets = token[:, None] * out_token + head[:, None] * out_head + channels[None, :]
     mean = (mean / total[:, None]).to(out_ptr.dtype.element_ty)
@@ -188,8 +185,8 @@ def paged_attention(
         context_lens,
         block_tables,
         num_seqs,
-        scale / softcap if softcap else scale * _LOG2_E,
-        (softcap or 0.0) * _LOG2_E,
+        scale / softcap if softcap else scale * LOG2_E,
+        (softcap or 0.0) * LOG2_E,
         *q.stride()[:2],
         *out.stride()[:2],
         block_tables.stride(0),
@@ -200,7 +197,8 @@ def paged_attention(
         BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
         BLOCK_M=block_m,
         BLOCK_Q=block_q,
-        TILE=32 if q.dtype == torch.float32 else 64,
+        # 96 KiB of shared memory hold two stages of it on every GPU.
+        TILE=32 if q.dtype == torch.float32 or head_dim > 128 else 64,
         WINDOW=window or 0,
         CAPPED=bool(softcap),
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",

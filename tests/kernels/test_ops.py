@@ -47,5 +47,6 @@ def test_cuda_results_match_the_references(
     expected = reference.add_rms_norm(x, residual.clone(), weight, 1e-5)
     for actual, wanted in zip(ops.add_rms_norm(x, residual, weight, 1e-5), expected, strict=True):
         assert_close(actual, wanted)
-    case = attention_case([(1, 33), (7, 20)], device="cuda")
-    assert_close(case.run(ops.paged_attention), case.run(reference.paged_attention))
+    for chunks in ([(1, 33), (7, 20)], [(1, 33), (1, 300)]):
+        case = attention_case(chunks, device="cuda")
+        assert_close(case.run(ops.paged_attention), case.run(reference.paged_attention))

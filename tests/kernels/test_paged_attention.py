@@ -32,7 +32,7 @@ def test_chunks_and_groups(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("head_dim", [32, 64, 80, 128])
+@pytest.mark.parametrize("head_dim", [32, 64, 80, 128, 256])
 def test_head_dims_and_dtypes(
     device: torch.device,
     assert_close: Compare,

@@ -1,0 +1,123 @@
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from tokenmill.kernels import reference
+
+Compare = Callable[[torch.Tensor, torch.Tensor], None]
+BuildCase = Callable[..., Any]
+
+#: One key, an end inside a tile, at a tile's end, at a part's end, and just behind it.
+CONTEXTS = [1, 7, 32, 64, 65, 200]
+
+
+def decode(case: Any, part: int = 64, out: torch.Tensor | None = None) -> torch.Tensor:
+    from tokenmill.kernels.decode_attention import decode_attention
+
+    return decode_attention(
+        case.q,
+        case.k_cache,
+        case.v_cache,
+        context_lens=case.context_lens,
+        block_tables=case.block_tables,
+        scale=case.scale,
+        window=case.window,
+        softcap=case.softcap,
+        part=part,
+        out=out,
+    )
+
+
+@pytest.mark.parametrize("heads", [(2, 2), (3, 1), (8, 2), (20, 1)], ids=str)
+def test_contexts_and_groups(
+    device: torch.device,
+    assert_close: Compare,
+    poisoned: None,
+    attention_case: BuildCase,
+    heads: tuple[int, int],
+) -> None:
+    case = attention_case([(1, c) for c in CONTEXTS], heads=heads, device=device)
+    assert_close(decode(case), case.run(reference.paged_attention))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("head_dim", [32, 64, 80, 96, 128, 256])
+def test_head_dims_and_dtypes(
+    device: torch.device,
+    assert_close: Compare,
+    attention_case: BuildCase,
+    head_dim: int,
+    dtype: torch.dtype,
+) -> None:
+    if dtype == torch.bfloat16 and device.type == "cpu":
+        pytest.skip("Triton's interpreter has no bfloat16 product of matrices")
+    case = attention_case([(1, 70), (1, 20)], head_dim=head_dim, dtype=dtype, device=device)
+    assert_close(decode(case), case.run(reference.paged_attention))
+
+
+@pytest.mark.parametrize("block_size", [1, 7, 64])
+def test_block_sizes(
+    device: torch.device, assert_close: Compare, attention_case: BuildCase, block_size: int
+) -> None:
+    case = attention_case([(1, 70), (1, 129)], block_size=block_size, device=device)
+    assert_close(decode(case), case.run(reference.paged_attention))
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("window", [None, 1, 16, 65, 130, 1000])
+def test_windows_and_soft_caps(
+    device: torch.device,
+    attention_case: BuildCase,
+    assert_close: Compare,
+    poisoned: None,
+    window: int | None,
+    softcap: float | None,
+) -> None:
+    case = attention_case([(1, c) for c in CONTEXTS], device=device)
+    case = replace(case, window=window, softcap=softcap)
+    assert_close(decode(case), case.run(reference.paged_attention))
+
+
+def test_the_part_that_is_used(
+    device: torch.device, assert_close: Compare, attention_case: BuildCase
+) -> None:
+    from tokenmill.kernels.decode_attention import PART
+
+    case = attention_case([(1, PART + 3), (1, 2 * PART), (1, 5)], device=device)
+    assert_close(decode(case, PART), case.run(reference.paged_attention))
+
+
+def test_padding_is_zero_and_rows_behind_the_sequences_are_not_written(
+    device: torch.device, attention_case: BuildCase, poisoned: None
+) -> None:
+    case = attention_case([(1, 70), (1, 9), (1, 3)], device=device)
+    contexts = torch.tensor([70, 0], dtype=torch.int32, device=device)
+    case = replace(case, context_lens=contexts, block_tables=case.block_tables[:2])
+    out = torch.full((3, 4, 32), 7.0, device=device)
+    assert decode(case, out=out) is out
+    assert not out[0].isnan().any()
+    assert (out[1] == 0.0).all()
+    assert (out[2] == 7.0).all()
+
+
+def test_bits_depend_on_neither_the_batch_nor_the_width_of_the_tables(
+    device: torch.device, attention_case: BuildCase
+) -> None:
+    case = attention_case([(1, 140), (1, 200), (1, 3)], device=device)
+    together = decode(case)
+    alone = replace(
+        case,
+        q=case.q[:1],
+        context_lens=case.context_lens[:1],
+        block_tables=case.block_tables[:1, : -(-140 // 16)],
+    )
+    assert torch.equal(together[:1], decode(alone))
+
+
+def test_too_few_queries_are_refused(device: torch.device, attention_case: BuildCase) -> None:
+    case = attention_case([(1, 3), (1, 4)], device=device)
+    with pytest.raises(ValueError, match=r"^q: expected a row for each of 2 sequences, got 1"):
+        decode(replace(case, q=case.q[:1]))
