@@ -32,7 +32,7 @@ test: lint types $(READY)   ## lint, types, and every quick test that needs no G
 test-all: lint types $(READY)  ## the slow ones too, on every kind of server
 	@TOKENMILL_SCHEDULES=12000 $(PYTEST) -m 'not gpu' --all-servers
 
-properties: $(READY)  ## 12,000 random schedules instead of 1,000
+properties: $(READY)  ## 12,000 random schedules instead of 500
 	@TOKENMILL_SCHEDULES=12000 $(BIN)/pytest -q tests/engine/test_scheduler_properties.py
 
 lint: $(READY)   ## ruff and the import contracts

@@ -23,7 +23,7 @@ from tokenmill.engine.step import MIN_CHUNK, Step
 from tokenmill.producer.errors import InvalidRequest
 from tokenmill.producer.params import SamplingParams
 
-SCHEDULES = int(os.environ.get("TOKENMILL_SCHEDULES", "1000"))
+SCHEDULES = int(os.environ.get("TOKENMILL_SCHEDULES", "500"))
 
 
 @dataclass(frozen=True)
