@@ -17,6 +17,11 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         from tokenmill.kernels import rms_norm as on_gpu
 
         return on_gpu.rms_norm(x, weight, eps)
+    if compiler.is_available():
+        from tokenmill.kernels import compiled_rows
+
+        if compiled_rows.can_norm(x):
+            return compiled_rows.rms_norm(x, weight, eps)
     return reference.rms_norm(x, weight, eps)
 
 
@@ -28,6 +33,11 @@ def add_rms_norm(
         from tokenmill.kernels import rms_norm as on_gpu
 
         return on_gpu.add_rms_norm(x, residual, weight, eps)
+    if compiler.is_available():
+        from tokenmill.kernels import compiled_rows
+
+        if compiled_rows.can_norm(x) and residual.is_contiguous():
+            return compiled_rows.add_rms_norm(x, residual, weight, eps)
     return reference.add_rms_norm(x, residual, weight, eps)
 
 
@@ -52,6 +62,11 @@ def gated_activation(gate_up: torch.Tensor, kind: str) -> torch.Tensor:
         from tokenmill.kernels import gated_activation as on_gpu
 
         return on_gpu.gated_activation(gate_up, kind)
+    if compiler.is_available():
+        from tokenmill.kernels import compiled_rows
+
+        if compiled_rows.can_gate(gate_up, kind):
+            return compiled_rows.gated_activation(gate_up)
     return reference.gated_activation(gate_up, kind)
 
 
@@ -66,12 +81,17 @@ def rope_store_kv(
     v_cache: torch.Tensor,
 ) -> None:
     """Rotate `q` and `k` in place, then write `k` and `v` into the caches."""
+    rope_store = reference.rope_store_kv
     if q.is_cuda:
         from tokenmill.kernels import rope_kv as on_gpu
 
-        on_gpu.rope_store_kv(q, k, v, positions, cos_sin, slot_mapping, k_cache, v_cache)
-    else:
-        reference.rope_store_kv(q, k, v, positions, cos_sin, slot_mapping, k_cache, v_cache)
+        rope_store = on_gpu.rope_store_kv
+    elif compiler.is_available():
+        from tokenmill.kernels import compiled_rows
+
+        if compiled_rows.can_rotate(q, k, v, k_cache):
+            rope_store = compiled_rows.rope_store_kv
+    rope_store(q, k, v, positions, cos_sin, slot_mapping, k_cache, v_cache)
 
 
 def paged_attention(

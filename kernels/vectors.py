@@ -22,8 +22,8 @@ _VECTOR, _INTS = ir.VectorType(_FLOAT, WIDTH), ir.VectorType(_INT, WIDTH)
 _LOG2_E, _LN2_HIGH, _LN2_LOW = 1.44269504088896341, 0.693359375, -2.12194440e-4
 #: exp(r) = 1 + r + r^2 p(r) for |r| <= ln(2) / 2, from Cephes' expf.
 _EXP = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 0.5)
-#: exp of anything below is 0 here.
-_LEAST = -87.0
+#: Where exp would leave the normal numbers.
+_LEAST, _MOST = -87.0, 88.0
 
 
 class _Emitter:
@@ -103,8 +103,14 @@ class _Emitter:
             vector = combine(vector, self.builder.shuffle_vector(vector, vector, mask))
         return self.builder.extract_element(vector, _INT(0))
 
+    def larger(self, a: Any, b: Any) -> Any:
+        return self.builder.select(self.builder.fcmp_ordered(">", a, b), a, b)
+
     def exp(self, x: Any) -> Any:
-        """Of numbers up to 0; below `_LEAST` 0."""
+        """Below `_LEAST` 0, from `_MOST` on that of `_MOST`."""
+        is_least = self.builder.fcmp_ordered("<", x, self.of(_LEAST))
+        is_most = self.builder.fcmp_ordered(">", x, self.of(_MOST))
+        x = self.builder.select(is_most, self.of(_MOST), x)
         power = self.call("floor", self.fma(x, self.of(_LOG2_E), self.of(0.5)))
         rest = self.fma(power, self.of(-_LN2_HIGH), x)
         rest = self.fma(power, self.of(-_LN2_LOW), rest)
@@ -119,7 +125,6 @@ class _Emitter:
             ir.Constant(_INTS, [23] * WIDTH),
         )
         value = self.builder.fmul(value, self.builder.bitcast(shifted, _VECTOR))
-        is_least = self.builder.fcmp_ordered("<", x, self.of(_LEAST))
         return self.builder.select(is_least, self.of(0.0), value)
 
 
@@ -181,14 +186,11 @@ def _weigh(e: _Emitter, row: Any, count: Any) -> Any:
     def at(number: Any) -> Any:
         return e.step(row, e.builder.mul(number, _INDEX(WIDTH)))
 
-    def larger(a: Any, b: Any) -> Any:
-        return e.builder.select(e.builder.fcmp_ordered(">", a, b), a, b)
-
     def highest(number: Any, state: list[Any]) -> list[Any]:
-        return [larger(e.load(at(number)), state[0])]
+        return [e.larger(e.load(at(number)), state[0])]
 
     (most,) = e.loop(count, [e.load(row)], highest)
-    most = e.splat(e.reduced(most, larger))
+    most = e.splat(e.reduced(most, e.larger))
 
     def weigh(number: Any, state: list[Any]) -> list[Any]:
         weights = e.exp(e.builder.fsub(e.load(at(number)), most))
@@ -201,6 +203,35 @@ def _weigh(e: _Emitter, row: Any, count: Any) -> Any:
 
 #: Of (row, count): exp(x - max) of the `count` vectors at `row`, in place; returns their sum.
 weigh = _as_function(_weigh, types.float32, 2)
+
+
+def _gate(e: _Emitter, gate: Any, up: Any, target: Any, count: Any) -> None:
+    def body(number: Any, state: list[Any]) -> list[Any]:
+        offset = e.builder.mul(number, _INDEX(WIDTH))
+        z = e.load(e.step(gate, offset))
+        below = e.builder.fadd(e.exp(e.builder.fneg(z)), e.of(1.0))
+        gated = e.builder.fmul(e.builder.fdiv(z, below), e.load(e.step(up, offset)))
+        e.store(gated, e.step(target, offset))
+        return state
+
+    e.loop(count, [], body)
+
+
+#: Of (gate, up, target, count): target = silu(gate) * up, of `count` vectors.
+gate_silu = _as_function(_gate, types.void, 4)
+
+
+def _sum_of_squares(e: _Emitter, row: Any, count: Any) -> Any:
+    def add(number: Any, state: list[Any]) -> list[Any]:
+        part = e.load(e.step(row, e.builder.mul(number, _INDEX(WIDTH))))
+        return [e.fma(part, part, state[0])]
+
+    (squares,) = e.loop(count, [e.of(0.0)], add)
+    return e.reduced(squares, e.builder.fadd)
+
+
+#: Of (row, count): the sum of the squares of the `count` vectors at `row`.
+sum_of_squares = _as_function(_sum_of_squares, types.float32, 2)
 
 
 def _transpose(e: _Emitter, source: Any, stride: Any, target: Any, target_stride: Any) -> None:

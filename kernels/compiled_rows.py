@@ -1,0 +1,180 @@
+"""Norms, gated SiLU, rotation and KV write for the CPU, compiled: each reads its rows once.
+
+Threads take `_ROWS` rows at a time. What is computed of a row depends on that row alone, and the
+order of its sums on its width alone. All tensors are float32; widths are multiples of 16.
+"""
+
+import numpy as np
+import torch
+from numba import carray, types
+
+from tokenmill.kernels.compiler import compiled
+from tokenmill.kernels.parallel import run
+from tokenmill.kernels.vectors import WIDTH, fetch_add, floats, gate_silu, int64s, sum_of_squares
+
+#: Rows that a thread takes at a time.
+_ROWS = 8
+
+
+@compiled(types.void(types.int64))
+def _norm_work(data):
+    given = carray(int64s(data), (11,))
+    num_rows, width, stride = given[3], given[4], given[5]
+    x_at, residual_at, weight_at, y_at = given[6], given[7], given[8], given[9]
+    eps = np.float32(given.view(np.float64)[10])
+    weight = carray(floats(weight_at), (width,))
+    first = fetch_add(data + 8, 1) * _ROWS
+    while first < num_rows:
+        for row in range(first, min(first + _ROWS, num_rows)):
+            x = carray(floats(x_at + 4 * row * stride), (width,))
+            y = carray(floats(y_at + 4 * row * width), (width,))
+            if residual_at:
+                total = carray(floats(residual_at + 4 * row * width), (width,))
+                for column in range(width):
+                    total[column] += x[column]
+                x = total
+                squares = sum_of_squares(residual_at + 4 * row * width, width // WIDTH)
+            else:
+                squares = sum_of_squares(x_at + 4 * row * stride, width // WIDTH)
+            scale = np.float32(1) / np.sqrt(squares / np.float32(width) + eps)
+            for column in range(width):
+                y[column] = x[column] * scale * weight[column]
+        first = fetch_add(data + 8, 1) * _ROWS
+
+
+@compiled(types.void(types.int64))
+def _gate_work(data):
+    given = carray(int64s(data), (8,))
+    num_rows, width, gate_up, y = given[3], given[4], given[5], given[6]
+    first = fetch_add(data + 8, 1) * _ROWS
+    while first < num_rows:
+        for row in range(first, min(first + _ROWS, num_rows)):
+            gate = gate_up + 8 * row * width
+            gate_silu(gate, gate + 4 * width, y + 4 * row * width, width // WIDTH)
+        first = fetch_add(data + 8, 1) * _ROWS
+
+
+@compiled(types.void(types.int64))
+def _rope_work(data):
+    given = carray(int64s(data), (19,))
+    num_rows, num_q_heads, num_kv_heads, dim, half = (
+        given[3],
+        given[4],
+        given[5],
+        given[6],
+        given[7],
+    )
+    q_at, k_at, v_at, q_stride, k_stride, v_stride = (
+        given[8], given[9], given[10], given[11], given[12], given[13],
+    )  # fmt: skip
+    positions, slots = (
+        carray(int64s(given[14]), (num_rows,)),
+        carray(int64s(given[15]), (num_rows,)),
+    )
+    table_at, k_cache_at, v_cache_at = given[16], given[17], given[18]
+    width = num_kv_heads * dim
+    first = fetch_add(data + 8, 1) * _ROWS
+    while first < num_rows:
+        for row in range(first, min(first + _ROWS, num_rows)):
+            table = table_at + 8 * positions[row] * half
+            cos, sin = carray(floats(table), (half,)), carray(floats(table + 4 * half), (half,))
+            for head in range(num_q_heads + num_kv_heads):
+                if head < num_q_heads:
+                    heads_at = q_at + 4 * (row * q_stride + head * dim)
+                else:
+                    heads_at = k_at + 4 * (row * k_stride + (head - num_q_heads) * dim)
+                one, two = (
+                    carray(floats(heads_at), (half,)),
+                    carray(floats(heads_at + 4 * half), (half,)),
+                )
+                for channel in range(half):
+                    a, b, c, s = one[channel], two[channel], cos[channel], sin[channel]
+                    one[channel] = a * c - b * s
+                    two[channel] = b * c + a * s
+            if slots[row] >= 0:
+                place = 4 * slots[row] * width
+                k = carray(floats(k_at + 4 * row * k_stride), (width,))
+                v = carray(floats(v_at + 4 * row * v_stride), (width,))
+                carray(floats(k_cache_at + place), (width,))[:] = k
+                carray(floats(v_cache_at + place), (width,))[:] = v
+        first = fetch_add(data + 8, 1) * _ROWS
+
+
+def can_norm(x: torch.Tensor) -> bool:
+    """Whether the norms take rows like these."""
+    return x.dtype == torch.float32 and x.shape[-1] % WIDTH == 0 and x.stride(-1) == 1
+
+
+def can_gate(gate_up: torch.Tensor, kind: str) -> bool:
+    """Whether `gated_activation` takes these rows."""
+    is_wide = gate_up.shape[-1] % (2 * WIDTH) == 0
+    return kind == "silu" and is_wide and gate_up.dtype == torch.float32 and gate_up.is_contiguous()
+
+
+def can_rotate(*tensors: torch.Tensor) -> bool:
+    """Whether `rope_store_kv` takes these queries, keys, values, and this cache."""
+    return all(t.dtype == torch.float32 and t.stride(-2) == t.shape[-1] for t in tensors)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """As `reference.rms_norm`."""
+    return _normed(x, None, weight, eps)
+
+
+def add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `reference.add_rms_norm`; `residual` becomes the sum."""
+    return _normed(x, residual, weight, eps), residual
+
+
+def _normed(
+    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float
+) -> torch.Tensor:
+    y = torch.empty(x.shape)
+    num_rows, width = x.shape
+    addresses = [
+        x.data_ptr(),
+        0 if residual is None else residual.data_ptr(),
+        weight.data_ptr(),
+        y.data_ptr(),
+    ]
+    run(_norm_work, [num_rows, width, x.stride(0), *addresses, float(eps)], -(-num_rows // _ROWS))
+    return y
+
+
+def gated_activation(gate_up: torch.Tensor) -> torch.Tensor:
+    """As `reference.gated_activation` of kind silu."""
+    num_rows, width = gate_up.shape[0], gate_up.shape[1] // 2
+    y = torch.empty(num_rows, width)
+    run(_gate_work, [num_rows, width, gate_up.data_ptr(), y.data_ptr()], -(-num_rows // _ROWS))
+    return y
+
+
+def rope_store_kv(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    positions: torch.Tensor,
+    cos_sin: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+) -> None:
+    """As `reference.rope_store_kv`."""
+    num_rows = q.shape[0]
+    addresses = [t.data_ptr() for t in (positions, slot_mapping, cos_sin, k_cache, v_cache)]
+    run(
+        _rope_work,
+        [
+            num_rows,
+            q.shape[1],
+            k.shape[1],
+            q.shape[2],
+            cos_sin.shape[1] // 2,
+            *(t.data_ptr() for t in (q, k, v)),
+            *(t.stride(0) for t in (q, k, v)),
+            *addresses,
+        ],
+        -(-num_rows // _ROWS),
+    )
