@@ -22,7 +22,7 @@ class EngineConfig:
     max_model_len: int | None = None
     #: Tokens in a KV block.
     block_size: int | None = None
-    #: Bytes for the KV cache.
+    #: Bytes for the KV cache, of each rank.
     kv_cache_memory: int | None = None
     policy: Policy = Policy.SPLITFUSE
     #: Whether the KV cache keeps the blocks of prefixes that have been computed, for others.
@@ -32,6 +32,9 @@ class EngineConfig:
     #: Refuse to start where a request's logits depend on what else is computed.
     deterministic: bool = False
 
+    #: Ranks that the model is divided among, each a process with a device of its own.
+    tensor_parallel_size: int = 1
+
     def __post_init__(self) -> None:
         for name, low in (
             ("token_budget", 1),
@@ -39,6 +42,7 @@ class EngineConfig:
             ("max_model_len", 2),
             ("block_size", 1),
             ("kv_cache_memory", 1),
+            ("tensor_parallel_size", 1),
         ):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < low):

@@ -14,7 +14,7 @@ from tokenmill.engine.capacity import Capacity, capacity_of
 from tokenmill.engine.config import EngineConfig
 from tokenmill.engine.constraint import Constraint, ConstraintCompiler
 from tokenmill.engine.cost_model import CostModel, Timing, kv_tokens_read
-from tokenmill.engine.kv_cache import num_blocks_in
+from tokenmill.engine.kv_cache import default_kv_memory, num_blocks_in
 from tokenmill.engine.loader import LoadedModel
 from tokenmill.engine.logprobs import prompt_logprobs
 from tokenmill.engine.messages import CacheSize
@@ -34,9 +34,6 @@ from tokenmill.producer.params import SamplingParams
 DEFAULTS = {"cpu": ((128, 512, 64), 64, 32), "cuda": ((512, 8192, 256), 256, 64)}
 #: The budget is where a step does this share of the tokens per second of an endless one.
 KNEE = 0.9
-#: Share of the device memory left by the weights that the KV cache takes on a GPU.
-GPU_KV_SHARE = 0.85
-CPU_KV_BYTES = 2 << 30
 #: An engine with nothing else to do waits this long for a constraint before it returns.
 COMPILE_WAIT_S = 1.0
 
@@ -328,14 +325,6 @@ def _reason(seq: Sequence) -> FinishReason:
 def _failed(seq: Sequence) -> str:
     field, _ = seq.params.constraint or ("", "")
     return f"{field} must be less costly: {seq.constraint and seq.constraint.error}"
-
-
-def default_kv_memory(device: torch.device) -> int:
-    """Bytes that the KV cache of a rank may take, its weights being there already."""
-    if device.type == "cuda":
-        free, _total = torch.cuda.mem_get_info(device)
-        return int(free * GPU_KV_SHARE)
-    return CPU_KV_BYTES
 
 
 def best_budget(cost: CostModel, least: int, most: int, multiple: int) -> int:

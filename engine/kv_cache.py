@@ -7,6 +7,10 @@ import torch
 from tokenmill.engine.errors import OutOfMemory
 from tokenmill.engine.models.spec import ModelSpec
 
+#: Share of the device memory left by the weights that the KV cache takes on a GPU.
+GPU_KV_SHARE = 0.85
+CPU_KV_BYTES = 2 << 30
+
 
 @dataclass(frozen=True, slots=True)
 class KVCache:
@@ -14,6 +18,14 @@ class KVCache:
 
     keys: list[torch.Tensor]
     values: list[torch.Tensor]
+
+
+def default_kv_memory(device: torch.device) -> int:
+    """Bytes that the KV cache of a rank may take, its weights being there already."""
+    if device.type == "cuda":
+        free, _total = torch.cuda.mem_get_info(device)
+        return int(free * GPU_KV_SHARE)
+    return CPU_KV_BYTES
 
 
 def num_blocks_in(memory: int, spec: ModelSpec, *, block_size: int, dtype: torch.dtype) -> int:

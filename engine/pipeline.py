@@ -9,13 +9,14 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 from tokenmill.engine.config import EngineConfig
 from tokenmill.engine.detokenizer import Detokenizer
-from tokenmill.engine.engine import Engine, StepOutput
-from tokenmill.engine.loader import load
+from tokenmill.engine.engine import StepOutput
 from tokenmill.engine.sequence import FinishReason
+from tokenmill.engine.start import start_engine
 from tokenmill.producer.logprobs import TokenLogprobs
 from tokenmill.producer.params import SamplingParams, check_choices, choice_seed, derived_seed
 
@@ -54,8 +55,12 @@ class Piece:
 class Pipeline:
     """A model in this process, computed as through the queue; one call or stream at a time.
 
+    With `tensor_parallel_size=N` it is divided among N devices; the processes of the others end
+    with this one, or with `close` (or the end of a `with`).
+
     Raises:
-        ModelNotFound, UnsupportedModel, OutOfMemory, InvalidRequest: as `load` and `Engine` do.
+        ModelNotFound, UnsupportedModel, OutOfMemory, InvalidRequest, GroupLost: as `start_engine`
+            does.
     """
 
     def __init__(
@@ -67,8 +72,24 @@ class Pipeline:
         quantization: str = "none",
         **config: Any,
     ) -> None:
-        loaded = load(model, device=device, dtype=dtype, quantization=quantization)
-        self.engine = Engine(loaded, EngineConfig(**config))
+        self.engine = start_engine(
+            model, EngineConfig(**config), device=device, dtype=dtype, quantization=quantization
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the other processes, if there are any."""
+        self.engine.close()
 
     def __call__(
         self, prompts: Prompt | Seq[Prompt], *, n: int = 1, **sampling: Any

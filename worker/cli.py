@@ -75,6 +75,15 @@ def _auto(value: str) -> int | None:
     help="int8 computes linears in 8 bits, on a CPU.",
 )
 @_option(
+    "--tensor-parallel-size",
+    envvar="TOKENMILL_TENSOR_PARALLEL_SIZE",
+    type=int,
+    metavar="N",
+    default=1,
+    show_default=True,
+    help="Divide the model among N GPUs of this machine.",
+)
+@_option(
     "--max-num-seqs",
     envvar="TOKENMILL_MAX_NUM_SEQS",
     type=_auto,
@@ -166,6 +175,7 @@ def worker(
     *,
     url: str | None,
     token_budget: int | None,
+    tensor_parallel_size: int,
     max_num_seqs: int | None,
     max_model_len: int | None,
     kv_cache_memory: str | None,
@@ -191,6 +201,7 @@ def worker(
         lease_ms=int(lease_s * 1000),
         engine=EngineConfig(
             token_budget=token_budget,
+            tensor_parallel_size=tensor_parallel_size,
             max_num_seqs=max_num_seqs,
             max_model_len=max_model_len,
             kv_cache_memory=None if kv_cache_memory is None else parse_bytes(kv_cache_memory),
@@ -201,6 +212,7 @@ def worker(
         ),
         **settings,
     )
+    from tokenmill.engine.errors import GroupLost
     from tokenmill.worker.loop import EngineFailed
     from tokenmill.worker.process import WorkerFailed, run
 
@@ -208,7 +220,7 @@ def worker(
         # Somebody at a terminal wants to know of a wrong address; a container is started with its
         # server, and would only be started again.
         status = run(config, waits_for_server=not sys.stderr.isatty())
-    except (EngineFailed, WorkerFailed) as error:
+    except (EngineFailed, GroupLost, WorkerFailed) as error:
         raise click.ClickException(str(error)) from error  # status 1: not the user's mistake
     context.exit(status)
 

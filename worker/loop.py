@@ -21,6 +21,7 @@ from typing import Protocol
 
 from tokenmill.engine.capacity import Capacity
 from tokenmill.engine.engine import StepOutput
+from tokenmill.engine.errors import GroupLost
 from tokenmill.producer.errors import InvalidRequest, TokenmillError
 from tokenmill.producer.params import SamplingParams
 from tokenmill.worker.health import Pulse
@@ -91,10 +92,15 @@ class Loop:
 
         Raises:
             EngineFailed: steps failed, whatever was in them.
+            GroupLost: a rank of the engine's group has gone.
         """
-        self._intake.offer(self._engine.capacity())
-        while self.turn(IDLE_S):
-            pass
+        try:
+            self._intake.offer(self._engine.capacity())
+            while self.turn(IDLE_S):
+                pass
+        except GroupLost as error:  # what runs may be why: it counts, as when a worker dies
+            self._take_out(undo=False, reason=str(error)[:200])
+            raise
 
     def turn(self, idle_s: float = 0.0) -> bool:
         """One iteration; False when it is time to stop."""
@@ -146,6 +152,8 @@ class Loop:
     def _step(self) -> list[StepOutput]:
         try:
             outputs = self._engine.step()
+        except GroupLost:
+            raise
         except Exception as error:  # noqa: BLE001 - a model, a kernel or a driver may raise anything
             self._give_back(error)
             return []

@@ -65,22 +65,19 @@ def load_engine(config: WorkerConfig) -> EngineLike:
     """The real engine of a configuration.
 
     Raises:
-        ModelNotFound, UnsupportedModel, OutOfMemory, InvalidRequest: as for `load` and `Engine`.
+        ModelNotFound, UnsupportedModel, OutOfMemory, InvalidRequest, GroupLost: as for
+            `start_engine`.
     """
-    import torch
+    from tokenmill.engine.start import start_engine
 
-    from tokenmill.engine.engine import Engine
-    from tokenmill.engine.loader import load
-
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
-    model = load(
+    engine = start_engine(
         config.model,
+        config.engine,
         device=config.device,
         dtype=config.dtype,
         quantization=config.quantization,
+        threads=config.threads,
     )
-    engine = Engine(model, config.engine)
     stats = engine.stats()
     if stats.cost.num_steps:
         emit(
@@ -107,7 +104,7 @@ def run(
 
     Raises:
         ServerUnreachable, WrongServer: the server cannot be used.
-        EngineFailed, WorkerFailed: as for `Worker.run`.
+        EngineFailed, GroupLost, WorkerFailed: as for `Worker.run`.
         TokenmillError: what `make_engine` raises.
     """
     sys.setswitchinterval(SWITCH_INTERVAL_S)
@@ -197,6 +194,7 @@ class Worker:
         Raises:
             WrongServer: the server refuses to register a worker.
             EngineFailed: steps failed repeatedly; everything was released before.
+            GroupLost: a rank has gone; likewise.
             WorkerFailed: a thread ended unexpectedly; likewise.
         """
         started = time.monotonic()

@@ -107,5 +107,5 @@ def _merge(old: Any, new: Any) -> Any:
     if isinstance(old, list) and isinstance(new, list) and all("name" in entry for entry in new):
         named = {entry["name"]: entry for entry in new}
         kept = [_merge(entry, named.pop(entry["name"], entry)) for entry in old]
-        return kept + list(named.values())
+        return list(named.values()) + kept  # as kustomize does
     return new

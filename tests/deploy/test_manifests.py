@@ -149,9 +149,18 @@ def test_selectors_match_the_pods(documents: list[Document], deployment: Documen
 def test_references_name_what_exists(documents: list[Document], pod: Document) -> None:
     settings = only(documents, "ConfigMap")["metadata"]["name"]
     volumes = {volume["name"] for volume in pod["volumes"]}
+    mounted = []
     for container in pod["containers"] + pod["initContainers"]:
         assert container["envFrom"] == [{"configMapRef": {"name": settings}}]
-        assert {mount["name"] for mount in container["volumeMounts"]} == volumes
+        mounted.append({mount["name"] for mount in container["volumeMounts"]})
+        assert mounted[-1] <= volumes
+    assert mounted[0] == volumes
+
+
+def test_a_group_has_as_many_gpus_as_ranks(documents: list[Document], worker: Document) -> None:
+    ranks = only(documents, "ConfigMap")["data"].get("TOKENMILL_TENSOR_PARALLEL_SIZE", "1")
+    gpus = worker["resources"]["limits"].get("nvidia.com/gpu", 1)
+    assert int(ranks) == gpus
 
 
 def test_resources_are_bounded_but_the_cpu_is_not_throttled(pod: Document) -> None:

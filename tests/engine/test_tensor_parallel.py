@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from tokenmill.engine.config import EngineConfig
-from tokenmill.engine.engine import Engine, default_kv_memory
-from tokenmill.engine.kv_cache import num_blocks_in
+from tokenmill.engine.engine import Engine
+from tokenmill.engine.kv_cache import default_kv_memory, num_blocks_in
 from tokenmill.engine.loader import load, load_shard
 from tokenmill.engine.models.families import spec_from_config
 from tokenmill.engine.models.shard import Shard
@@ -166,9 +166,13 @@ CASES: dict[str, tuple[str, dict[str, Any], int]] = {
         {"new_decoder_architecture": True, "num_kv_heads": 2, "ffn_hidden_size": 80},
         2,
     ),
-    "gpt2": ("gpt2", {"n_embd": 48, "n_head": 6, "n_layer": 3, "n_positions": 256}, 2),
-    "gpt-neox": ("gpt_neox", {"rope_parameters": {"partial_rotary_factor": 0.25}}, 3),
-    "opt": ("opt", {"ffn_dim": 80}, 2),
+    "gpt2": (
+        "gpt2",
+        {"n_embd": 48, "n_head": 6, "n_layer": 3, "n_positions": 256, "n_inner": 80},
+        2,
+    ),
+    "gpt-neox": ("gpt_neox", {"rope_parameters": {"partial_rotary_factor": 0.25}}, 2),
+    "opt": ("opt", {"ffn_dim": 80}, 3),
 }
 
 
@@ -190,7 +194,20 @@ def run(engine: Engine, prompts: list[list[int]]) -> list[tuple[int, ...]]:
     return tokens
 
 
-@pytest.mark.parametrize("name", CASES)
+#: One of each kind of division; `make test-all` runs the others.
+QUICK = (
+    "llama",
+    "kv-heads-on-several-ranks",
+    "shared-expert",
+    "qk-norm-over-all-heads",
+    "gpt2",
+    "gpt-neox",
+)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in CASES]
+)
 def test_the_tokens_of_the_whole_model(
     name: str, tiny_checkpoint: Callable[..., Any], divided: Callable[..., Engine]
 ) -> None:
