@@ -64,6 +64,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--peers", type=Path, help="where their virtual environments lie")
     parser.add_argument("--environment", default="vllm", choices=["vllm", "vllm-zen"])
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--eager", action="store_true", help="vLLM uncompiled: starts sooner")
     parser.add_argument("--resume", action="store_true", help="keep the points of the result there")
     return parser.parse_args()
 
@@ -84,6 +85,7 @@ def _started(options: argparse.Namespace, stack: ExitStack) -> list["Service"]:
                 budget=budget,
                 dtype=options.dtype,
                 environment=options.environment,
+                is_eager=options.eager,
             )
             stack.callback(peer.close)
             services.append(peer)

@@ -57,13 +57,13 @@ def vllm_variables(environments: Path) -> dict[str, str]:
     What it compiles ahead of time it cannot load again with torch 2.13 (`finalize_loading`), and
     compiles at every start; inductor's own cache works.
     """
-    threads = os.cpu_count() or 1
+    cores = sorted(os.sched_getaffinity(0))
     allocator = next(environments.glob("tcmalloc/**/libtcmalloc_minimal.so.4"), None)
     preload = {"LD_PRELOAD": str(allocator)} if allocator else {}
     return {
-        "VLLM_CPU_OMP_THREADS_BIND": f"0-{threads - 1}",
+        "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),
         "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
-        "OMP_NUM_THREADS": str(threads),
+        "OMP_NUM_THREADS": str(len(cores)),
         "VLLM_USE_AOT_COMPILE": "0",
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",

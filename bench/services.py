@@ -67,9 +67,16 @@ class VLLM:
     """vLLM's OpenAI server, streaming; prompts are cut to `budget` tokens a step."""
 
     def __init__(
-        self, environments: Path, model: Path, *, budget: int, dtype: str, environment: str
+        self,
+        environments: Path,
+        model: Path,
+        *,
+        budget: int,
+        dtype: str,
+        environment: str,
+        is_eager: bool,
     ) -> None:
-        self.name = f"{environment} {dtype} budget {budget}"
+        self.name = f"{environment} {dtype} budget {budget}" + (" eager" if is_eager else "")
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed with the process)
         with socket.create_server(("127.0.0.1", 0)) as free:
             self._port = free.getsockname()[1]
@@ -80,6 +87,7 @@ class VLLM:
         command += ["--max-num-batched-tokens", str(budget), "--max-num-seqs", str(min(budget, 64))]
         command += ["--enable-chunked-prefill", "--no-enable-prefix-caching"]
         command += ["--kv-cache-memory-bytes", str(2 << 30), "--disable-uvicorn-access-log"]
+        command += ["--enforce-eager"] if is_eager else []
         self._process = subprocess.Popen(
             command,
             stdout=self._log,
