@@ -4,6 +4,7 @@ It runs the real scheduler in virtual time (`engine/planning`); without `--model
 """
 
 import json
+import os
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from tokenmill.engine.planning.sizing import Point, point, size
 from tokenmill.engine.planning.step_cost import StepCost
 from tokenmill.engine.scheduler import Policy
 from tokenmill.producer.errors import InvalidRequest
+from tokenmill.worker.cli import SPIN_COUNT
 
 #: The engine of a device of which only the cost of a step is known.
 GIVEN = EngineShape(token_budget=768, max_num_seqs=256, kv_tokens=400_000)
@@ -156,6 +158,8 @@ def _device(options: dict[str, Any], lengths: Lengths) -> Device:
 
 
 def _measured(options: dict[str, Any], lengths: Lengths) -> Device:
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)  # as the worker that is planned for
     from tokenmill.engine.engine import Engine
     from tokenmill.engine.loader import load
     from tokenmill.engine.planning.measuring import SECONDS, measured

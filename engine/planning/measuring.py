@@ -12,8 +12,8 @@ from tokenmill.producer.params import SamplingParams
 
 #: Requests of the load that is run to learn from.
 REQUESTS = 24
-#: How long it may take.
-SECONDS = 10.0
+#: How long it takes, and the fewest steps that tell anything.
+SECONDS, LEAST_STEPS = 10.0, 24
 
 
 def measured(engine: Engine, lengths: Lengths, *, policy: Policy) -> Device:
@@ -25,8 +25,10 @@ def measured(engine: Engine, lengths: Lengths, *, policy: Policy) -> Device:
         prompt_ids = [draw.randrange(engine.vocab_size) for _ in range(min(prompt, room))]
         sampling = SamplingParams(max_tokens=output, ignore_eos=True)
         engine.add(f"plan-{number}", prompt_ids, sampling, seed=number)
-    while engine.has_work and time.perf_counter() < ends:
+    steps = 0
+    while engine.has_work and (time.perf_counter() < ends or steps < LEAST_STEPS):
         engine.step()
+        steps += 1
     for number in range(REQUESTS):
         engine.abort(f"plan-{number}")
     scheduler = engine.scheduler

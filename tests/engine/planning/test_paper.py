@@ -5,7 +5,9 @@ and P95 of the token gaps, saturation). Everything else is what the scheduler ma
 2023 is `prefill_first`: whole prompts, several in one step of up to 4,096 tokens, before decodes.
 """
 
+import json
 from functools import cache
+from pathlib import Path
 
 import pytest
 
@@ -15,13 +17,13 @@ from tokenmill.engine.planning.load import ClosedLoop, Lengths
 from tokenmill.engine.planning.simulation import simulate
 
 FASTGEN, VLLM = "llama-2-70b-4xa100-fastgen", "llama-2-70b-4xa100-vllm-2023"
-CLIENTS = (1, 2, 4, 6, 8, 12, 16, 20, 24, 28, 32)
+PUBLISHED = json.loads(Path(__file__).with_name("published.json").read_text())
+CLIENTS = PUBLISHED["clients"]
 #: Mean latency in seconds at these clients; the paper's throughput is clients over it.
 LATENCIES = {
-    (FASTGEN, 1200, 128): (5.75, 6.1, 6.65, 7.1, 7.65, 8.85, 10.2, 11.65, 12.8, 14.1, 15.45),
-    (FASTGEN, 2600, 60): (3.2, 3.7, 4.65, 5.6, 6.75, 8.8, 10.95, 13.2, 15.7, 18.3, 20.9),
-    (VLLM, 1200, 128): (7.0, 7.5, 8.3, 9.0, 9.6, 11.15, 12.6, 14.0, 16.2, 18.2, 19.5),
-    (VLLM, 2600, 60): (3.7, 4.4, 5.6, 6.8, 8.1, 10.9, 13.6, 16.2, 18.8, 21.3, 23.8),
+    (name, *map(int, case.split("/"))): values
+    for case, systems in PUBLISHED["mean_latency_s"].items()
+    for name, values in systems.items()
 }
 SLAS = [Sla(512, rate) for rate in (2, 4, 6)]
 WITHIN = 0.15
