@@ -39,6 +39,8 @@ class Peer:
     #: Its results are to be those of float32, but for rounding.
     is_exact: bool = True
     variables: Mapping[str, str] = field(default_factory=dict)
+    #: Intel's OpenMP, which vLLM asks for in its log, instead of torch's own.
+    has_intel_openmp: bool = False
 
     def command(self, environments: Path, model: PeerModel) -> list[str]:
         path = model.hugging_face if self.weights == "hf" else model.gguf(self.weights)
@@ -51,7 +53,7 @@ class Peer:
         ]
 
 
-def vllm_variables(environments: Path) -> dict[str, str]:
+def vllm_variables(environments: Path, *, has_intel_openmp: bool = False) -> dict[str, str]:
     """What makes vLLM use both cores; and the allocator that its documentation asks for.
 
     What it compiles ahead of time it cannot load again with torch 2.13 (`finalize_loading`), and
@@ -59,7 +61,9 @@ def vllm_variables(environments: Path) -> dict[str, str]:
     """
     cores = sorted(os.sched_getaffinity(0))
     allocator = next(environments.glob("tcmalloc/**/libtcmalloc_minimal.so.4"), None)
-    preload = {"LD_PRELOAD": str(allocator)} if allocator else {}
+    libraries = [str(allocator)] if allocator else []
+    libraries += [str(environments / "vllm" / "lib" / "libiomp5.so")] if has_intel_openmp else []
+    preload = {"LD_PRELOAD": ":".join(libraries)} if libraries else {}
     return {
         "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),
         "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
@@ -85,9 +89,12 @@ PEERS = {
     for peer in (
         Peer("vllm-f32", "vllm", "vllm", "hf"),
         Peer("vllm-bf16", "vllm", "vllm", "hf", ("--dtype", "bfloat16"), is_exact=False),
+        Peer("vllm-f32-iomp", "vllm", "vllm", "hf", has_intel_openmp=True),
         Peer("vllm-zen-f32", "vllm-zen", "vllm", "hf"),
         Peer("vllm-zen-bf16", "vllm-zen", "vllm", "hf", ("--dtype", "bfloat16"), is_exact=False),
         Peer("llamacpp-f16", "llamacpp", "llamacpp", "f16"),
+        Peer("llamacpp-f16-16", "llamacpp", "llamacpp", "f16", ("--sequences", "16")),
+        Peer("llamacpp-f16-streams", "llamacpp", "llamacpp", "f16", ("--streams",)),
         Peer("llamacpp-q8_0", "llamacpp", "llamacpp", "q8_0", is_exact=False),
         Peer("transformers", "transformers", "transformers", "hf"),
         Peer("transformers-continuous", "transformers", "transformers", "hf", ("--continuous",)),
@@ -102,7 +109,9 @@ class PeerEngine:
         self.peer = peer
         self.outputs: list[list[int]] = []
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed with the process)
-        variables = vllm_variables(environments) if peer.runner == "vllm" else {}
+        variables = {}
+        if peer.runner == "vllm":
+            variables = vllm_variables(environments, has_intel_openmp=peer.has_intel_openmp)
         clean = {name: v for name, v in os.environ.items() if name != "GOMP_SPINCOUNT"}
         started = time.perf_counter()
         self._process = subprocess.Popen(
