@@ -1,12 +1,13 @@
 """`load`: a model's weights and tokenizer, ready to run, from any of its sources."""
 
+import logging
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from tokenmill.engine.errors import OutOfMemory
+from tokenmill.engine.errors import OutOfMemory, UnsupportedModel
 from tokenmill.engine.gguf import GGUFFile, config_from_gguf, tensors_of
 from tokenmill.engine.group import ALONE, Group
 from tokenmill.engine.json_file import read_json
@@ -15,11 +16,14 @@ from tokenmill.engine.models.families import FAMILIES, spec_from_config
 from tokenmill.engine.models.quantization import Quantize, choose_quantization
 from tokenmill.engine.models.shard import WHOLE, Shard
 from tokenmill.engine.models.spec import ModelSpec
+from tokenmill.engine.models.stored_weights import stored_weights
 from tokenmill.engine.models.weight_map import fill_weights
 from tokenmill.engine.models.weights import ModelWeights, empty_weights, pack
 from tokenmill.engine.sources import resolve
 from tokenmill.engine.tokenizer import Tokenizer, tokenizer_from_directory, tokenizer_from_gguf
 from tokenmill.producer.errors import InvalidRequest
+
+LOGGER = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -36,6 +40,8 @@ class LoadedModel:
     dtype: torch.dtype
     #: The ranks that the model is divided among; spec and weights are those of this one.
     group: Group = ALONE
+    #: The format of linears that the checkpoint has quantized; "" where it has floats.
+    stored_as: str = ""
 
 
 def load(
@@ -65,10 +71,20 @@ def load(
     with ThreadPoolExecutor(1) as beside:
         tokenizer = beside.submit(_tokenizer, path, file)
         try:
+            stored = None if file else stored_weights(read_json(path / "config.json"))
             spec, weights = _load_weights(path, file, place, kind, group.shard, quantize)
         except torch.OutOfMemoryError as error:
             raise OutOfMemory(f"{model} in {kind} does not fit {place}: {error}") from error
-        return LoadedModel(model, spec, weights, tokenizer.result(), place, kind, group)
+        return LoadedModel(
+            model,
+            spec,
+            weights,
+            tokenizer.result(),
+            place,
+            kind,
+            group,
+            stored.name if stored else "",
+        )
 
 
 def load_shard(
@@ -101,8 +117,16 @@ def _load_weights(
         whole = spec_from_config(config_from_gguf(file.metadata, file.tensors))
         tensors = tensors_of(file, whole)
     else:
-        whole = spec_from_config(read_json(path / "config.json"))
+        config = read_json(path / "config.json")
+        whole = spec_from_config(config)
         tensors = tensors_of_directory(path)
+        weight_map, stored = FAMILIES[whole.family].weight_map, stored_weights(config)
+        if stored is not None and weight_map.transposed:
+            raise UnsupportedModel(f"{stored.name} of {whole.family}: choose the unquantized model")
+        tensors = stored.floats(tensors) if stored else tensors
+        if stored is not None:
+            computed = "int8" if quantize else str(dtype).removeprefix("torch.")
+            LOGGER.warning("weights stored as %s are held as %s", stored.name, computed)
     spec = shard.spec(whole)
     weights = empty_weights(spec, dtype, device, shard)
     fill_weights(weights, whole, FAMILIES[whole.family].weight_map, tensors, shard)

@@ -76,8 +76,6 @@ def _spec(config: Config) -> ModelSpec:
         if config.get(theirs) is not None
     }
     config = {**family.defaults, **config, **own}
-    if config.get("quantization_config"):
-        raise UnsupportedModel("quantized weights are not supported; choose the unquantized model")
     hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
     layers = int(config["num_hidden_layers"])
     head_dim = int(config.get("head_dim") or hidden // heads)

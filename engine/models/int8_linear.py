@@ -1,9 +1,12 @@
 """`Int8Weight`: a weight of int8, multiplied by rows that are quantized as they come.
 
-    y[t, n] = x_scale[t] * w_scale[n] * sum_k x8[t, k] * w8[n, k]
+    y[t, n] = x_scale[t] * w_scale[n] * sum_k xq[t, k] * w8[n, k]
     w8 = round(w / w_scale),  w_scale[n] = max_k |w[n, k]| / 127,   and the same for each row of x
 
-The sum is one of integers, which is exact in any order, and each row has a scale of its own: the
+Rows of 8 bits are one product. Rows of 16 bits are two: xq = 256 * high + low, of which both are
+int8, stand one above the other in one call; it costs twice as much and loses nothing to speak of.
+
+The sums are of integers, which are exact in any order, and each row has a scale of its own: the
 product has the same bits whatever else is in the batch (docs/decisions/0014). oneDNN multiplies
 unsigned by signed integers fast, so rows are kept 128 too large and it takes that off again.
 """
@@ -14,30 +17,46 @@ import torch
 
 #: The largest quantized value, and what makes it unsigned.
 _LEVELS, _OFFSET = 127, 128
-#: Below this a row counts as zeros: it keeps 127 / scale finite.
+#: The same of 16 bits, whose two halves are 8 bits of their own.
+_WIDE_LEVELS, _WIDE_OFFSET = 256 * _LEVELS, 257 * _OFFSET
+#: Below this a row counts as zeros: it keeps levels / largest finite.
 _LEAST = 1e-30
 
 
 class Int8Weight:
     """Made of a plain weight [out, in], float32 on a CPU, which it does not keep."""
 
-    def __init__(self, weight: torch.Tensor) -> None:
+    def __init__(self, weight: torch.Tensor, row_bits: int = 8) -> None:
         codes, self._scales = quantize_rows(weight)
         self._packed = torch.ops.onednn.qlinear_prepack(codes, None)
         self._zeros = torch.zeros(len(codes), dtype=torch.long)
+        self._is_wide = row_bits > 8
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
         """Rows [T, in] float32 to [T, out] float32."""
         largest = rows.abs().amax(dim=1, keepdim=True).clamp_(min=_LEAST)  # [T, 1]
-        # What is added rounds to the nearest, as the conversion cuts off.
-        codes = (rows * (_LEVELS / largest)).add_(_OFFSET + 0.5).to(torch.uint8)
-        return _product(codes, self._packed, self._scales, self._zeros).mul_(largest / _LEVELS)
+        # The halves that are added round to the nearest, as the conversion cuts off.
+        if not self._is_wide:
+            codes = (rows * (_LEVELS / largest)).add_(_OFFSET + 0.5).to(torch.uint8)
+            return self._product(codes).mul_(largest / _LEVELS)
+        wide = (rows * (_WIDE_LEVELS / largest)).add_(_WIDE_OFFSET + 0.5).to(torch.int32)
+        low, high = self._product(_bytes(wide)).chunk(2)
+        return low.add_(high, alpha=256).mul_(largest / _WIDE_LEVELS)
+
+    def _product(self, codes: torch.Tensor) -> torch.Tensor:
+        return _product(codes, self._packed, self._scales, self._zeros)
 
 
 def quantize_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """int8 [out, in] and scales [out] of a float weight [out, in]."""
     scales = weight.abs().amax(dim=1).clamp_(min=_LEAST) / _LEVELS
     return (weight / scales[:, None]).round_().to(torch.int8), scales
+
+
+def _bytes(wide: torch.Tensor) -> torch.Tensor:
+    """The lower two bytes of int32 [T, in]: all the low ones, then all the high ones, [2T, in]."""
+    low_high = wide.view(torch.uint8).view(*wide.shape, 4)[..., :2]
+    return low_high.permute(2, 0, 1).flatten(0, 1)
 
 
 def _product(

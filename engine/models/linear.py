@@ -17,26 +17,26 @@ _ROWS = 16
 class Linear:
     """Callable on rows [T, in]; returns [T, out]. `weight` is [out, in] until it is packed.
 
-    `is_exact`: too small to gain by quantization, and too much depends on it.
+    `row_bits`: what a scheme that quantizes its rows must leave them at least; 32: keep it plain.
     """
 
     def __init__(
-        self, weight: torch.Tensor, bias: torch.Tensor | None = None, *, is_exact: bool = False
+        self, weight: torch.Tensor, bias: torch.Tensor | None = None, *, row_bits: int = 8
     ) -> None:
         self.weight = weight
         self.bias = bias
-        self.is_exact = is_exact
+        self.row_bits = row_bits
         self._is_packed = False
         self._quantized: Quantized | None = None
 
     def pack(self, quantize: Quantize | None = None) -> None:
         """Replace the weight by its layout for the device; it can no longer be read or written.
 
-        `quantize`: the scheme that the linear is quantized by, unless it is exact.
+        `quantize`: the scheme that the linear is quantized by.
         """
         weight = self.weight
-        if quantize is not None and not self.is_exact:
-            self._quantized = quantize(weight)
+        if quantize is not None and self.row_bits < 32:
+            self._quantized = quantize(weight, self.row_bits)
             self.weight = weight.new_empty(0)
         elif (
             weight.device.type == "cpu"

@@ -1,10 +1,11 @@
 """How the weights of linears are held: as floats, or quantized, and by what.
 
-| scheme | weights | activations | runs on |
-| ------ | ------- | ----------- | ------- |
-| int8   | int8, one scale for each output | 8 bits, one scale for each row | CPU, float32 |
+| scheme | weights                         | rows                                                  |
+| ------ | ------------------------------- | ----------------------------------------------------- |
+| int8   | int8, one scale for each output | 8 bits in MLPs, 16 in attention and head, one scale   |
+|        |                                 | for each row; what routes tokens to experts is float  |
 
-The language-model head is quantized like the others; what routes tokens to experts is not.
+int8 runs on a CPU in float32 (docs/decisions/0027-quantization.md: what the bits were chosen by).
 """
 
 from collections.abc import Callable
@@ -17,8 +18,8 @@ from tokenmill.producer.errors import InvalidRequest
 
 #: A quantized weight: called on rows [T, in] it gives [T, out].
 Quantized = Callable[[torch.Tensor], torch.Tensor]
-#: A scheme: it makes one of a plain weight [out, in].
-Quantize = Callable[[torch.Tensor], Quantized]
+#: A scheme: it makes one of a plain weight [out, in] and of the bits that rows must have at least.
+Quantize = Callable[[torch.Tensor, int], Quantized]
 
 QUANTIZATIONS = ("none", "int8")
 

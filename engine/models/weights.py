@@ -131,7 +131,7 @@ class _Allocation:
             positions=positions,
             layers=[self._layer(number) for number in range(spec.num_layers)],
             final_norm=self._norm(spec.hidden_size),
-            lm_head=Linear(head, self._new(rows) if spec.head_bias else None),
+            lm_head=Linear(head, self._new(rows) if spec.head_bias else None, row_bits=16),
         )
 
     def _layer(self, number: int) -> LayerWeights:
@@ -143,10 +143,12 @@ class _Allocation:
             q_width = k_width = spec.head_dim
         return LayerWeights(
             attention_norm=pre,
-            qkv=self._linear(hidden, spec.q_size + 2 * spec.kv_size, bias=spec.qkv_bias),
+            qkv=self._linear(
+                hidden, spec.q_size + 2 * spec.kv_size, bias=spec.qkv_bias, row_bits=16
+            ),
             q_norm=self._norm(q_width) if spec.qk_norm else None,
             k_norm=self._norm(k_width) if spec.qk_norm else None,
-            attention_out=self._summed(spec.q_size, hidden, bias=spec.out_bias),
+            attention_out=self._summed(spec.q_size, hidden, bias=spec.out_bias, row_bits=16),
             attention_post_norm=self._norm(hidden) if spec.post_norm else None,
             mlp_norm=self._norm(hidden) if has_mlp_norm else None,
             mlp=(
@@ -166,20 +168,20 @@ class _Allocation:
     def _moe(self, moe: MoESpec) -> MoE:
         hidden, shared = self.spec.hidden_size, moe.shared_intermediate_size
         return MoE(
-            Linear(self._new(moe.num_experts, hidden), is_exact=True),
+            Linear(self._new(moe.num_experts, hidden), row_bits=32),
             [self._mlp(moe.intermediate_size) for _ in range(moe.num_experts)],
             top_k=moe.top_k,
             normalize=moe.normalize,
             shared=self._mlp(shared) if shared else None,
-            shared_gate=Linear(self._new(1, hidden), is_exact=True) if shared else None,
+            shared_gate=Linear(self._new(1, hidden), row_bits=32) if shared else None,
         )
 
-    def _linear(self, width: int, out: int, *, bias: bool) -> Linear:
-        return Linear(self._new(out, width), self._new(out) if bias else None)
+    def _linear(self, width: int, out: int, *, bias: bool, row_bits: int = 8) -> Linear:
+        return Linear(self._new(out, width), self._new(out) if bias else None, row_bits=row_bits)
 
-    def _summed(self, width: int, out: int, *, bias: bool) -> Linear:
+    def _summed(self, width: int, out: int, *, bias: bool, row_bits: int = 8) -> Linear:
         """A linear whose outputs on all ranks are added up."""
-        return self._linear(width, out, bias=bias and self.shard.rank == 0)
+        return self._linear(width, out, bias=bias and self.shard.rank == 0, row_bits=row_bits)
 
     def _norm(self, width: int) -> Norm:
         weight = torch.empty(width, device=self.device)

@@ -26,7 +26,6 @@ LLAMA = {
         ({"hidden_act": "mish"}, "hidden_act must be one of silu, .*, got 'mish'"),
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type must .*'dynamic'"),
         ({"rope_scaling": YARN | {"mscale": 1.0}}, "yarn with mscale is not supported"),
-        ({"quantization_config": {"quant_method": "awq"}}, "quantized weights are not supported"),
         ({"model_type": "mistral", "layer_types": ["chunked_attention"]}, "got chunked_attention"),
         ({"model_type": "opt", "do_layer_norm_before": False}, "do_layer_norm_before must be True"),
         (
