@@ -174,5 +174,4 @@ def _dequantized(
     scales: torch.Tensor,  # [in / G, out]
     groups: torch.Tensor,  # [in]
 ) -> torch.Tensor:
-    weight: torch.Tensor = (codes - zeros[groups]) * scales.float()[groups]
-    return weight.T
+    return ((codes - zeros[groups]) * scales.float()[groups]).t()
