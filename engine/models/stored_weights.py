@@ -165,7 +165,8 @@ def _columns(words: torch.Tensor, bits: int, order: tuple[int, ...]) -> torch.Te
     """Integers [rows, columns] of int32 words [rows, columns / n]; part p is column `order[p]`."""
     shifts = torch.empty(len(order), dtype=torch.int32)
     shifts[list(order)] = bits * torch.arange(len(order), dtype=torch.int32)
-    return ((words[:, :, None] >> shifts) & (2**bits - 1)).flatten(1)
+    columns: torch.Tensor = (words[:, :, None] >> shifts) & (2**bits - 1)
+    return columns.flatten(1)
 
 
 def _dequantized(
@@ -174,4 +175,5 @@ def _dequantized(
     scales: torch.Tensor,  # [in / G, out]
     groups: torch.Tensor,  # [in]
 ) -> torch.Tensor:
-    return ((codes - zeros[groups]) * scales.float()[groups]).t()
+    weight: torch.Tensor = (codes - zeros[groups]) * scales.float()[groups]
+    return weight.t()
