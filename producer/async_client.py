@@ -12,10 +12,11 @@ here.
 import asyncio
 import os
 import secrets
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Iterable, Sequence
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypeVar, cast
 
+from tokenmill.producer.arriving import Arriving
 from tokenmill.producer.async_shards import AsyncShards, AsyncTransport
 from tokenmill.producer.client import REDIS_URL, embedded_url
 from tokenmill.producer.collecting import Collecting
@@ -26,6 +27,9 @@ from tokenmill.producer.following import Following
 from tokenmill.producer.steps import Steps, arun
 from tokenmill.producer.window import Sliding
 from tokenmill.producer.wire import Delta, Request, Result, WorkerInfo, check_name
+
+#: While a source of prompts is slow: how long an answer is waited for before it is looked at again.
+SLOW_S = 0.05
 
 _Outcome = TypeVar("_Outcome")
 
@@ -65,6 +69,18 @@ class AsyncReplies(Collecting):
     async def aclose(self) -> None:
         """Give up what is being read."""
         await self.perform.aclose()
+
+
+class AsyncSliding(Sliding):
+    """A window on a source that may be asynchronous."""
+
+    def _has_more(self) -> bool:
+        return isinstance(self._requests, Arriving) and not self._requests.is_over
+
+    def _patience_s(self) -> float:
+        """Short while the source is slow: what it gives must not wait for an answer."""
+        is_slow = self._more and isinstance(self._requests, Arriving)
+        return SLOW_S if is_slow and len(self._results) < self._size else MAX_BLOCK_S
 
 
 class AsyncClient:
@@ -167,26 +183,38 @@ class AsyncClient:
 
     async def map(
         self,
-        prompts: Iterable[AnyPrompt],
+        prompts: Iterable[AnyPrompt] | AsyncIterable[AnyPrompt],
         *,
         window: int = 256,
         ordered: bool = False,
         **fields: Any,
     ) -> AsyncIterator[Result]:
-        """As `Client.map`. A loop that is left early is closed by `aclose`, as all generators."""
+        """As `Client.map`, of an asynchronous iterable too.
+
+        A loop that is left early is closed by `aclose`, as all generators.
+        """
         if window < 1:
             raise InvalidRequest("window", "at least 1", window)
         name = f"map-{secrets.token_hex(8)}"
-        requests = (self.new_request(prompt, reply_to=name, **fields) for prompt in prompts)
+
+        def build(prompt: AnyPrompt) -> Request:
+            return self.new_request(prompt, reply_to=name, **fields)
+
         replies = self.replies(name)
-        sliding = Sliding(self._exchange, requests, replies, size=window, ordered=ordered)
+        arriving = Arriving(prompts, build) if isinstance(prompts, AsyncIterable) else None
+        requests = arriving or (build(prompt) for prompt in cast(Iterable[AnyPrompt], prompts))
+        sliding = AsyncSliding(self._exchange, requests, replies, size=window, ordered=ordered)
         try:
             while sliding:
+                if arriving and sliding.is_idle:  # there is nothing else to wait for
+                    await arriving.wait()
                 await arun(sliding.turn(), replies.perform)
                 for result in sliding.take():
                     yield result
             await arun(sliding.end(), replies.perform)
         finally:
+            if arriving:
+                await arriving.aclose()
             await arun(sliding.cancel(), replies.perform)
             await replies.aclose()
 

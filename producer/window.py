@@ -79,6 +79,11 @@ class Sliding:
         """Whether there may be more results."""
         return bool(self._more or self._results)
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is in flight, nor to be sent again."""
+        return not (len(self._replies) or self._refused or self._lost)
+
     def turn(self) -> Steps[None]:
         """Send what there is room for, and receive."""
         yield from self._delete_taken()
@@ -110,7 +115,7 @@ class Sliding:
         while self._more and len(self._results) < self._size and self._clock() >= self._retry_at:
             batch = self._refused or self._next_batch(self._size - len(self._results))
             if not batch:
-                self._more = False
+                self._more = self._has_more()
                 return
             self._refused = batch  # until all are accepted: this may be cancelled halfway
             try:
@@ -126,6 +131,14 @@ class Sliding:
                 if result is None:
                     self._sent[request.request_id] = request
                     self._replies.add(request.request_id)
+
+    def _patience_s(self) -> float:
+        """Longest wait for a result."""
+        return MAX_BLOCK_S
+
+    def _has_more(self) -> bool:
+        """Whether a source that gave nothing may give something later."""
+        return False
 
     def _is_accepted(self, batch: list[Request]) -> Steps[bool]:
         """Send requests; if they are refused, it is safe to do so again: the ids are the same."""
@@ -146,9 +159,9 @@ class Sliding:
         return batch
 
     def _collect(self) -> Steps[None]:
-        patience_s = MAX_BLOCK_S
+        patience_s = self._patience_s()
         if self._refused or self._lost:
-            patience_s = min(max(self._retry_at - self._clock(), 0.0), MAX_BLOCK_S)
+            patience_s = min(max(self._retry_at - self._clock(), 0.0), patience_s)
         if not len(self._replies):
             if self._refused or self._lost:
                 yield Sleep(patience_s)

@@ -1,6 +1,7 @@
 """What is asyncio's own: cancelled tasks, many of them, and several shards in one loop."""
 
 import asyncio
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
@@ -145,6 +146,74 @@ def test_a_cancelled_map_cancels_what_a_quota_let_in(server_url: str, server: re
             assert await client.live() == 0
 
     asyncio.run(main())
+
+
+def test_map_takes_an_asynchronous_source_as_it_comes(server_url: str, echo_worker: None) -> None:
+    """Each prompt is made of the answer before: answers must not wait for the source, nor it for them."""
+
+    async def main() -> list[str]:
+        answers: asyncio.Queue[str] = asyncio.Queue()
+
+        async def prompts() -> AsyncIterator[str]:
+            yield "a"
+            for _ in range(3):
+                answer = await answers.get()
+                yield f"{answer}b"
+                yield f"{answer}c"
+
+        texts = []
+        async with AsyncClient(server_url) as client, asyncio.timeout(20):
+            async for result in client.map(prompts(), window=4, max_tokens=20):
+                texts.append(result.text)
+                answers.put_nowait(result.text)
+        return texts
+
+    texts = asyncio.run(main())
+    assert len(texts) == 7
+    assert texts[0] == "a"
+    assert {texts[1], texts[2]} == {"ab", "ac"}
+
+
+def test_map_keeps_the_order_of_a_quick_asynchronous_source(
+    server_url: str, echo_worker: None
+) -> None:
+    async def prompts() -> AsyncIterator[str]:
+        for number in range(200):
+            yield f"text {number}"
+
+    async def main() -> list[str]:
+        async with AsyncClient(server_url) as client:
+            found = client.map(prompts(), window=32, ordered=True, max_tokens=20)
+            return [result.text async for result in found]
+
+    assert asyncio.run(main()) == [f"text {number}" for number in range(200)]
+
+
+@pytest.mark.parametrize("is_left", [False, True])
+def test_map_ends_with_its_asynchronous_source(server_url: str, is_left: bool) -> None:
+    """By its error, or left by its caller: what is in flight is cancelled, the source is closed."""
+    closed = []
+
+    async def prompts() -> AsyncIterator[str]:
+        try:
+            yield "one"
+            yield "two"
+            if is_left:
+                await asyncio.Event().wait()
+            raise KeyError("row 3")
+        finally:
+            closed.append(True)
+
+    async def main() -> int:
+        async with AsyncClient(server_url) as client:
+            found = client.map(prompts(), max_tokens=20)
+            with pytest.raises(TimeoutError if is_left else KeyError):
+                await asyncio.wait_for(anext(found), 0.3)
+            await found.aclose()  # type: ignore[attr-defined]
+            return await client.live()
+
+    assert asyncio.run(main()) == 0
+    assert closed == [True]
 
 
 def test_a_client_that_is_not_open_says_so(server_url: str) -> None:
