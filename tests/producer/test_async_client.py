@@ -149,7 +149,7 @@ def test_a_cancelled_map_cancels_what_a_quota_let_in(server_url: str, server: re
 
 
 def test_map_takes_an_asynchronous_source_as_it_comes(server_url: str, echo_worker: None) -> None:
-    """Each prompt is made of the answer before: answers must not wait for the source, nor it for them."""
+    """Each prompt is made of an answer: neither may wait for the other."""
 
     async def main() -> list[str]:
         answers: asyncio.Queue[str] = asyncio.Queue()

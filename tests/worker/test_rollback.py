@@ -5,6 +5,7 @@ What it forgets, it forgets as a whole: `forgotten` brings back an earlier state
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,9 +13,12 @@ import redis
 
 from tokenmill.producer.client import Client
 from tokenmill.producer.keys import Keys
+from tokenmill.producer.logprobs import TokenLogprobs, pack_logprobs
 from tokenmill.producer.operator import Operator
 from tokenmill.producer.wire import Usage
 from tokenmill.worker import intake
+from tokenmill.worker import queue as queue_module
+from tokenmill.worker.plain_inbox import BATCH
 from tokenmill.worker.queue import Finish, Queue, Verdict
 from writes import end, piece
 
@@ -183,3 +187,115 @@ def test_counts_of_lost_records_go_with_the_last(
     while server.zcard(KEYS.live):
         queue.reap()
     assert not server.exists(KEYS.tenants)
+
+
+def test_log_probabilities_survive_a_compaction(
+    client: Client, server: redis.Redis, make_queue: MakeQueue
+) -> None:
+    """Also of an output that was parked and went on, for who follows it and who wants it whole."""
+    request_id = client.submit("x", logprobs=0)
+    rows = [TokenLogprobs(token_id, -token_id / 4) for token_id in (1, 2, 3)]
+    packed = [pack_logprobs([row]) for row in rows]
+    first, second = make_queue("w1"), make_queue("w2")
+    (claim,) = first.claim(**AMPLE)
+    first.append([replace(piece(claim, 0, 1), logprobs=packed[0])])
+    first.release(request_id, claim.epoch, undo=True)
+    (claim,) = second.claim(**AMPLE)
+    assert claim.token_ids == (1,)
+    second.append([replace(piece(claim, 1, 2), logprobs=packed[1])])
+    second.finish([replace(end(claim, 2, 3, before=(2,)), logprobs=packed[2])])
+    before = client.result(request_id)
+    assert before.logprobs == tuple(rows)
+    assert Operator(server, KEYS).compact([request_id]) == 1
+    assert client.result(request_id) == before
+    (whole,) = client.follow(request_id)
+    assert (whole.token_ids, whole.logprobs) == ((1, 2, 3), tuple(rows))
+
+
+def test_they_survive_it_where_the_end_had_none(
+    client: Client, server: redis.Redis, make_queue: MakeQueue
+) -> None:
+    request_id = client.submit("x", logprobs=0)
+    queue = make_queue()
+    (claim,) = queue.claim(**AMPLE)
+    row = TokenLogprobs(1, -0.25)
+    queue.append([replace(piece(claim, 0, 1), logprobs=pack_logprobs([row]))])
+    queue.finish([end(claim, 1)])
+    assert Operator(server, KEYS).compact([request_id]) == 1
+    assert client.result(request_id).logprobs == (row,)
+
+
+def test_the_oldest_dead_letter_makes_room_and_is_not_kept_unlisted(
+    client: Client, server: redis.Redis, make_queue: MakeQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = queue_module._FINISH
+    assert script.source.count("local DEAD_KEPT = 10000") == 1
+    monkeypatch.setattr(script, "source", script.source.replace("KEPT = 10000", "KEPT = 3"))
+    monkeypatch.setattr(script, "_sha", "")
+    queue, ids = make_queue(), []
+    for _ in range(5):
+        ids.append(client.submit("x"))
+        (claim,) = queue.claim(**AMPLE)
+        queue.finish([end(claim, 0, reason="error")])
+    listed = [letter.request_id for letter in Operator(server, KEYS).dead()]
+    assert set(listed) < set(ids)
+    assert listed[0] == ids[-1]
+    assert len(listed) <= 3
+    for request_id in ids:
+        assert server.hexists(KEYS.record(request_id), "payload") == (request_id in listed)
+        is_short = server.ttl(KEYS.record(request_id)) <= 86_400
+        assert is_short == (request_id not in listed)
+
+
+def test_replies_that_nobody_reads_end_with_their_time(
+    client: Client, server: redis.Redis, make_queue: MakeQueue
+) -> None:
+    for number in range(300):
+        server.xadd(KEYS.reply("mine"), {"id": "old"}, id=f"{1 + number}-0")
+    client.submit("x", reply_to="mine")
+    queue = make_queue()
+    (claim,) = queue.claim(**AMPLE)
+    queue.finish([end(claim, 0, 1)])
+    assert int(server.xlen(KEYS.reply("mine"))) <= 101  # whole nodes of 100 are dropped
+
+
+def test_a_retried_request_that_waits_has_no_charge_to_give_back(
+    client: Client, server: redis.Redis, make_queue: MakeQueue
+) -> None:
+    queue = make_queue()
+    request_id = client.submit("x", max_tokens=100)
+    (claim,) = queue.claim(**AMPLE)
+    queue.finish([end(claim, 0, reason="error")])
+    client.submit("y", max_tokens=4096)
+    queue.claim(**AMPLE)  # so that there is something to take from
+    client.submit("z", max_tokens=4096)
+    assert Operator(server, KEYS).retry([request_id]) == {request_id: "OK"}
+    before = server.zscore(KEYS.lanes(1), "default")
+    assert client.cancel(request_id)
+    assert server.zscore(KEYS.lanes(1), "default") == before
+
+
+def test_what_has_ended_and_is_still_indexed_ends_once(
+    client: Client, server: redis.Redis, make_queue: MakeQueue
+) -> None:
+    request_id = client.submit("x")
+    queue = make_queue()
+    (claim,) = queue.claim(**AMPLE)
+    queue.finish([end(claim, 0, 1)])
+    server.zadd(KEYS.live, {request_id: 1})
+    queue.reap()
+    assert not server.zcard(KEYS.live)
+    assert client.result(request_id).finish_reason == "stop"
+    assert server.xlen(KEYS.output(request_id)) == 1
+
+
+def test_a_full_queue_is_not_asked_again_for_the_rest_of_its_inbox(
+    client: Client, server: redis.Redis, make_queue: MakeQueue
+) -> None:
+    Operator(server, KEYS).configure(max_live=1)
+    client.submit("x")
+    for _ in range(2 * BATCH):
+        server.xadd(KEYS.inbox, {"json": '{"prompt": "x"}'})
+    queue = make_queue()
+    assert queue.admit() == BATCH
+    assert queue.admit() == 0
