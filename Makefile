@@ -8,6 +8,9 @@ READY  := $(VENV)/.ready
 .PHONY: help demo test test-all properties check lint types fmt docs bench chaos fuzz servers clean
 
 SECONDS ?= 60
+# Of `make chaos`: a factor on its faults, and of what there must be so many, as requests=5000.
+INTENSITY ?= 1
+LEAST ?=
 # Processes that share the tests, a thread each.
 TESTERS ?= 2
 PYTEST  := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(TESTERS) --dist loadscope --no-loadscope-reorder
@@ -50,8 +53,9 @@ docs: $(READY)   ## write the tables that are made from the tests
 bench: $(READY)  ## the CPU benches, as JSON in bench/results
 	@$(BIN)/python bench/queue_overhead.py
 
-chaos: $(READY)  ## kill, stop, cut and restart everything for SECONDS=60, by SEED=, and check
-	@$(BIN)/python tests/chaos/suite.py --seconds $(SECONDS) --seed "$(SEED)"
+chaos: $(READY)  ## kill, stop, cut and restart everything for SECONDS=60, by SEED=, and check; LOSSY=1: restarts lose the last moments
+	@$(BIN)/python tests/chaos/suite.py --seconds $(SECONDS) --seed "$(SEED)" --intensity $(INTENSITY) \
+	    --least "$(LEAST)" --output $(if $(LOSSY),bench/results/chaos_lossy.json --lossy,bench/results/chaos.json)
 
 fuzz: $(READY)   ## 100,000 malformed requests against a worker
 	@$(BIN)/python tests/fuzz/fuzz_inbox.py --count 100000 --seed "$(SEED)"

@@ -72,14 +72,17 @@ class Following:
     def __len__(self) -> int:
         return len(self._ids) + len(self._changed)
 
-    def add(self, request_id: str, start: int = 0) -> None:
-        """Follow a request from the token offset `start`, 0 or the `end` of a delta."""
+    def add(self, request_id: str, start: int = 0, *, digest: str = "") -> None:
+        """Follow a request from the token offset `start`, 0 or the `end` of a delta.
+
+        With the `digest` of that delta it is noticed if the tokens before `start` have changed.
+        """
         if start < 0:
             raise InvalidRequest("start", "a token offset of at least 0", start)
         key = self._layout.keys_of(request_id).output(request_id)
         self._ids[key] = request_id
         self._cursors[key] = f"{start}-0"
-        self._digests[key] = None if start else ""
+        self._digests[key] = (digest or None) if start else ""
         self._unheard.discard(key)
 
     def remove(self, request_id: str) -> None:

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,11 @@ class Report:
     fenced: int = 0
     gaps: int = 0
     failed_steps: int = 0
+    #: Of a lossy server: requests sent again; readers who were told that an output is gone or
+    #: another; and who had read the end of an output that then came out otherwise.
+    resubmitted: int = 0
+    told: int = 0
+    outlived: int = 0
     #: The first few of what is wrong, in words.
     examples: list[str] = field(default_factory=list)
 
@@ -105,13 +111,27 @@ class Piece:
     finish: str
 
 
-def check(report: Report, server: redis.Redis, queue: str, seed: str, home: Path) -> Report:
-    """Read outputs, journals and logs of a run that has come to rest."""
+def check(
+    report: Report,
+    server: redis.Redis,
+    queue: str,
+    seed: str,
+    home: Path,
+    *,
+    is_lossy: bool = False,
+) -> Report:
+    """Read outputs, journals and logs of a run that has come to rest.
+
+    `is_lossy`: the server has lost its last moments now and then. Then epochs are given again, and
+    ends that somebody was told of are gone; what holds is that each request has one end in the
+    server's state, and that no reader got a token twice, or a changed one, without being told.
+    """
     journals = [line for path in home.glob("producer-*") for line in read_journal(path)]
     sent = sorted({line["sent"] for line in journals if "sent" in line})
     refused_cancels = {line["cancel"] for line in journals if line.get("ok") is False}
     logs = _read_logs(home, report)
-    seen = _read_by_readers(home, report)
+    seen = _read_by_readers(home, report, is_lossy=is_lossy)
+    report.resubmitted = sum("again" in line for line in journals)
     has_readers = any(home.glob("reader-*"))
     terminals: Counter[int] = Counter()
     finished: Counter[str] = Counter()
@@ -119,21 +139,31 @@ def check(report: Report, server: redis.Redis, queue: str, seed: str, home: Path
     for number in sent:
         item = job(seed, number)
         if item.reply_to:
-            pieces, epochs = _reply(server, queue, item, seen.get(number, []))
+            kept = seen.get(number, [])
+            pieces, epochs = _reply(server, queue, item, kept, is_lossy=is_lossy)
         else:
             pieces, epochs = _output(server, queue, item)
         terminals[sum(bool(piece.finish) for piece in pieces)] += 1
         tokens = _check_order(report, f"output of {number}", pieces)
         _check_content(report, item, pieces, tokens, epochs)
         _check_end(report, item, pieces, len(tokens), number in refused_cancels)
-        _check_fences(report, item, tokens, epochs, logs.claims.get(item.request_id, []))
         if pieces:
             finished[pieces[-1].finish] += 1
-            told = logs.ends.get(item.request_id, [])
-            _check_claimed_end(report, number, pieces[-1], epochs[-1], told)
+        if not is_lossy:
+            _check_fences(report, item, tokens, epochs, logs.claims.get(item.request_id, []))
+            if pieces:
+                told = logs.ends.get(item.request_id, [])
+                _check_claimed_end(report, number, pieces[-1], epochs[-1], told)
         if has_readers and not item.reply_to:
-            _check_order(report, f"reader of {number}", seen.get(number, []))
-            _compare(report, number, pieces, seen.get(number, []))
+            got = seen.get(number, [])
+            read = _check_order(report, f"reader of {number}", got)
+            if is_lossy and _joined(got) != _joined(pieces):
+                # It had read the end before the server lost that: then it holds a whole output.
+                report.outlived += 1
+                _check_content(report, item, got, read, [])
+                _check_end(report, item, got, len(read), False)
+            else:
+                _compare(report, number, pieces, got)
         report.tokens += len(tokens)
         report.resumes += len({epoch_of(token) for token in tokens}) - bool(tokens)
         bulk += bool(item.reply_to)
@@ -166,12 +196,14 @@ def _output(server: redis.Redis, queue: str, item: Job) -> tuple[list[Piece], li
 
 
 def _reply(
-    server: redis.Redis, queue: str, item: Job, kept: list[Piece]
+    server: redis.Redis, queue: str, item: Job, kept: list[Piece], *, is_lossy: bool
 ) -> tuple[list[Piece], list[int]]:
     """What a collector kept, with what the record says of it."""
     record_key = Keys.of(queue, item.request_id).record(item.request_id)
     record: Any = server.hmget(record_key, "epoch", "digest", "finish")
     epoch, digest, finish = (value.decode() if value else "" for value in record)
+    if is_lossy and finish:  # it was kept once, perhaps before the server lost that
+        return [replace(p, digest=chain_digest("", p.tokens)) for p in kept], [0] * len(kept)
     stored = [replace(piece, digest=digest) for piece in kept if piece.finish == finish]
     return stored, [int(epoch)] * len(stored)
 
@@ -202,8 +234,12 @@ def _check_content(
         report.note("reordered", f"output of {item.number}: entries of epochs {epochs}")
     if tokens != item.tokens([epoch_of(token) for token in tokens]):
         report.note("foreign", f"output of {item.number}: a token that no right run generates")
-    for piece, epoch in zip(pieces, epochs, strict=True):
-        if not item.reply_to and any(epoch_of(token) != epoch for token in piece.tokens):
+    for piece, epoch in zip_longest(pieces, epochs):
+        if (
+            epoch is not None
+            and not item.reply_to
+            and any(epoch_of(token) != epoch for token in piece.tokens)
+        ):
             report.note("foreign", f"output of {item.number}: token and entry differ in epoch")
         if letters(piece.tokens) != piece.text:
             report.note("foreign", f"output of {item.number}: text of other tokens")
@@ -283,11 +319,17 @@ def _check_claimed_end(
             report.note("false_ends", f"{number}: {what}, it is {last.finish} under {epoch}")
 
 
-def _read_by_readers(home: Path, report: Report) -> dict[int, list[Piece]]:
+def _read_by_readers(home: Path, report: Report, *, is_lossy: bool) -> dict[int, list[Piece]]:
     seen: dict[int, list[Piece]] = {}
     for path in [*home.glob("reader-*"), *home.glob("collector-*")]:
         for line in read_journal(path):
+            if is_lossy and ("changed" in line or "gone" in line):  # told: it reads anew
+                report.told += "changed" in line
+                seen.pop(line.get("changed", line.get("gone")), None)
+                continue
             if "again" in line:
+                if is_lossy:  # it was deleted, and the server has lost that
+                    continue
                 report.note("duplicated", f"reply of {line['again']} came twice")
                 continue
             if "changed" in line:

@@ -126,7 +126,10 @@ class Faults:
     def _do_restarts(self) -> bool:
         # What drains meanwhile waits for the server: it says nothing about drains.
         self._draining = dict.fromkeys(self._draining, math.inf)
-        self._run.server.kill()
+        if self._run.is_lossy:
+            self._run.server.lose(self._rng.choice([0.05, 0.3, 1.0, 2.0]))
+        else:
+            self._run.server.kill()
         time.sleep(self._rng.choice([0.0, 0.1, 0.5, 1.5]))
         self._run.server.start()
         return True

@@ -66,12 +66,21 @@ def worker(
 
 
 def producer(
-    url: str, queue: str, seed: str, directory: str, index: int, of: int, window: int, count: int
+    url: str,
+    queue: str,
+    seed: str,
+    directory: str,
+    index: int,
+    of: int,
+    window: int,
+    count: int,
+    is_lossy: bool = False,
 ) -> int:
     """Submit the jobs whose number is `index` modulo `of`, at most `window` being live at once.
 
     Journal: `{"sent": number}` once a submit returned, `{"cancel": number, "ok": bool}`. Ends after
-    `count` jobs of all, or when there is a file `stop`, with the line `{"end": true}`.
+    `count` jobs of all, or when there is a file `stop`, with the line `{"end": true}`. Of a server
+    that is `is_lossy` it then submits again what is not known there any more.
     """
     home = Path(directory)
     journal = Journal(home / f"producer-{index}")
@@ -85,10 +94,13 @@ def producer(
     while True:
         if not unsaid and not (home / "stop").exists():
             unsaid = _batch(following, of, count)
-        if not unsaid and not pending:
-            journal.write({"end": True})
-            return 0
         try:
+            if not unsaid and is_lossy and known:
+                known = _resubmit(client, seed, journal, known)
+                continue
+            if not unsaid and not pending:
+                journal.write({"end": True})
+                return 0
             _cancel_due(client, seed, journal, pending)
             if not unsaid or client.live() >= window:
                 time.sleep(0.02)
@@ -99,6 +111,7 @@ def producer(
             continue
         for number in unsaid:
             journal.write({"sent": number})
+            known.append(number)
             delay = job(seed, number).cancel_after_s
             if delay is not None:
                 heapq.heappush(pending, (time.monotonic() + delay, number))
@@ -106,21 +119,27 @@ def producer(
         unsaid = []
 
 
-def reader(url: str, queue: str, seed: str, directory: str, index: int, of: int) -> int:
+def reader(
+    url: str, queue: str, seed: str, directory: str, index: int, of: int, is_lossy: bool = False
+) -> int:
     """Follow, to the end, what the producers sent and has number `index` modulo `of`.
 
     Journal: `{"n": number, "start":, "tokens":, "text":, "digest":, "finish":}` for each delta; a
-    new reader follows on from the offsets in it.
+    new reader follows on from the offsets in it, and compares the digests. `{"changed": number}`:
+    it was told that the output is another now; `{"gone": number}`: that it is not known. Of a
+    server that is `is_lossy` it then reads anew from the first token.
     """
     home = Path(directory)
     journal = Journal(home / f"reader-{index}")
-    offsets: dict[int, int] = {}
+    #: Number -> offset and digest of what was read.
+    read: dict[int, tuple[int, str]] = {}
     ended: set[int] = set()
     for line in journal.lines:
         if "n" in line:
-            offsets[line["n"]] = line["start"] + len(line["tokens"])
+            read[line["n"]] = line["start"] + len(line["tokens"]), line["digest"]
             if line["finish"]:
                 ended.add(line["n"])
+        read.pop(line.get("changed", line.get("gone", -1)), None)
     sent = news(home)
     numbers: dict[str, int] = {}
     follower = _client(url, queue).follower()
@@ -132,19 +151,31 @@ def reader(url: str, queue: str, seed: str, directory: str, index: int, of: int)
             item = job(seed, number)
             if number % of == index and number not in ended and not item.reply_to:
                 numbers[item.request_id] = number
-                follower.add(item.request_id, offsets.get(number, 0))
+                offset, digest = read.get(number, (0, ""))
+                follower.add(item.request_id, offset, digest=digest)
         if is_over and not len(follower):
             return 0
         try:
             deltas = follower.poll(0.1)
         except OutputChanged as error:
-            journal.write({"changed": numbers[error.request_id]})
+            number = numbers[error.request_id]
+            journal.write({"changed": number})
+            if is_lossy:
+                read.pop(number, None)
+                follower.add(error.request_id)
             continue
-        except NotFound:  # it waits in the inbox; if it was lost, there will be no end of this
+        except NotFound as error:  # it waits in the inbox, or was lost and will be sent again
+            number = numbers[error.request_id]
+            if is_lossy:
+                journal.write({"gone": number})
+                read.pop(number, None)
+            offset, digest = read.get(number, (0, ""))
+            follower.add(error.request_id, offset, digest=digest)
             continue
         if not deltas and not len(follower):
             time.sleep(0.02)
         for delta in deltas:
+            read[numbers[delta.request_id]] = delta.end, delta.digest
             journal.write(
                 {
                     "n": numbers[delta.request_id],
@@ -157,7 +188,9 @@ def reader(url: str, queue: str, seed: str, directory: str, index: int, of: int)
             )
 
 
-def collector(url: str, queue: str, seed: str, directory: str, index: int, of: int) -> int:
+def collector(
+    url: str, queue: str, seed: str, directory: str, index: int, of: int, is_lossy: bool = False
+) -> int:
     """Keep every output of the reply stream, and delete what is kept.
 
     Journal: `{"n": number, "tokens":, "text":, "finish":}`, once for each request: what was kept
@@ -183,6 +216,8 @@ def collector(url: str, queue: str, seed: str, directory: str, index: int, of: i
             if item.reply_to:
                 numbers[item.request_id] = number
         results = unknown + replies.poll(0.1)
+        if is_lossy and is_over and not results:  # what was deleted may be there again
+            replies = client.replies(REPLIES)
         unknown = [result for result in results if result.request_id not in numbers]
         for result in [result for result in results if result.request_id in numbers]:
             number = numbers[result.request_id]
@@ -230,6 +265,25 @@ def _has_replies(client: Client) -> bool:
         return any(server.xlen(keys.reply(REPLIES)) for keys, server in client._shards)
     except (RedisConnectionError, RedisTimeoutError):
         return True
+
+
+def _resubmit(client: Client, seed: str, journal: Journal, known: list[int]) -> list[int]:
+    """Send again what the server has lost; returns whatever is not seen there yet."""
+    missing = []
+    for number in known:
+        item = job(seed, number)
+        server = client._shards.server_of(item.request_id)
+        try:
+            is_there = server.exists(Keys.of(client.queue, item.request_id).record(item.request_id))
+        except (RedisConnectionError, RedisTimeoutError) as error:
+            raise ServerUnreachable(str(error)) from error
+        if not is_there:
+            submit(client, [item])
+            journal.write({"again": number})
+            missing.append(number)
+    if missing:
+        time.sleep(0.2)  # for what goes by the inbox
+    return missing
 
 
 def _is_cancelled(item: Job) -> bool:

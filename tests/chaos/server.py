@@ -1,8 +1,10 @@
 """`ChaosServer`: a real server whose append-only file is on disk before it answers."""
 
+import os
 import shutil
 import subprocess
 import tempfile
+import time
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -43,6 +45,7 @@ class ChaosServer:
             raise ValueError("redis-server must be on the PATH")
         command = [binary, "--port", "0", "--unixsocket", self.socket, "--dir", str(self.directory)]
         command += ["--save", "", "--appendonly", "yes", "--appendfsync", "always"]
+        command += ["--auto-aof-rewrite-percentage", "0"]  # see `lose`
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         assert self._process.stdout is not None
         said = []
@@ -64,6 +67,18 @@ class ChaosServer:
             assert self._process.stdout is not None
             self._process.stdout.close()
             self._process = None
+
+    def lose(self, seconds: float) -> None:
+        """SIGKILL, and the file as it was `seconds` before: what a crash between syncs leaves.
+
+        With `appendfsync always` a file ends with a whole command whenever it is looked at.
+        """
+        files = (self.directory / "appendonlydir").glob("*.aof")
+        sizes = {path: path.stat().st_size for path in files}
+        time.sleep(seconds)
+        self.kill()
+        for path, size in sizes.items():
+            os.truncate(path, size)
 
     def __enter__(self) -> Self:
         self.start()

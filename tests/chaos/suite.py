@@ -61,13 +61,17 @@ class Run:
         kind: str = "valkey",
         count: int = 10**9,
         intensity: float = 1.0,
+        is_lossy: bool = False,
         least: Mapping[str, int] | None = None,
     ) -> None:
-        """`least`: of requests and faults; the run goes on for them, up to `MOST_TIMES` as long."""
+        """`is_lossy`: restarts lose what was written in the last moments.
+
+        `least`: of requests and faults; the run goes on for them, up to `MOST_TIMES` as long."""
         self.seed = seed
         self.seconds = seconds
         self.count = count
         self.intensity = intensity
+        self.is_lossy = is_lossy
         self._least = least or {}
         self.report = Report()
         self.home = Path(tempfile.mkdtemp(prefix="tm-chaos-"))
@@ -99,7 +103,7 @@ class Run:
             faults = Faults(self, random.Random(self.seed))
             self._suffer(faults)
             self._rest(faults)
-            check(self.report, self._direct, QUEUE, self.seed, self.home)
+            check(self.report, self._direct, QUEUE, self.seed, self.home, is_lossy=self.is_lossy)
         return {
             "seed": self.seed,
             "seconds": round(time.monotonic() - began, 1),
@@ -161,6 +165,7 @@ class Run:
 
     def _rest(self, faults: Faults) -> None:
         """Without faults all comes to an end; a last worker tidies up after the dead."""
+        self.set_pause(is_on=False)  # the server may have lost that it goes on
         (self.home / "stop").touch()
         ends_at = time.monotonic() + REST_S
         while time.monotonic() < ends_at:
@@ -234,6 +239,7 @@ class Run:
             directory=str(self.home),
             index=index,
             of=of,
+            is_lossy=self.is_lossy,
             **more,
         )
 
@@ -256,6 +262,9 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--least", default="", help="go on for so many, as `requests=5000,kills=300,restarts=20`"
     )
+    parser.add_argument(
+        "--lossy", action="store_true", help="restarts lose the last moments, as after a host crash"
+    )
     parser.add_argument("--output", type=Path, help="write the report there, as JSON")
     given = parser.parse_args(arguments)
     seed = given.seed or secrets.token_hex(4)
@@ -266,10 +275,13 @@ def main(arguments: Sequence[str]) -> int:
         kind=given.server,
         count=given.requests,
         intensity=given.intensity,
+        is_lossy=given.lossy,
         least={name: int(n) for name, n in re.findall(r"(\w+)=(\d+)", given.least)},
     )
     report = run.execute()
     report = {**report, **_versions(run.version)}
+    if given.lossy:
+        report["server"] += ", its last moments lost at restarts"
     text = json.dumps(report, indent=2)
     print(text)
     if given.output:
