@@ -131,7 +131,7 @@ def check(
     refused_cancels = {line["cancel"] for line in journals if line.get("ok") is False}
     logs = _read_logs(home, report)
     seen = _read_by_readers(home, report, is_lossy=is_lossy)
-    report.resubmitted = sum("again" in line for line in journals)
+    report.resubmitted = len({line["again"] for line in journals if "again" in line})
     has_readers = any(home.glob("reader-*"))
     terminals: Counter[int] = Counter()
     finished: Counter[str] = Counter()

@@ -89,6 +89,7 @@ def producer(
     following = max(known, default=index - of) + of
     pending = [(0.0, n) for n in known if _is_cancelled(job(seed, n)) and n not in cancelled]
     client = _client(url, queue)
+    again: set[int] = set()
     # Whoever was killed may have sent them: they are sent to the end, whatever comes.
     unsaid = _batch(following, of, count)
     while True:
@@ -96,7 +97,7 @@ def producer(
             unsaid = _batch(following, of, count)
         try:
             if not unsaid and is_lossy and known:
-                known = _resubmit(client, seed, journal, known)
+                known = _resubmit(client, seed, journal, known, again)
                 continue
             if not unsaid and not pending:
                 journal.write({"end": True})
@@ -267,8 +268,10 @@ def _has_replies(client: Client) -> bool:
         return True
 
 
-def _resubmit(client: Client, seed: str, journal: Journal, known: list[int]) -> list[int]:
-    """Send again what the server has lost; returns whatever is not seen there yet."""
+def _resubmit(
+    client: Client, seed: str, journal: Journal, known: list[int], again: set[int]
+) -> list[int]:
+    """Send again what the server has lost, once; returns what is not to be seen there yet."""
     missing = []
     for number in known:
         item = job(seed, number)
@@ -278,9 +281,11 @@ def _resubmit(client: Client, seed: str, journal: Journal, known: list[int]) -> 
         except (RedisConnectionError, RedisTimeoutError) as error:
             raise ServerUnreachable(str(error)) from error
         if not is_there:
+            missing.append(number)
+        if not is_there and number not in again:
             submit(client, [item])
             journal.write({"again": number})
-            missing.append(number)
+            again.add(number)
     if missing:
         time.sleep(0.2)  # for what goes by the inbox
     return missing
