@@ -158,3 +158,19 @@ def test_who_begins_in_the_middle_gets_no_token_again(
         follower.poll(5)
     follower.add(request_id)
     assert "".join(delta.text for delta in follower.poll(5)) == "abcdef"
+
+
+def test_who_kept_the_digest_notices_what_changed_before_its_position(
+    client: Client, server: redis.Redis, echo_worker: None
+) -> None:
+    request_id = client.submit("abcdef")
+    first = client.follower()
+    first.add(request_id)
+    read = first.poll(5)[0]
+    client.result(request_id, timeout_s=10)
+    follower = client.follower()
+    follower.add(request_id, read.end, digest=read.digest)
+    assert "".join(delta.text for delta in follower.poll(5)) == "abcdef"[read.end :]
+    follower.add(request_id, read.end, digest="0" * 16)
+    with pytest.raises(OutputChanged):
+        follower.poll(5)
