@@ -53,9 +53,9 @@ docs: $(READY)   ## write the tables that are made from the tests
 bench: $(READY)  ## the CPU benches, as JSON in bench/results
 	@$(BIN)/python bench/queue_overhead.py
 
-chaos: $(READY)  ## kill, stop, cut and restart everything for SECONDS=60, by SEED=, and check; LOSSY=1: restarts lose the last moments
+chaos: $(READY)  ## kill, stop, cut and restart everything for SECONDS=60, by SEED=, and check; LOSSY=1: restarts lose the last moments; SERVERS=sentinel or cluster: primaries die
 	@$(BIN)/python tests/chaos/suite.py --seconds $(SECONDS) --seed "$(SEED)" --intensity $(INTENSITY) \
-	    --least "$(LEAST)" --output $(if $(LOSSY),bench/results/chaos_lossy.json --lossy,bench/results/chaos.json)
+	    --least "$(LEAST)" --output $(if $(SERVERS),bench/results/chaos_$(SERVERS).json --servers $(SERVERS),$(if $(LOSSY),bench/results/chaos_lossy.json --lossy,bench/results/chaos.json))
 
 fuzz: $(READY)   ## 100,000 malformed requests against a worker
 	@$(BIN)/python tests/fuzz/fuzz_inbox.py --count 100000 --seed "$(SEED)"

@@ -1,6 +1,7 @@
 """`check`: everything that a run left behind, held against what was promised."""
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from itertools import zip_longest
 from pathlib import Path
@@ -113,7 +114,7 @@ class Piece:
 
 def check(
     report: Report,
-    server: redis.Redis,
+    servers: Mapping[int, redis.Redis],
     queue: str,
     seed: str,
     home: Path,
@@ -122,9 +123,10 @@ def check(
 ) -> Report:
     """Read outputs, journals and logs of a run that has come to rest.
 
-    `is_lossy`: the server has lost its last moments now and then. Then epochs are given again, and
-    ends that somebody was told of are gone; what holds is that each request has one end in the
-    server's state, and that no reader got a token twice, or a changed one, without being told.
+    `servers` are connections, by shard. `is_lossy`: they have lost their last moments now and then.
+    Then epochs are given again, and ends that somebody was told of are gone; what holds is that
+    each request has one end in the servers' state, and that no reader got a token twice, or a
+    changed one, without being told.
     """
     journals = [line for path in home.glob("producer-*") for line in read_journal(path)]
     sent = sorted({line["sent"] for line in journals if "sent" in line})
@@ -138,6 +140,7 @@ def check(
     bulk = plain = 0
     for number in sent:
         item = job(seed, number)
+        server = servers[int(item.request_id.partition(".")[0])]
         if item.reply_to:
             kept = seen.get(number, [])
             pieces, epochs = _reply(server, queue, item, kept, is_lossy=is_lossy)
@@ -170,7 +173,8 @@ def check(
         plain += item.is_plain
     report.requests, report.bulk, report.plain = len(sent), bulk, plain
     report.terminals, report.finished = dict(terminals), dict(finished)
-    _check_left_over(report, server, queue)
+    for shard, server in servers.items():
+        _check_left_over(report, server, f"{{{queue}:{shard}}}:")
     return report
 
 
@@ -325,7 +329,7 @@ def _read_by_readers(home: Path, report: Report, *, is_lossy: bool) -> dict[int,
         for line in read_journal(path):
             if is_lossy and ("changed" in line or "gone" in line):  # told: it reads anew
                 report.told += "changed" in line
-                seen.pop(line.get("changed", line.get("gone")), None)
+                seen.pop(line.get("changed", line.get("gone", -1)), None)
                 continue
             if "again" in line:
                 if is_lossy:  # it was deleted, and the server has lost that
@@ -360,9 +364,9 @@ def _joined(pieces: list[Piece]) -> tuple[tuple[int, ...], str, str]:
     return tokens, "".join(piece.text for piece in pieces), finish
 
 
-def _check_left_over(report: Report, server: redis.Redis, queue: str) -> None:
-    for key in server.scan_iter(match=f"{{{queue}:*}}:*", count=1000):
-        name = key.decode().partition("}:")[2]
+def _check_left_over(report: Report, server: redis.Redis, prefix: str) -> None:
+    for key in server.scan_iter(match=f"{prefix}*", count=1000):
+        name = key.decode().removeprefix(prefix)
         if name.startswith(("inbox", "reply:")) and not server.xlen(key):
             continue
         if name.partition(":")[0] not in KEPT:

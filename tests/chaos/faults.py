@@ -59,7 +59,8 @@ class Faults:
         self.settle()
 
     def settle(self) -> None:
-        """Wake who slept long enough, and see who has drained."""
+        """Wake who slept long enough, see who has drained, and bring back servers."""
+        self._run.place.settle()
         for child, (since, worker_id, not_before) in list(self._stopped.items()):
             is_dead = time.monotonic() >= not_before and not self._run.has_lease(worker_id)
             if is_dead or time.monotonic() - since > PATIENCE_S:
@@ -124,21 +125,17 @@ class Faults:
         return self._run.set_pause(is_on=True)
 
     def _do_restarts(self) -> bool:
+        if not self._run.place.restart(self._rng, is_lossy=self._run.is_lossy):
+            return False
         # What drains meanwhile waits for the server: it says nothing about drains.
         self._draining = dict.fromkeys(self._draining, math.inf)
-        if self._run.is_lossy:
-            self._run.server.lose(self._rng.choice([0.05, 0.3, 1.0, 2.0]))
-        else:
-            self._run.server.kill()
-        time.sleep(self._rng.choice([0.0, 0.1, 0.5, 1.5]))
-        self._run.server.start()
         return True
 
     def _do_cuts(self) -> bool:
-        return self._run.proxy.hurt(self._rng, self._rng.choice(CUTS))
+        return self._run.place.hurt(self._rng, self._rng.choice(CUTS))
 
     def _do_delays(self) -> bool:
-        return self._run.proxy.hurt(self._rng, "delay", self._rng.uniform(0.05, 2.0))
+        return self._run.place.hurt(self._rng, "delay", self._rng.uniform(0.05, 2.0))
 
     def _do_producer_kills(self) -> bool:
         return self._kill_one(self._run.producers)

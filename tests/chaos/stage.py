@@ -114,7 +114,7 @@ class Stage:
         for child in self.workers:
             if child.poll(PATIENCE_S) not in (0, -signal.SIGKILL):
                 self.report.note("crashed", f"a worker ended with {child.poll()}")
-        return check(self.report, self.direct, self.queue, self.queue, self.home)
+        return check(self.report, {0: self.direct}, self.queue, self.queue, self.home)
 
     def close(self) -> None:
         for child in self.workers:

@@ -28,13 +28,15 @@ from audit import audit
 from checker import Report, check
 from faults import Faults
 from mix import SHARDS
-from proxy import Proxy
-from server import ChaosServer
 from tokenmill.producer.keys import Keys
 from tokenmill.producer.operator import Operator
 from zygote import Child, Zygote
 
 HERE = Path(__file__).parent
+sys.path.append(str(HERE.parent / "rig"))
+
+from places import Alone, Group, Place  # noqa: E402 - it needs the path, also as a script
+
 QUEUE = "chaos"
 LEASE_MS, STEP_MS = 1000, 15
 #: Share of the engine's steps that fail.
@@ -62,27 +64,30 @@ class Run:
         count: int = 10**9,
         intensity: float = 1.0,
         is_lossy: bool = False,
+        servers: str = "",
         least: Mapping[str, int] | None = None,
     ) -> None:
-        """`is_lossy`: restarts lose what was written in the last moments.
+        """`is_lossy`: restarts lose what was written in the last moments, as failovers may.
+
+        `servers`: sentinel, cluster, or "" for one.
 
         `least`: of requests and faults; the run goes on for them, up to `MOST_TIMES` as long."""
         self.seed = seed
         self.seconds = seconds
         self.count = count
         self.intensity = intensity
-        self.is_lossy = is_lossy
+        self.is_lossy = is_lossy or bool(servers)
         self._least = least or {}
         self.report = Report()
         self.home = Path(tempfile.mkdtemp(prefix="tm-chaos-"))
-        self.server = ChaosServer(kind)
-        self.proxy = Proxy(self.server.socket)
         self.workers: list[Child] = []
         self.producers: dict[int, Child] = {}
         self.readers: dict[int, Child] = {}
         self.collectors: dict[int, Child] = {}
         self._born = 0
         self._shards = [Keys(QUEUE, shard) for shard in range(SHARDS)]
+        tags = [keys.tag for keys in self._shards]
+        self.place: Place = Group(kind, servers, tags) if servers else Alone(kind)
         self._audit_at = 0.0
         self._is_resting = False
 
@@ -91,15 +96,15 @@ class Run:
         began = time.monotonic()
         with ExitStack() as stack:
             stack.callback(shutil.rmtree, self.home)
-            stack.enter_context(self.server)
-            stack.enter_context(self.proxy)
+            stack.enter_context(self.place)
             self._zygote = stack.enter_context(Zygote())
-            self._direct = self.server.connect()
-            stack.callback(self._direct.close)
-            self.version = self._direct.info("server")
-            self._direct.set(self._shards[0].shards, SHARDS)
+            self._direct = {keys.shard: self.place.connect(keys) for keys in self._shards}
+            for server in self._direct.values():
+                stack.callback(server.close)
+            self.version = self._direct[0].info("server")
+            self._direct[0].set(self._shards[0].shards, SHARDS)
             for keys in self._shards:
-                self._direct.hset(keys.settings, mapping=SETTINGS)
+                self._direct[keys.shard].hset(keys.settings, mapping=SETTINGS)
             faults = Faults(self, random.Random(self.seed))
             self._suffer(faults)
             self._rest(faults)
@@ -119,7 +124,7 @@ class Run:
                 int(name.split("-")[-2]): name
                 for keys in self._shards
                 for name in self._leases(keys)
-                if self._direct.exists(keys.own(name))
+                if self._direct[keys.shard].exists(keys.own(name))
             }
         except RedisError:
             return {}
@@ -135,7 +140,7 @@ class Run:
         """Pause the queue, or let it go on; False: the server is down."""
         try:
             for keys in self._shards:
-                operator = Operator(self._direct, keys)
+                operator = Operator(self._direct[keys.shard], keys)
                 (operator.pause if is_on else operator.resume)()
         except RedisError:
             return False
@@ -149,6 +154,8 @@ class Run:
             self._audit()
             time.sleep(0.02)
         faults.end()
+        while not self.place.settle():
+            time.sleep(0.1)
 
     def _is_enough(self, faults: Faults, seconds: float) -> bool:
         if self._is_done() or seconds >= MOST_TIMES * self.seconds:
@@ -165,7 +172,8 @@ class Run:
 
     def _rest(self, faults: Faults) -> None:
         """Without faults all comes to an end; a last worker tidies up after the dead."""
-        self.set_pause(is_on=False)  # the server may have lost that it goes on
+        while not self.set_pause(is_on=False):  # the server may have lost that it goes on
+            time.sleep(0.1)
         (self.home / "stop").touch()
         ends_at = time.monotonic() + REST_S
         while time.monotonic() < ends_at:
@@ -193,7 +201,7 @@ class Run:
         return any(len(self._leases(keys)) > WORKERS for keys in self._shards)
 
     def _leases(self, keys: Keys) -> list[str]:
-        found: Any = self._direct.zrange(keys.workers, 0, -1)
+        found: Any = self._direct[keys.shard].zrange(keys.workers, 0, -1)
         return [name.decode() for name in found]
 
     def _staff(self) -> None:
@@ -208,7 +216,7 @@ class Run:
                 self._zygote.fork(
                     "roles.worker",
                     self.home / f"worker-{self._born}",
-                    url=self.proxy.url,
+                    url=self.place.url,
                     queue=QUEUE,
                     lease_ms=LEASE_MS,
                     step_ms=STEP_MS,
@@ -233,7 +241,7 @@ class Run:
         children[index] = self._zygote.fork(
             f"roles.{role}",
             self.home / f"log-{role}-{index}",
-            url=self.proxy.url,
+            url=self.place.url,
             queue=QUEUE,
             seed=self.seed,
             directory=str(self.home),
@@ -248,7 +256,7 @@ class Run:
             return
         self._audit_at = time.monotonic() + AUDIT_S
         for keys in self._shards:
-            for text in audit(self._direct, keys.tag):
+            for text in audit(self._direct[keys.shard], keys.tag):
                 self.report.note("contradictions", text)
 
 
@@ -258,6 +266,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--seed", default="", help="of requests and faults; random if not given")
     parser.add_argument("--requests", type=int, default=10**9, help="stop after so many")
     parser.add_argument("--server", choices=["valkey", "redis"], default="valkey")
+    parser.add_argument("--servers", choices=["sentinel", "cluster"], default="", help="not one")
     parser.add_argument("--intensity", type=float, default=1.0, help="factor on the fault rates")
     parser.add_argument(
         "--least", default="", help="go on for so many, as `requests=5000,kills=300,restarts=20`"
@@ -276,11 +285,14 @@ def main(arguments: Sequence[str]) -> int:
         count=given.requests,
         intensity=given.intensity,
         is_lossy=given.lossy,
+        servers=given.servers,
         least={name: int(n) for name, n in re.findall(r"(\w+)=(\d+)", given.least)},
     )
     report = run.execute()
     report = {**report, **_versions(run.version)}
-    if given.lossy:
+    if given.servers:
+        report["server"] = f"{report['server'].partition(',')[0]}, {given.servers}"
+    elif given.lossy:
         report["server"] += ", its last moments lost at restarts"
     text = json.dumps(report, indent=2)
     print(text)

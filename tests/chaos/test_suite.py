@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from servers import NO_REDIS, REDIS_SERVER
+
 HERE = Path(__file__).parent
 
 
@@ -26,6 +28,15 @@ def test_a_server_that_loses_its_last_moments_repeats_nothing_silently(tmp_path:
     least = {"requests": 100, "restarts": 8}
     report = run(tmp_path, "--seconds", "20", "--intensity", "4", "--lossy", least=least)
     assert report["told"] + report["outlived"] + report["resubmitted"] > 0, "nothing was lost"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.skipif(REDIS_SERVER is None, reason=NO_REDIS)
+@pytest.mark.parametrize(("kind", "servers"), [("redis", "sentinel"), ("valkey", "cluster")])
+def test_primaries_that_die_lose_nobody(tmp_path: Path, kind: str, servers: str) -> None:
+    options = ["--seconds", "30", "--intensity", "3", "--server", kind, "--servers", servers]
+    run(tmp_path, *options, least={"requests": 100, "restarts": 2, "cuts": 3})
 
 
 def run(tmp_path: Path, *options: str, least: dict[str, int]) -> dict[str, Any]:

@@ -266,9 +266,8 @@ def test_a_retried_request_that_waits_has_no_charge_to_give_back(
     request_id = client.submit("x", max_tokens=100)
     (claim,) = queue.claim(**AMPLE)
     queue.finish([end(claim, 0, reason="error")])
-    client.submit("y", max_tokens=4096)
-    queue.claim(**AMPLE)  # so that there is something to take from
-    client.submit("z", max_tokens=4096)
+    client.submit_many(client.new_request("y", max_tokens=4096) for _ in range(2))
+    queue.claim(**AMPLE, limit=1)  # so that there is something to take from
     assert Operator(server, KEYS).retry([request_id]) == {request_id: "OK"}
     before = server.zscore(KEYS.lanes(1), "default")
     assert client.cancel(request_id)
