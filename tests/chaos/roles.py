@@ -13,8 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import TimeoutError as RedisTimeoutError
+from redis.exceptions import RedisError
 
 from failing_engine import FailingEngine
 from journal import Journal, news
@@ -23,6 +22,7 @@ from mutants import plant
 from tokenmill.producer.client import Client
 from tokenmill.producer.errors import Busy, NotFound, OutputChanged, ServerUnreachable
 from tokenmill.producer.keys import Keys
+from tokenmill.producer.refusals import is_about_the_server
 from tokenmill.producer.wire import Result
 from tokenmill.worker import output, process, shards
 from tokenmill.worker.config import WorkerConfig
@@ -264,8 +264,16 @@ def _batch(following: int, of: int, count: int) -> list[int]:
 def _has_replies(client: Client) -> bool:
     try:
         return any(server.xlen(keys.reply(REPLIES)) for keys, server in client._shards)
-    except (RedisConnectionError, RedisTimeoutError):
+    except RedisError as error:
+        _unreachable(error)
         return True
+
+
+def _unreachable(error: RedisError) -> ServerUnreachable:
+    """What a client makes of an error that passes; any other is raised as it is."""
+    if not is_about_the_server(error):
+        raise error
+    return ServerUnreachable(str(error))
 
 
 def _resubmit(
@@ -278,8 +286,8 @@ def _resubmit(
         server = client._shards.server_of(item.request_id)
         try:
             is_there = server.exists(Keys.of(client.queue, item.request_id).record(item.request_id))
-        except (RedisConnectionError, RedisTimeoutError) as error:
-            raise ServerUnreachable(str(error)) from error
+        except RedisError as error:
+            raise _unreachable(error) from error
         if not is_there:
             missing.append(number)
         if not is_there and number not in again:
@@ -330,8 +338,8 @@ def _add_to_inbox(client: Client, item: Job) -> None:
     try:
         server = client._shards.server_of(item.request_id)
         server.xadd(Keys.of(client.queue, item.request_id).inbox, {"json": json.dumps(values)})
-    except (RedisConnectionError, RedisTimeoutError) as error:
-        raise ServerUnreachable(str(error)) from error
+    except RedisError as error:
+        raise _unreachable(error) from error
 
 
 def _sampling(item: Job) -> dict[str, Any]:
