@@ -262,8 +262,13 @@ def _batch(following: int, of: int, count: int) -> list[int]:
 
 
 def _has_replies(client: Client) -> bool:
+    """Whether there are replies, or may come some: what was kept may run again."""
     try:
-        return any(server.xlen(keys.reply(REPLIES)) for keys, server in client._shards)
+        return client.live() > 0 or any(
+            server.xlen(keys.reply(REPLIES)) for keys, server in client._shards
+        )
+    except ServerUnreachable:
+        return True
     except RedisError as error:
         _unreachable(error)
         return True

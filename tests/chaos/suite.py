@@ -182,7 +182,7 @@ class Run:
             if self._is_done():
                 (self.home / "producers-done").touch()
             ending = [*self.readers.values(), *self.collectors.values()]
-            if all(child.poll() == 0 for child in ending):
+            if all(child.poll() == 0 for child in ending) and not self._has_live():
                 break
             time.sleep(0.02)
         else:
@@ -195,6 +195,13 @@ class Run:
         for child in self.workers:
             if child.poll(20.0) != 0:
                 self.report.note("crashed", f"a worker at rest ended with {child.poll()}")
+
+    def _has_live(self) -> bool:
+        """Whether a request has still to end: after its reader left, it may run again."""
+        try:
+            return any(self._direct[keys.shard].zcard(keys.live) for keys in self._shards)
+        except RedisError:
+            return True
 
     def _has_dead(self) -> bool:
         """Whether somebody who died has still to be buried."""

@@ -141,6 +141,7 @@ def test_purge_takes_what_nobody_runs(
         assert a.result(kept[1], timeout_s=0).reason == "purged by an operator"
         status = operator.status()
         assert (status.live, status.running, status.waiting) == (1, 1, 0)
+        assert not server.exists(KEYS.lanes(1))
     end(queue, claims[0])
     queue.claim(**AMPLE)
     names = (key.decode().removeprefix(KEYS.tag + ":") for key in server.scan_iter())
