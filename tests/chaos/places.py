@@ -100,10 +100,11 @@ class Group(_Stacked):
         self._dead: tuple[Server, float] | None = None
 
     def __enter__(self) -> Self:
-        made = cluster(self._kind, replicas=1) if self._place == "cluster" else None
-        self._servers: Cluster | Replicated = self._stack.enter_context(
-            made or replicated(self._kind)
-        )
+        self._servers: Cluster | Replicated
+        if self._place == "cluster":
+            self._servers = self._stack.enter_context(cluster(self._kind, replicas=1))
+        else:
+            self._servers = self._stack.enter_context(replicated(self._kind))
         return self
 
     @property
