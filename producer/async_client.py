@@ -206,9 +206,13 @@ class AsyncClient:
         sliding = AsyncSliding(self._exchange, requests, replies, size=window, ordered=ordered)
         try:
             while sliding:
+                cancellations = _cancellations()
                 if arriving and sliding.is_idle:  # there is nothing else to wait for
                     await arriving.wait()
                 await arun(sliding.turn(), replies.perform)
+                # One that comes as a read ends may be lost in the client library.
+                if _cancellations() > cancellations:
+                    raise asyncio.CancelledError
                 for result in sliding.take():
                     yield result
             await arun(sliding.end(), replies.perform)
@@ -251,6 +255,12 @@ class AsyncClient:
     @property
     def _exchange(self) -> Exchange:
         return Exchange(self._open_shards, url=self.url, tenant=self.tenant)
+
+
+def _cancellations() -> int:
+    """How often this task was asked to end."""
+    task = asyncio.current_task()
+    return task.cancelling() if task else 0
 
 
 async def _deltas(follower: AsyncFollower) -> AsyncIterator[Delta]:
