@@ -58,7 +58,11 @@ def checkpoint(
 
 @pytest.mark.parametrize(
     ("form", "rank", "ranks"),
-    [("safetensors", 0, 1), ("bin", 0, 1), ("safetensors", 1, 2)],
+    [
+        ("safetensors", 0, 1),
+        ("bin", 0, 1),
+        pytest.param("safetensors", 1, 2, marks=pytest.mark.slow),
+    ],
 )
 def test_the_peak_of_loading_is_at_most_1_3_times_the_weights(
     form: str, rank: int, ranks: int, checkpoint: tuple[Path, Any], tmp_path: Path
