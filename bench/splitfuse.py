@@ -29,7 +29,7 @@ from typing import Any
 from queue_clients import closed_loop
 from queue_servers import running
 from splitfuse_report import Load, write_page
-from workloads import ROOT, write_result
+from workloads import ROOT, provenance, write_result
 
 from tokenmill.engine.cost_model import CostModel, Timing, kv_tokens_read
 from tokenmill.engine.planning.device import Device, EngineShape
@@ -51,6 +51,8 @@ CASES = {
 STATIC_CLIENTS = (4, 16)
 #: SLAs of the CPU's scale.
 SLAS = (Sla(128, 1), Sla(128, 2), Sla(128, 4))
+#: Of splitfuse: a fifth of the paper's 768, as a multiple of 64.
+BUDGET = 192
 #: A fifth of vLLM's 4,096 tokens of a step in 2023; static batches have the same.
 PREFILL_BUDGET = 820
 #: What the costs are learnt from: other lengths than any case, and few enough to be quick.
@@ -86,7 +88,7 @@ def worker(url: str, policy: Policy, options: argparse.Namespace) -> Iterator[Wo
         file = Path(folder) / "steps.jsonl"
         command = [sys.executable, str(Path(__file__).with_name("timed_worker.py")), url]
         command += [policy.value, str(file), "--policy", policy.value]
-        command += [] if budget is None else ["--token-budget", str(budget)]
+        command += ["--token-budget", str(budget)]
         if policy is Policy.SPLITFUSE and options.max_step_ms is not None:
             command += ["--max-step-ms", str(options.max_step_ms)]
         process = subprocess.Popen(command)
@@ -117,7 +119,14 @@ def device_of(serving: Worker, steps: Sequence[dict[str, Any]]) -> tuple[Device,
         for step in steps
         if step["chunks"]
     )
-    device = Device(cost=StepCost.of_fit(model.fit), engine=serving.engine())
+    about = provenance()
+    device = Device(
+        cost=StepCost.of_fit(model.fit),
+        engine=serving.engine(),
+        device=f"SmolLM2-135M, float32, on {about['cpu']}",
+        source=f"{len(steps)} steps of bench/splitfuse.py at {about['commit']}, {about['date']}; "
+        f"median error {model.fit.relative_error:.1%}",
+    )
     return device, model.fit.relative_error
 
 
@@ -166,9 +175,10 @@ def main() -> None:
     parser.add_argument("--policy", nargs="+", type=Policy, default=list(Policy))
     parser.add_argument("--requests-per-client", type=int, default=2)
     parser.add_argument("--least-requests", type=int, default=10)
-    parser.add_argument("--token-budget", type=int, help="of splitfuse; chosen when left out")
+    parser.add_argument("--token-budget", type=int, default=BUDGET, help="of splitfuse")
     parser.add_argument("--max-step-ms", type=float, help="of splitfuse, as a worker's")
     parser.add_argument("--server", choices=("redis", "valkey"), default="redis")
+    parser.add_argument("--save-device", type=Path, help="as JSON, for `tokenmill plan --device`")
     parser.add_argument("--try", dest="is_try", action="store_true", help="write nothing")
     options = parser.parse_args()
     began = time.monotonic()
@@ -182,6 +192,8 @@ def main() -> None:
                 closed_loop(serving.client, WARM_UP.draw(), WARM_UP_CLIENTS)
                 device, error = device_of(serving, serving.steps())
                 engines[policy.value] = {**device.to_mapping(), "fit_error": error}
+                if options.save_device and policy is Policy.SPLITFUSE:
+                    options.save_device.write_text(json.dumps(device.to_mapping(), indent=2) + "\n")
                 print(f"{policy.value}: {device.engine}, {device.cost}, error {error:.1%}")
                 for case in options.case:
                     loads[case][policy.value] = run_case(serving, device, case, options)
