@@ -13,7 +13,6 @@ import argparse
 import itertools
 import json
 import math
-import time
 from dataclasses import dataclass
 from pydoc_data.topics import topics
 
@@ -31,7 +30,6 @@ class Reading:
     logprobs: list[float]
     likeliest: list[int]
     answers: list[tuple[int, ...]]
-    seconds: float
 
     @property
     def perplexity(self) -> float:
@@ -52,16 +50,13 @@ def questions() -> list[list[dict[str, str]]]:
 
 def read(quantization: str, count: int) -> Reading:
     pipeline = Pipeline("smollm2", device="cpu", quantization=quantization, token_budget=256)
-    started = time.perf_counter()
     told = pipeline(windows(pipeline, count), max_tokens=1, prompt_logprobs=1)
-    seconds = time.perf_counter() - started
     rows = [row for generation in told for row in generation.prompt_logprobs]
     answers = pipeline(questions(), max_tokens=ANSWER)
     return Reading(
         [row.logprob for row in rows],
         [row.top[0][0] for row in rows],
         [answer.token_ids for answer in answers],
-        seconds,
     )
 
 
@@ -91,7 +86,6 @@ def main() -> None:
         "answers": len(pairs),
         "answers_equal": sum(a == b for a, b in pairs) / len(pairs),
         "answers_common": sum(common(*pair) for pair in pairs) / len(pairs),
-        "seconds_of_the_text": {"none": plain.seconds, options.quantization: quantized.seconds},
     }
     path = write_result(f"quantization_{options.quantization}", None, figures)
     print(json.dumps(figures, indent=2))

@@ -5,7 +5,7 @@
 | int8   | int8, one scale for each output | 8 bits in MLPs, 16 in attention and head, one scale   |
 |        |                                 | for each row; what routes tokens to experts is float  |
 
-int8 runs on a CPU in float32 (docs/decisions/0027-quantization.md: what the bits were chosen by).
+int8 runs on a CPU in float32 (docs/decisions/0025-quantization.md: what the bits were chosen by).
 """
 
 from collections.abc import Callable
