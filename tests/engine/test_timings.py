@@ -64,6 +64,13 @@ def test_a_step_that_is_faster_than_it_was_has_all_timed_anew(
     assert kept_or_timed(model, Steps([]), tmp_path / "kept") == REGULAR
 
 
+def test_each_step_counts_as_it_was_at_its_fastest(model: LoadedModel, tmp_path: Path) -> None:
+    slow = [replace(timing, seconds=2 * timing.seconds) for timing in REGULAR]
+    kept_or_timed(model, Steps(REGULAR[:-2] + slow[-2:]), tmp_path / "kept")
+    second = Steps(slow[:2] + REGULAR[2:], again=0.5)
+    assert kept_or_timed(model, second, tmp_path / "kept") == REGULAR
+
+
 def test_the_step_that_is_run_again_is_the_longest_prompt(model: LoadedModel) -> None:
     engine = Engine(model, EngineConfig(token_budget=64))
     probe = Probe(engine._runner)
