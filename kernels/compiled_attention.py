@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from numba import carray, njit, types
 
-from tokenmill.kernels.compiler import compiled
+from tokenmill.kernels.compiler import compiled, has_wide_vectors
 from tokenmill.kernels.parallel import run
 from tokenmill.kernels.vectors import (
     ROWS,
@@ -37,8 +37,10 @@ _TILE = 64
 #: Rows of an item, and scores: half of a usual L2 cache.
 _MOST_ROWS, _MOST_SCORES = 96, 1 << 17
 
-_scores_64 = product(_TILE // WIDTH, is_added=False)
-_add_64, _add_16 = product(_TILE // WIDTH, is_added=True), product(1, is_added=True)
+#: Columns of a product at a time: as many as registers can hold the sums of.
+_STRIP = _TILE if has_wide_vectors() else WIDTH
+_score_strip = product(_STRIP // WIDTH, is_added=False)
+_add_strip, _add_vector = product(_STRIP // WIDTH, is_added=True), product(1, is_added=True)
 
 
 @njit(nogil=True)
@@ -56,11 +58,11 @@ def _tokens_of_item(context, group):
 @njit(nogil=True)
 def _add_product(a, a_stride, b, b_stride, c, c_stride, count, width):
     done = 0
-    while done + _TILE <= width:
-        _add_64(a, a_stride, b + 4 * done, b_stride, c + 4 * done, c_stride, count)
-        done += _TILE
+    while done + _STRIP <= width:
+        _add_strip(a, a_stride, b + 4 * done, b_stride, c + 4 * done, c_stride, count)
+        done += _STRIP
     while done < width:
-        _add_16(a, a_stride, b + 4 * done, b_stride, c + 4 * done, c_stride, count)
+        _add_vector(a, a_stride, b + 4 * done, b_stride, c + 4 * done, c_stride, count)
         done += WIDTH
 
 
@@ -129,7 +131,16 @@ def _attend(q, keys, values, out, table, scratch, shape, before, num_tokens, win
         for row in range(0, all_rows, ROWS):
             if first <= before + (row + ROWS - 1) // group:  # else no row sees it
                 target = scores + 4 * (row * width + first - base)
-                _scores_64(rows + 4 * row * dim, dim, turned, _TILE, target, width, dim)
+                for column in range(0, 4 * _TILE, 4 * _STRIP):
+                    _score_strip(
+                        rows + 4 * row * dim,
+                        dim,
+                        turned + column,
+                        _TILE,
+                        target + column,
+                        width,
+                        dim,
+                    )
     for row in range(num_rows):
         position = before + row // group
         low, high = max(0, position - window + 1 - base), position + 1 - base

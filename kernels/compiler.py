@@ -14,9 +14,21 @@ def is_available() -> bool:
     """Whether numba is there, and the processor multiplies and adds in one instruction."""
     if importlib.util.find_spec("numba") is None:
         return False
-    from llvmlite.binding import get_host_cpu_features, get_process_triple
+    from llvmlite.binding import get_process_triple
 
-    return not get_process_triple().startswith("x86") or get_host_cpu_features().get("fma", False)
+    return not get_process_triple().startswith("x86") or _has("fma")
+
+
+@functools.cache
+def has_wide_vectors() -> bool:
+    """Whether there are registers for sixteen vectors of sixteen floats, as AVX-512 has."""
+    return is_available() and _has("avx512f")
+
+
+def _has(feature: str) -> bool:
+    from llvmlite.binding import get_host_cpu_features
+
+    return bool(get_host_cpu_features().get(feature, False))
 
 
 def compiled(signature: Any) -> Callable[[Callable[..., Any]], Any]:

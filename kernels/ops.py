@@ -154,3 +154,26 @@ def _attention_on_cpu(
         if compiled_attention.can_attend(q, k_cache, softcap):
             return compiled_attention.paged_attention
     return cpu_attention.paged_attention
+
+
+def can_pack(weight: torch.Tensor) -> bool:
+    """Whether `packed_linear` of a weight [N, K] is the fastest here."""
+    if not compiler.has_wide_vectors():
+        return False
+    from tokenmill.kernels import compiled_linear
+
+    return compiled_linear.can_pack(weight)
+
+
+def pack(weight: torch.Tensor) -> torch.Tensor:
+    """Lay out a weight [N, K] for `packed_linear`, in new memory."""
+    from tokenmill.kernels import compiled_linear
+
+    return compiled_linear.pack(weight)
+
+
+def packed_linear(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """Return x [T, K] @ weight.T + bias [N], of a weight that `pack` has laid out."""
+    from tokenmill.kernels import compiled_linear
+
+    return compiled_linear.linear(x, packed, bias)

@@ -1,14 +1,16 @@
 """`Linear`: x @ weight.T + bias, with the weight laid out for its device.
 
-On a CPU in float32 oneDNN multiplies a packed weight 1.3 to 4 times as fast as a plain one, most
-for few rows and for the language-model head (docs/decisions/0005-cpu-linears.md). Elsewhere the
-weight stays as it is, for cuBLAS. A quantized linear is as its scheme says (`quantization.py`).
+On a CPU in float32 a packed weight is multiplied 1.3 to 4 times as fast as a plain one, most for
+few rows and for the language-model head: with AVX-512 by a kernel of ours, otherwise by oneDNN
+(docs/decisions/0005-cpu-linears.md). Elsewhere the weight stays as it is, for cuBLAS. A quantized
+linear is as its scheme says (`quantization.py`).
 """
 
 import torch
 from torch.nn.functional import linear
 
 from tokenmill.engine.models.quantization import Quantize, Quantized
+from tokenmill.kernels import ops
 
 #: Rows that the packed layout is chosen for; measured to be good from 1 to 256.
 _ROWS = 16
@@ -27,6 +29,7 @@ class Linear:
         self.bias = bias
         self.row_bits = row_bits
         self._is_packed = False
+        self._is_panels = False
         self._quantized: Quantized | None = None
 
     def pack(self, quantize: Quantize | None = None) -> None:
@@ -38,6 +41,9 @@ class Linear:
         if quantize is not None and self.row_bits < 32:
             self._quantized = quantize(weight, self.row_bits)
             self.weight = weight.new_empty(0)
+        elif ops.can_pack(weight):
+            self.weight = ops.pack(weight)
+            self._is_panels = True
         elif (
             weight.device.type == "cpu"
             and weight.dtype == torch.float32
@@ -52,6 +58,8 @@ class Linear:
         if self._quantized is not None:
             product = self._quantized(rows)
             return product if self.bias is None else product.add_(self.bias)
+        if self._is_panels:
+            return ops.packed_linear(rows, self.weight, self.bias)
         if not self._is_packed:
             return linear(rows, self.weight, self.bias)
         count = rows.shape[0]

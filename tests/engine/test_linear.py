@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from tokenmill.engine.models.linear import Linear
+from tokenmill.kernels import compiler, ops
 
 
 @pytest.mark.parametrize("rows", [0, 1, 2, 7, 48, 300])
-@pytest.mark.parametrize("shape", [(1, 1), (5, 3), (96, 64), (331, 48)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (5, 3), (96, 64), (331, 48), (128, 700)], ids=str)
 @pytest.mark.parametrize("with_bias", [False, True], ids=["plain", "bias"])
 def test_product_equals_the_plain_one(rows: int, shape: tuple[int, int], with_bias: bool) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -36,5 +37,23 @@ def test_a_change_of_the_plain_weight_does_not_reach_a_packed_one() -> None:
     layer = Linear(weight)
     layer.pack()
     weight.zero_()
-    packed = hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+    packed = ops.can_pack(weight) or hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
     assert layer(torch.ones(1, 8)).sum().item() == (64.0 if packed else 0.0)
+
+
+@pytest.mark.skipif(not compiler.has_wide_vectors(), reason="needs AVX-512")
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_row_of_a_compiled_product_has_the_same_bits_in_any_batch(
+    threads: int,
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight, x = (torch.randn(rows, 700, generator=generator) for rows in (192, 301))
+    packed = ops.pack(weight)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        whole = ops.packed_linear(x, packed, None)
+        for rows in (slice(0, 1), slice(299, 301), slice(30, 47), slice(0, 64)):
+            assert torch.equal(ops.packed_linear(x[rows], packed, None), whole[rows])
+    finally:
+        torch.set_num_threads(before)
