@@ -37,7 +37,7 @@ class Row:
     ratio: float | None
 
     def __str__(self) -> str:
-        ratio = "" if self.ratio is None or self.system == OURS else f"{self.ratio:.2f}x"
+        ratio = "" if self.ratio is None or self.system == OURS else f"ours {self.ratio:.2f}x"
         return (
             f"{self.workload:3} {self.system:24} {self.tokens_per_s:7.0f} tokens/s "
             f"({self.least:.0f}-{self.most:.0f}, {self.rounds} rounds) "
