@@ -131,5 +131,30 @@ def paged_attention(
     return out
 
 
+def route(
+    router_logits: torch.Tensor, top_k: int, *, normalize: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The `top_k` likeliest experts of each row of `router_logits` [T, E].
+
+    Returns their shares [T, top_k] float32, which sum to 1 if `normalize`, and their numbers
+    [T, top_k] int32.
+    """
+    shares, chosen = router_logits.float().softmax(dim=-1).topk(top_k, dim=-1)
+    if normalize:
+        shares = shares / shares.sum(dim=-1, keepdim=True)
+    return shares, chosen.to(torch.int32)
+
+
+def grouped_linear(
+    x: torch.Tensor,  # [T, K]
+    weight: torch.Tensor,  # [E, N, K]
+    chosen: torch.Tensor,  # [T, top_k]
+) -> torch.Tensor:
+    """Row `t * top_k + rank` of the result [T * top_k, N] is `x[t]` times that expert's weight."""
+    rows = x.float().repeat_interleave(chosen.shape[1], dim=0)
+    pairs = zip(rows, chosen.flatten().tolist(), strict=True)
+    return torch.stack([weight[expert].float() @ row for row, expert in pairs]).to(x.dtype)
+
+
 def _split(slots: torch.Tensor, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.div(slots, block_size, rounding_mode="floor"), slots % block_size

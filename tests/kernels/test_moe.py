@@ -1,0 +1,141 @@
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from tokenmill.engine.models.linear import Linear
+from tokenmill.engine.models.mlp import MLP, MoE
+from tokenmill.kernels import reference
+
+Compare = Callable[[torch.Tensor, torch.Tensor], None]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize(("experts", "top_k"), [(1, 1), (8, 2), (60, 4), (7, 7)])
+def test_routes_to_the_best(
+    device: torch.device,
+    assert_close: Compare,
+    poisoned: None,
+    experts: int,
+    top_k: int,
+    normalize: bool,
+    dtype: torch.dtype,
+) -> None:
+    from tokenmill.kernels.moe import route
+
+    generator = torch.Generator().manual_seed(experts)
+    # No two of a row are equal, in any of the types.
+    ranks = torch.stack([torch.randperm(experts, generator=generator) for _ in range(9)])
+    logits = (ranks / 16).to(device, dtype)
+    shares, chosen = route(logits, top_k, normalize=normalize)
+    expected = reference.route(logits, top_k, normalize=normalize)
+    assert_close(shares, expected[0])
+    assert chosen.tolist() == expected[1].tolist()
+
+
+def test_equal_logits_go_to_the_lowest_numbers(device: torch.device) -> None:
+    from tokenmill.kernels.moe import route
+
+    shares, chosen = route(torch.zeros(2, 6, device=device), 3, normalize=False)
+    assert chosen.tolist() == [[0, 1, 2]] * 2
+    assert shares.flatten().tolist() == pytest.approx([1 / 6] * 6)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")
+def test_rows_that_are_not_numbers_go_to_experts_that_exist(device: torch.device) -> None:
+    """Padding rows of a step may hold anything."""
+    from tokenmill.kernels.moe import route
+
+    _, chosen = route(torch.full((2, 5), torch.nan, device=device), 2, normalize=True)
+    assert 0 <= int(chosen.min()) <= int(chosen.max()) < 5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("tokens", "width", "depth"), [(1, 1, 1), (7, 63, 40), (40, 33, 65)])
+def test_grouped_products(
+    device: torch.device,
+    assert_close: Compare,
+    poisoned: None,
+    tokens: int,
+    width: int,
+    depth: int,
+    dtype: torch.dtype,
+) -> None:
+    from tokenmill.kernels.moe import grouped_linear, sort_by_expert
+
+    if dtype == torch.bfloat16 and device.type == "cpu":
+        pytest.skip("Triton's interpreter has no bfloat16 product of matrices")
+    generator = torch.Generator().manual_seed(tokens)
+    x = torch.randn(tokens, depth, generator=generator).to(device, dtype)
+    weight = torch.randn(5, width, depth, generator=generator).mul(depth**-0.5).to(device, dtype)
+    # Expert 1 gets nobody, expert 4 most: more than a tile of them.
+    chosen = torch.tensor([0, 2, 3, 4, 4, 4, 4])[
+        torch.randint(7, (tokens, 3), generator=generator)
+    ].to(device, torch.int32)
+    y = grouped_linear(x, weight, *sort_by_expert(chosen, 5))
+    assert_close(y, reference.grouped_linear(x, weight, chosen))
+
+
+@pytest.mark.parametrize("tokens", [1, 6, 150])
+def test_the_whole_is_what_the_decoder_computes(
+    device: torch.device, assert_close: Compare, poisoned: None, tokens: int
+) -> None:
+    from tokenmill.kernels import moe
+
+    experts, top_k, hidden, inner = 6, 2, 24, 20
+    generator = torch.Generator().manual_seed(tokens)
+
+    def weights(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator) * shape[-1] ** -0.5
+
+    router, up, down = (
+        weights(experts, hidden),
+        weights(experts, 2 * inner, hidden),
+        weights(experts, hidden, inner),
+    )
+    x = torch.randn(tokens, hidden, generator=generator)
+    layer = MoE(
+        Linear(router),
+        [MLP(Linear(u), Linear(d), "silu", gated=True) for u, d in zip(up, down, strict=True)],
+        top_k=top_k,
+        normalize=True,
+        shared=None,
+        shared_gate=None,
+    )
+    expected = layer(x)
+
+    x, up, down = x.to(device), up.to(device), down.to(device)
+    shares, chosen = moe.route(x @ router.to(device).T, top_k, normalize=True)
+    order, ends = moe.sort_by_expert(chosen, experts)
+    activated = reference.gated_activation(moe.grouped_linear(x, up, order, ends), "silu")
+    outer = moe.grouped_linear(activated, down, order, ends)
+    assert_close(moe.sum_experts(outer, shares).cpu(), expected)
+
+
+def test_a_row_is_the_same_alone_and_among_others(device: torch.device) -> None:
+    """Bit for bit, while the tiles are of one height."""
+    from tokenmill.kernels.moe import grouped_linear, sort_by_expert
+
+    x = torch.randn(30, 40, generator=torch.Generator().manual_seed(0)).to(device)
+    weight = torch.randn(2, 33, 40, generator=torch.Generator().manual_seed(1)).to(device)
+    chosen = (torch.arange(30, device=device, dtype=torch.int32) % 2)[:, None].contiguous()
+    together = grouped_linear(x, weight, *sort_by_expert(chosen, 2))
+    alone = grouped_linear(x[5:6], weight, *sort_by_expert(chosen[5:6], 2))
+    assert torch.equal(together[5:6], alone)
+
+
+def test_order_and_ends(device: torch.device) -> None:
+    from tokenmill.kernels.moe import sort_by_expert
+
+    chosen = torch.tensor([[3, 1], [1, 0], [3, 1]], dtype=torch.int32, device=device)
+    order, ends = sort_by_expert(chosen, 5)
+    assert order.tolist() == [3, 1, 2, 5, 0, 4]
+    assert ends.tolist() == [1, 4, 4, 6, 6]
+
+
+def test_more_choices_than_experts_are_refused(device: torch.device) -> None:
+    from tokenmill.kernels.moe import route
+
+    with pytest.raises(ValueError, match=r"^top_k: expected 1 to the 3 experts, got 4"):
+        route(torch.zeros(1, 3, device=device), 4, normalize=True)

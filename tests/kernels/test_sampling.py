@@ -1,0 +1,134 @@
+"""The sampling kernel against the engine's sampler: the same noise, the same tokens."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from tokenmill.engine import sampler
+from tokenmill.engine.filters import keep_likely
+from tokenmill.engine.sequence import Sequence
+from tokenmill.producer.params import SamplingParams
+
+SAMPLINGS: list[dict[str, Any]] = [
+    {"temperature": 0.0},
+    {"temperature": 1.0},
+    {"temperature": 0.6},
+    {"temperature": 1e-5},
+    {"temperature": 1.0, "top_k": 1},
+    {"temperature": 1.5, "top_k": 7},
+    {"temperature": 2.0, "top_k": 100_000},
+    {"temperature": 1.3, "top_p": 0.9},
+    {"temperature": 0.7, "top_p": 1e-9},
+    {"temperature": 1.3, "min_p": 0.1},
+    {"temperature": 2.0, "top_k": 40, "top_p": 0.8},
+    {"temperature": 2.0, "top_k": 40, "top_p": 0.95, "min_p": 0.02},
+    {"temperature": 0.0, "top_k": 3, "top_p": 0.5},
+]
+
+
+def make_sequence(seed: int, tokens: int, sampling: dict[str, Any]) -> Sequence:
+    return Sequence(
+        seq_id="a",
+        token_ids=[1] * tokens,
+        num_prompt_tokens=1,
+        params=SamplingParams(**sampling),
+        seed=seed,
+        max_num_tokens=1000,
+    )
+
+
+def make_batch(each: int) -> list[Sequence]:
+    """Every sampling, with `each` seeds of up to 64 bits and positions."""
+    seeds = torch.Generator().manual_seed(1)
+    return [
+        make_sequence(int(torch.randint(2**62, (), generator=seeds)) * 4 + 3, 1 + n, sampling)
+        for sampling in SAMPLINGS
+        for n in range(each)
+    ]
+
+
+def on_device(
+    logits: torch.Tensor, seqs: list[Sequence], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    from tokenmill.kernels.sampling import sample
+
+    def column(values: list[Any], dtype: torch.dtype) -> torch.Tensor:
+        return torch.tensor(values, dtype=dtype, device=device)
+
+    params = [seq.params for seq in seqs]
+    tokens, logprobs = sample(
+        logits.to(device),
+        temperature=column([p.temperature for p in params], torch.float32),
+        top_k=column([p.top_k or 0 for p in params], torch.int32),
+        top_p=column([p.top_p for p in params], torch.float32),
+        min_p=column([p.min_p for p in params], torch.float32),
+        seeds=column([s.seed - (s.seed >> 63 << 64) for s in seqs], torch.int64),
+        positions=column([s.num_tokens for s in seqs], torch.int64),
+    )
+    return tokens.cpu(), logprobs.cpu()
+
+
+def random_logits(rows: int, vocabulary: int) -> torch.Tensor:
+    return 3 * torch.randn(rows, vocabulary, generator=torch.Generator().manual_seed(vocabulary))
+
+
+@pytest.mark.parametrize(
+    "vocabulary", [31, *(pytest.param(v, marks=pytest.mark.slow) for v in (1, 333, 9000))]
+)
+def test_tokens_and_logprobs_are_the_samplers(
+    device: torch.device, poisoned: None, vocabulary: int
+) -> None:
+    seqs = make_batch(2)
+    logits = random_logits(len(seqs), vocabulary)
+    tokens, logprobs = on_device(logits, seqs, device)
+    expected = logits.log_softmax(dim=-1).gather(1, tokens[:, None]).squeeze(1)
+    assert_close(logprobs, expected, rtol=1e-5, atol=1e-5)
+    assert tokens.tolist() == sampler.sample(logits.clone(), seqs, ())[0]
+
+
+@pytest.mark.parametrize(
+    ("sampling", "draws"),
+    [
+        ({"top_k": 2}, 12),
+        ({"min_p": 0.97}, 40),
+        pytest.param({"top_p": 0.5}, 40, marks=pytest.mark.slow),
+        pytest.param({"top_k": 5}, 40, marks=pytest.mark.slow),
+        pytest.param({"top_k": 3, "top_p": 0.7}, 40, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_tokens_that_tie_with_the_last_one_are_kept(
+    device: torch.device, sampling: dict[str, Any], draws: int
+) -> None:
+    """Drawn from often enough, all that is kept is seen, and nothing else."""
+    row = torch.tensor([1.0, 2.0, 1.0, 0.5, 1.0, -torch.inf, 0.5, -3.0])
+    seqs = [make_sequence(seed, 3, {"temperature": 50.0, **sampling}) for seed in range(draws)]
+    tokens, _ = on_device(row.repeat(draws, 1), seqs, device)
+    kept = keep_likely((row[None] - 2.0) / 50.0, seqs[:1])[0]
+    assert sorted(set(tokens.tolist())) == kept.isfinite().nonzero().flatten().tolist()
+
+
+def test_the_first_of_equal_logits_is_the_greedy_one(device: torch.device) -> None:
+    logits = torch.zeros(1, 5000)
+    logits[0, [4900, 77, 4096]] = 1.0
+    tokens, _ = on_device(logits, [make_sequence(0, 1, {"temperature": 0.0})], device)
+    assert tokens.tolist() == [77]
+
+
+def test_columns_of_another_type_are_refused(device: torch.device) -> None:
+    from tokenmill.kernels.sampling import sample
+
+    column = torch.ones(2, device=device)
+    whole = torch.ones(2, dtype=torch.int64, device=device)
+    with pytest.raises(ValueError, match=r"^top_k: expected dtype torch.int32, got torch.int64"):
+        sample(
+            torch.ones(2, 3, device=device),
+            temperature=column,
+            top_k=whole,
+            top_p=column,
+            min_p=column,
+            seeds=whole,
+            positions=whole,
+        )
