@@ -87,7 +87,7 @@ def test_the_whole_is_what_the_decoder_computes(
     generator = torch.Generator().manual_seed(tokens)
 
     def weights(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator) * shape[-1] ** -0.5
+        return torch.randn(*shape, generator=generator).mul(shape[-1] ** -0.5)
 
     router, up, down = (
         weights(experts, hidden),
