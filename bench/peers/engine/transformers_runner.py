@@ -4,6 +4,7 @@ A padded batch runs until its longest answer is there; only the tokens asked for
 """
 
 import argparse
+import os
 from collections.abc import Callable
 
 import torch
@@ -88,6 +89,7 @@ def main() -> None:
         return runner.run, settings | {"threads": torch.get_num_threads()}
 
     converse(load, ["transformers", "torch"], is_cold=False)
+    os._exit(0)  # the thread of continuous batching never ends by itself
 
 
 if __name__ == "__main__":
