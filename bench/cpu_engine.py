@@ -22,7 +22,7 @@ from typing import Protocol
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # as the worker sets it, before torch is loaded
 
 from engine_runs import OURS, EngineRuns, Run
-from peer_engine import PEERS, PeerEngine
+from peer_engine import PEERS, PeerEngine, end_in_order
 from peer_model import peer_model
 from roofline import Ceilings, measure_ceilings, need
 from step_profile import StepProfile
@@ -128,6 +128,7 @@ def measured(
 
 def main() -> None:
     options = _options()
+    end_in_order()
     workloads = [WORKLOADS[name] for name in options.workload]
     if options.requests:
         workloads = [replace(w, requests=min(w.requests, options.requests)) for w in workloads]

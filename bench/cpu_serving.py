@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 
 from closed_loop import RATES, Point, measure
 from cpu_engine import LEAST_AGREEMENT, agreement
+from peer_engine import end_in_order
 from peer_model import peer_model
 from workloads import RESULTS, Workload, write_result
 
@@ -35,6 +36,7 @@ NAME = "cpu_serving"
 
 def main() -> None:
     options = _options()
+    end_in_order()
     workload = Workload("closed loop", options.requests, 260, 60)
     requests = workload.prompts(VOCABULARY)
     points = _kept() if options.resume else []

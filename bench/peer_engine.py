@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -51,6 +52,11 @@ class Peer:
             str(path),
             *self.arguments,
         ]
+
+
+def end_in_order() -> None:
+    """Have SIGTERM end this process as an error does, so that its peers are ended too."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
 def vllm_variables(environments: Path, *, has_intel_openmp: bool = False) -> dict[str, str]:
