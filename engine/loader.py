@@ -21,6 +21,7 @@ from tokenmill.engine.models.weight_map import fill_weights
 from tokenmill.engine.models.weights import ModelWeights, empty_weights, pack
 from tokenmill.engine.sources import resolve
 from tokenmill.engine.tokenizer import Tokenizer, tokenizer_from_directory, tokenizer_from_gguf
+from tokenmill.kernels import ops
 from tokenmill.producer.errors import InvalidRequest
 
 LOGGER = logging.getLogger(__name__)
@@ -68,7 +69,9 @@ def load(
     quantize = choose_quantization(quantization, place, kind, group.shard)
     path = resolve(model)
     file = GGUFFile(path) if path.suffix == ".gguf" else None
-    with ThreadPoolExecutor(1) as beside:
+    with ThreadPoolExecutor(2) as beside:
+        if place.type == "cpu":
+            beside.submit(ops.load_compiled)
         tokenizer = beside.submit(_tokenizer, path, file)
         try:
             stored = None if file else stored_weights(read_json(path / "config.json"))

@@ -11,6 +11,18 @@ import torch
 from tokenmill.kernels import compiler, cpu_attention, reference
 
 
+def load_compiled() -> None:
+    """Load what the CPU's kernels need, half a second's work that can be done beside other work."""
+    if compiler.is_available():
+        from tokenmill.kernels import compiled_attention, compiled_rows
+
+        del compiled_attention, compiled_rows
+    if compiler.has_wide_vectors():
+        from tokenmill.kernels import compiled_linear
+
+        del compiled_linear
+
+
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """Scale each row of `x` [T, H] to unit root mean square, times `weight` [H]."""
     if x.is_cuda:
