@@ -91,18 +91,28 @@ def measure(server: Server, device: Device, workers: int, per_worker: int) -> di
         for n, share in enumerate(shares(workers))
     ]
     cpu, scripts, began = server.cpu_s(), server.scripts_us(), time.perf_counter()
+    commands = command_s(server)
     for process in producers:
         process.start()
     records: list[Record] = [r for _ in producers for r in record_queue.get(timeout=600)]
     wall_s = time.perf_counter() - began
     cpu, calls = server.cpu_s() - cpu, server.scripts_us()[0] - scripts[0]
+    inside = {name: (s - commands.get(name, 0)) / wall_s for name, s in command_s(server).items()}
     for process in fleet:
         os.kill(process.pid or 0, signal.SIGTERM)
     spent: list[Spent] = [spent_queue.get(timeout=60) for _ in fleet]
     for process in (*fleet, *producers):
         process.join(20)
     server.clear()
-    return row_of(workers, records, spent, cpu / wall_s, calls / wall_s)
+    row = row_of(workers, records, spent, cpu / wall_s, calls / wall_s)
+    # Of the server's cores: inside scripts, and inside the reads of the clients.
+    return row | {"command_cores": {n: v for n, v in inside.items() if v > 0.01 * cpu / wall_s}}
+
+
+def command_s(server: Server) -> dict[str, float]:
+    """Seconds that the server has spent inside each command; those of a script count twice."""
+    stats: Any = server.client.info("commandstats")
+    return {name.removeprefix("cmdstat_"): row["usec"] / 1e6 for name, row in stats.items()}
 
 
 def shares(workers: int) -> list[int]:
