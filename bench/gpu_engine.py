@@ -14,9 +14,9 @@ import time
 from pathlib import Path
 
 import torch
+from gpu_device import QWEN3_06B, gpu_provenance, tiny
 from tokenizers import Tokenizer as Backend
 from tokenizers import models
-from workloads import provenance
 
 from tokenmill.engine.config import EngineConfig
 from tokenmill.engine.engine import Engine
@@ -25,30 +25,6 @@ from tokenmill.engine.models.families import spec_from_config
 from tokenmill.engine.models.weights import empty_weights, pack, random_weights
 from tokenmill.engine.tokenizer import Tokenizer
 from tokenmill.producer.params import SamplingParams
-
-QWEN3_06B = {
-    "model_type": "qwen3",
-    "vocab_size": 151936,
-    "hidden_size": 1024,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "max_position_embeddings": 4096,
-    "rope_theta": 1e6,
-    "tie_word_embeddings": True,
-}
-TINY = (
-    QWEN3_06B
-    | {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 96}
-    | {
-        "num_hidden_layers": 2,
-        "head_dim": 16,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-    }
-)
 
 
 def random_model(config: dict[str, object]) -> LoadedModel:
@@ -64,29 +40,35 @@ def random_model(config: dict[str, object]) -> LoadedModel:
     )
 
 
-def run_workload(engine: Engine, requests: int, low: int, high: int) -> dict[str, float]:
-    """Drain the workload; rates over wall time."""
+def nano_requests(
+    requests: int, low: int, high: int, vocabulary: int
+) -> list[tuple[list[int], int]]:
+    """(prompt, tokens to generate) of each; lengths are uniform in [low, high]."""
     draw = random.Random(0)
-    vocabulary = min(10_000, engine.vocab_size)
     prompts = [
         [draw.randrange(vocabulary) for _ in range(draw.randint(low, high))]
         for _ in range(requests)
     ]
-    outputs = [draw.randint(low, high) for _ in range(requests)]
+    return [(prompt, draw.randint(low, high)) for prompt in prompts]
+
+
+def run_workload(engine: Engine, requests: list[tuple[list[int], int]]) -> dict[str, float]:
+    """Drain the workload; rates over wall time."""
     started, steps = time.perf_counter(), 0
-    for number, (prompt, output) in enumerate(zip(prompts, outputs, strict=True)):
+    for number, (prompt, output) in enumerate(requests):
         params = SamplingParams(max_tokens=output, temperature=0.6, ignore_eos=True)
         engine.add(str(number), prompt, params, seed=number)
     while engine.has_work:
         engine.step()
         steps += 1
     seconds = time.perf_counter() - started
+    generated = sum(output for _, output in requests)
     return {
         "seconds": seconds,
         "steps": steps,
-        "output_tokens": sum(outputs),
-        "output_tokens_per_s": sum(outputs) / seconds,
-        "total_tokens_per_s": (sum(outputs) + sum(map(len, prompts))) / seconds,
+        "output_tokens": generated,
+        "output_tokens_per_s": generated / seconds,
+        "total_tokens_per_s": (generated + sum(len(p) for p, _ in requests)) / seconds,
     }
 
 
@@ -128,16 +110,17 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--tiny", action="store_true")
     options = parser.parse_args()
-    origin = provenance()
-    model = random_model(TINY if options.tiny else QWEN3_06B)
+    origin = gpu_provenance()
+    model = random_model(tiny(QWEN3_06B) if options.tiny else QWEN3_06B)
     config = EngineConfig(max_model_len=2304)
     requests, low, high = (8, 10, 40) if options.tiny else (256, 100, 1024)
     engine = Engine(model, config)
-    run_workload(engine, 2, low, low)  # compiles the kernels
-    figures: dict[str, object] = {"nano": run_workload(engine, requests, low, high)}
+    vocabulary = min(10_000, engine.vocab_size)
+    run_workload(engine, nano_requests(2, low, low, vocabulary))  # compiles the kernels
+    nano = nano_requests(requests, low, high, vocabulary)
+    figures: dict[str, object] = {"nano": run_workload(engine, nano)}
     figures["profile"] = profile_steps(engine, high, 4 if options.tiny else 64)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    result = {"bench": "gpu_engine", "device": device, **figures, "provenance": origin}
+    result = {"bench": "gpu_engine", "is_tiny": options.tiny, **figures, "provenance": origin}
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "gpu_engine.json").write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result["nano"], indent=2))

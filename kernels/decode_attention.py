@@ -1,9 +1,11 @@
-"""Attention of sequences that decode, one query each, over the blocked KV cache, in Triton.
+"""Attention of the chunks of one query, those of sequences that decode, in Triton.
 
-    out[s] = softmax(scale * q[s] . K[0 .. n - 1]) V[0 .. n - 1],   n = context_lens[s]
+    out[i] = softmax(scale * q[i] . K[0 .. n - 1]) V[0 .. n - 1],
+    i = cu_seqlens_q[s],  n = context_lens[s],  for every chunk s of length 1
 
-with the window and the soft cap of `paged_attention.py`, whose table of arguments holds here with
-one row of q for each sequence. A sequence with n = 0 is padding: its row becomes 0.
+with the window and the soft cap of `paged_attention.py`, whose table of arguments holds here. Other
+chunks are left to that kernel: which is which is seen on the device, so that both can be in one
+CUDA graph for any mixture.
 
 Two kernels. The first takes the keys in parts of PART positions, counted from position 0:
 
@@ -27,15 +29,8 @@ import triton
 import triton.language as tl
 
 from tokenmill.kernels.attention_tile import LOG2_E, visit_keys
-from tokenmill.kernels.checks import (
-    check_contiguous,
-    check_device,
-    check_divisible,
-    check_dtype,
-    check_floating,
-    check_rows,
-    check_shape,
-)
+from tokenmill.kernels.checks import check_divisible
+from tokenmill.kernels.paged_attention import check_attention
 
 #: Positions of a part. Results depend on it in their last bits: one number for all batches.
 PART = 256
@@ -48,6 +43,7 @@ def _decode_parts_kernel(
     v_cache_ptr,
     sums_ptr,  # [S, Hq, num_parts, 2] float32: highest and total
     means_ptr,  # [S, Hq, num_parts, D] float32
+    cu_seqlens_q_ptr,
     context_lens_ptr,
     block_tables_ptr,
     score_scale,  # of `visit_keys`
@@ -76,14 +72,15 @@ def _decode_parts_kernel(
     if WINDOW:
         begin = tl.maximum(begin, (context - WINDOW) // TILE * TILE)
     end = tl.minimum(context, part * PART + PART)
-    if begin >= end:
+    token = tl.load(cu_seqlens_q_ptr + seq)
+    if (tl.load(cu_seqlens_q_ptr + seq + 1) - token != 1) | (begin >= end):
         return
 
     rows = tl.arange(0, BLOCK_M)
     head = kv_head * G + rows
     channels = tl.arange(0, BLOCK_D)
     inside = (rows < G)[:, None] & (channels < D)[None, :]
-    q_offsets = seq * q_token + head[:, None] * q_head + channels[None, :]
+    q_offsets = token.to(tl.int64) * q_token + head[:, None] * q_head + channels[None, :]
     q = tl.load(q_ptr + q_offsets, mask=inside, other=0.0)  # [BLOCK_M, BLOCK_D]
     query_position = tl.full([BLOCK_M], 0, tl.int32) + context - 1
     table = block_tables_ptr + seq * table_row
@@ -125,6 +122,7 @@ def _merge_parts_kernel(
     sums_ptr,
     means_ptr,
     out_ptr,
+    cu_seqlens_q_ptr,
     context_lens_ptr,
     out_token,
     out_head,
@@ -138,6 +136,9 @@ def _merge_parts_kernel(
 ):
     head = tl.program_id(0)
     seq = tl.program_id(1).to(tl.int64)
+    token = tl.load(cu_seqlens_q_ptr + seq)
+    if tl.load(cu_seqlens_q_ptr + seq + 1) - token != 1:
+        return
     context = tl.load(context_lens_ptr + seq)
     channels = tl.arange(0, BLOCK_D)
     inside = channels < D
@@ -157,8 +158,8 @@ def _merge_parts_kernel(
         part_mean = tl.load(means_ptr + place * D + channels, mask=inside, other=0.0)
         mean = mean * shrink + part_mean * weight
         highest = risen
-    mean = mean / tl.where(total > 0.0, total, 1.0)
-    out = out_ptr + seq * out_token + head * out_head + channels
+    mean = mean / total
+    out = out_ptr + token.to(tl.int64) * out_token + head * out_head + channels
     tl.store(out, mean.to(out_ptr.dtype.element_ty), mask=inside)
 
 
@@ -167,6 +168,7 @@ def decode_attention(
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
     *,
+    cu_seqlens_q: torch.Tensor,
     context_lens: torch.Tensor,
     block_tables: torch.Tensor,
     scale: float,
@@ -177,14 +179,14 @@ def decode_attention(
 ) -> torch.Tensor:
     """Attend as in the formula above; returns `out`, or a new contiguous tensor, [T, Hq, D].
 
-    `part` is a multiple of 64. Rows behind the last sequence are padding and are not written.
+    `part` is a multiple of 64. Rows of other chunks and of padding are not written.
 
     Raises:
         ValueError: an argument that does not fit the table.
     """
     if out is None:
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    _check(q, k_cache, v_cache, context_lens, block_tables, out)
+    check_attention(q, k_cache, v_cache, cu_seqlens_q, context_lens, block_tables, out)
     check_divisible("part", part, "a tile", 64)
     num_seqs = context_lens.shape[0]
     num_heads, head_dim = q.shape[1:]
@@ -204,6 +206,7 @@ def decode_attention(
         v_cache,
         sums,
         means,
+        cu_seqlens_q,
         context_lens,
         block_tables,
         scale / softcap if softcap else scale * LOG2_E,
@@ -230,6 +233,7 @@ def decode_attention(
         sums,
         means,
         out,
+        cu_seqlens_q,
         context_lens,
         *out.stride()[:2],
         num_parts,
@@ -243,39 +247,3 @@ def decode_attention(
         enable_fp_fusion=True,
     )
     return out
-
-
-def _check(
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    context_lens: torch.Tensor,
-    block_tables: torch.Tensor,
-    out: torch.Tensor,
-) -> None:
-    check_shape("q", q, "T", "Hq", "D")
-    check_shape("k_cache", k_cache, "num_blocks", "block_size", "Hkv", q.shape[2])
-    check_shape("v_cache", v_cache, *k_cache.shape)
-    check_shape("context_lens", context_lens, "S")
-    check_shape("block_tables", block_tables, context_lens.shape[0], "B")
-    check_shape("out", out, *q.shape)
-    if context_lens.shape[0] > q.shape[0]:
-        raise ValueError(
-            f"q: expected a row for each of {context_lens.shape[0]} sequences, got {q.shape[0]}"
-        )
-    check_divisible("the heads of q", q.shape[1], "Hkv", k_cache.shape[2])
-    check_floating("q", q)
-    check_dtype("v_cache", v_cache, k_cache.dtype)
-    check_dtype("out", out, q.dtype)
-    check_dtype("context_lens", context_lens, torch.int32)
-    check_dtype("block_tables", block_tables, torch.int32)
-    check_rows(q=q, out=out, block_tables=block_tables)
-    check_contiguous(k_cache=k_cache, v_cache=v_cache, context_lens=context_lens)
-    check_device(
-        q.device,
-        k_cache=k_cache,
-        v_cache=v_cache,
-        context_lens=context_lens,
-        block_tables=block_tables,
-        out=out,
-    )

@@ -5,6 +5,7 @@ that a process on a CPU never loads triton, and a process on a GPU never numba.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -121,26 +122,7 @@ def paged_attention(
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Causal attention of ragged chunks over the blocked KV cache; returns [T, Hq, D]."""
-    if q.is_cuda and max_query_len == 1:
-        from tokenmill.kernels import decode_attention as decoding_on_gpu
-
-        return decoding_on_gpu.decode_attention(
-            q,
-            k_cache,
-            v_cache,
-            context_lens=context_lens,
-            block_tables=block_tables,
-            scale=scale,
-            window=window,
-            softcap=softcap,
-            out=out,
-        )
-    if q.is_cuda:
-        from tokenmill.kernels import paged_attention as on_gpu
-
-        attend = on_gpu.paged_attention
-    else:
-        attend = _attention_on_cpu(q, k_cache, softcap)
+    attend = _attention_on_gpu if q.is_cuda else _attention_on_cpu(q, k_cache, softcap)
     return attend(
         q,
         k_cache,
@@ -154,6 +136,25 @@ def paged_attention(
         softcap=softcap,
         out=out,
     )
+
+
+def _attention_on_gpu(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    *,
+    max_query_len: int,
+    out: torch.Tensor | None,
+    **arguments: Any,
+) -> torch.Tensor:
+    """Sequences that decode and longer chunks, each by their kernel, in one result."""
+    from tokenmill.kernels import decode_attention, paged_attention
+
+    if max_query_len > 1:
+        out = paged_attention.paged_attention(
+            q, k_cache, v_cache, **arguments, max_query_len=max_query_len, skip_single=True, out=out
+        )
+    return decode_attention.decode_attention(q, k_cache, v_cache, **arguments, out=out)
 
 
 def _attention_on_cpu(

@@ -73,6 +73,7 @@ def _paged_attention_kernel(
     WINDOW: tl.constexpr,  # 0: none
     CAPPED: tl.constexpr,
     PRECISION: tl.constexpr,
+    SKIP_SINGLE: tl.constexpr,
 ):
     q_tile = tl.program_id(0)
     kv_head = tl.program_id(1)
@@ -89,7 +90,7 @@ def _paged_attention_kernel(
     start = tl.load(cu_seqlens_q_ptr + seq)
     query_len = tl.load(cu_seqlens_q_ptr + seq + 1) - start
     first_query = (q_tile - start // BLOCK_Q - seq) * BLOCK_Q
-    if first_query >= query_len:
+    if (first_query >= query_len) | (SKIP_SINGLE & (query_len == 1)):
         return
 
     rows = tl.arange(0, BLOCK_M)
@@ -155,19 +156,21 @@ def paged_attention(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    skip_single: bool = False,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attend as in the formula above; returns `out`, or a new contiguous tensor, [T, Hq, D].
 
     `max_query_len` chooses the tile: 1 when every sequence decodes. Rows behind the last chunk are
-    padding and are not written.
+    padding and are not written, nor, with `skip_single`, are those of chunks of one query, which
+    `decode_attention.py` is for.
 
     Raises:
         ValueError: an argument that does not fit the table above.
     """
     if out is None:
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    _check(q, k_cache, v_cache, cu_seqlens_q, context_lens, block_tables, out)
+    check_attention(q, k_cache, v_cache, cu_seqlens_q, context_lens, block_tables, out)
     num_tokens, num_heads, head_dim = q.shape
     num_seqs = context_lens.shape[0]
     block_size, num_kv_heads = k_cache.shape[1:3]
@@ -202,6 +205,7 @@ def paged_attention(
         WINDOW=window or 0,
         CAPPED=bool(softcap),
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+        SKIP_SINGLE=skip_single,
         num_warps=4,
         num_stages=2,
         enable_fp_fusion=True,  # said outright, since Triton 3.10 changes the default
@@ -209,7 +213,7 @@ def paged_attention(
     return out
 
 
-def _check(
+def check_attention(
     q: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
@@ -218,6 +222,11 @@ def _check(
     block_tables: torch.Tensor,
     out: torch.Tensor,
 ) -> None:
+    """Compare the arguments with the table above.
+
+    Raises:
+        ValueError: one does not fit it.
+    """
     check_shape("q", q, "T", "Hq", "D")
     check_shape("k_cache", k_cache, "num_blocks", "block_size", "Hkv", q.shape[2])
     check_shape("v_cache", v_cache, *k_cache.shape)

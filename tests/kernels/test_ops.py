@@ -36,6 +36,24 @@ def test_cpu_results_match_the_references(attention_case: BuildCase, assert_clos
     assert_close(case.run(ops.paged_attention), case.run(reference.paged_attention))
 
 
+@pytest.mark.parametrize(
+    "chunks", [[(1, 33), (1, 300)], [(1, 33), (7, 20), (1, 1), (2, 90), (1, 70)], [(7, 7)]], ids=str
+)
+def test_chunks_and_decodes_on_a_gpu_fill_one_result(
+    device: torch.device,
+    poisoned: None,
+    attention_case: BuildCase,
+    assert_close: Compare,
+    chunks: list[tuple[int, int]],
+) -> None:
+    case = attention_case(chunks, device=device)
+
+    def attend(*args: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        return ops._attention_on_gpu(*args, **kwargs)
+
+    assert_close(case.run(attend), case.run(reference.paged_attention))
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_cuda_results_match_the_references(
