@@ -52,6 +52,8 @@ def _choose(logits: torch.Tensor, seqs: Seq[Sequence], eos_token_ids: Collection
     apply_penalties(logits, seqs)
     forbid_early_end(logits, seqs, eos_token_ids)
     apply_constraints(logits, seqs)
+    if logits.is_cuda:
+        return draw_by_kernel(logits, seqs)[0].tolist()
     rows = [row for row, seq in enumerate(seqs) if seq.params.temperature > 0]
     if rows and len(rows) == len(seqs):
         logits = _noisy(logits, seqs)
@@ -60,6 +62,29 @@ def _choose(logits: torch.Tensor, seqs: Seq[Sequence], eos_token_ids: Collection
         logits[index] = _noisy(logits[index], [seqs[row] for row in rows])
     tokens: list[int] = logits.argmax(dim=-1).tolist()
     return tokens
+
+
+def draw_by_kernel(logits: torch.Tensor, seqs: Seq[Sequence]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each sequence's token and its log probability among `logits` [R, V], [R] both, on the device.
+
+    Temperature, filters and noise are those of the form in torch; logarithms are the device's.
+    """
+    from tokenmill.kernels.sampling import sample as draw
+
+    device, params = logits.device, [seq.params for seq in seqs]
+    floats = torch.tensor([(p.temperature, p.top_p, p.min_p) for p in params]).T.contiguous()
+    temperature, top_p, min_p = floats.to(device)
+    keys = torch.tensor([(_signed64(seq.seed), seq.num_tokens) for seq in seqs]).T.contiguous()
+    seeds, positions = keys.to(device)
+    return draw(
+        logits,
+        temperature=temperature,
+        top_k=torch.tensor([p.top_k for p in params], dtype=torch.int32, device=device),
+        top_p=top_p,
+        min_p=min_p,
+        seeds=seeds,
+        positions=positions,
+    )
 
 
 def _noisy(logits: torch.Tensor, seqs: Seq[Sequence]) -> torch.Tensor:
@@ -114,6 +139,11 @@ def _mix32(x: torch.Tensor) -> torch.Tensor:
     x = x ^ ((x >> 13) & 0x7FFFF)
     x = x * _signed(0xC2B2AE35)
     return x ^ ((x >> 16) & 0xFFFF)
+
+
+def _signed64(value: int) -> int:
+    """The 64 bits of `value`, as those of a signed number."""
+    return ((value + (1 << 63)) & ((1 << 64) - 1)) - (1 << 63)
 
 
 def _signed(value: int) -> int:

@@ -52,21 +52,7 @@ def make_batch(each: int) -> list[Sequence]:
 def on_device(
     logits: torch.Tensor, seqs: list[Sequence], device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    from tokenmill.kernels.sampling import sample
-
-    def column(values: list[Any], dtype: torch.dtype) -> torch.Tensor:
-        return torch.tensor(values, dtype=dtype, device=device)
-
-    params = [seq.params for seq in seqs]
-    tokens, logprobs = sample(
-        logits.to(device),
-        temperature=column([p.temperature for p in params], torch.float32),
-        top_k=column([p.top_k or 0 for p in params], torch.int32),
-        top_p=column([p.top_p for p in params], torch.float32),
-        min_p=column([p.min_p for p in params], torch.float32),
-        seeds=column([s.seed - (s.seed >> 63 << 64) for s in seqs], torch.int64),
-        positions=column([s.num_tokens for s in seqs], torch.int64),
-    )
+    tokens, logprobs = sampler.draw_by_kernel(logits.to(device), seqs)
     return tokens.cpu(), logprobs.cpu()
 
 
