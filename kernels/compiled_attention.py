@@ -276,6 +276,6 @@ def paged_attention(
             scratch.data_ptr(),
             float(scale),
         ],
-        num_sequences * num_kv_heads,
+        q.shape[0] * num_kv_heads,  # no fewer than there are: a long chunk is several
     )
     return out
