@@ -18,7 +18,7 @@ def _start() -> Any:
     """GOMP_parallel of the libgomp that torch has loaded; None where there is none."""
     maps = Path("/proc/self/maps")
     lines = maps.read_text().splitlines() if maps.is_file() else []
-    paths = {line.split()[-1] for line in lines if "libgomp" in line}
+    paths = {line.split(maxsplit=5)[-1] for line in lines if "libgomp" in line}
     if len(paths) != 1:
         return None
     start = ctypes.CDLL(paths.pop()).GOMP_parallel
