@@ -190,3 +190,20 @@ def packed_linear(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | No
     from tokenmill.kernels import compiled_linear
 
     return compiled_linear.linear(x, packed, bias)
+
+
+def dequant_linear(
+    x: torch.Tensor,
+    words: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor,
+    *,
+    bits: int,
+    group_size: int,
+) -> torch.Tensor:
+    """Return x [M, K] times a weight [N, K] of 4 or 8 bits, laid out as in `packed_codes.py`."""
+    if x.is_cuda:
+        from tokenmill.kernels import dequant_gemm as on_gpu
+
+        return on_gpu.dequant_linear(x, words, scales, zeros, bits=bits, group_size=group_size)
+    return reference.dequant_linear(x, words, scales, zeros, bits=bits, group_size=group_size)

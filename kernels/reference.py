@@ -8,6 +8,8 @@ from collections.abc import Callable
 import torch
 from torch.nn import functional
 
+from tokenmill.kernels.packed_codes import unpack_codes
+
 #: The activations of the supported models; `gelu_tanh` is the tanh approximation. Spelt out: torch
 #: computes the last few elements of its own forms by another exp than the others, so that a row's
 #: bits would depend on the rows before it.
@@ -154,6 +156,25 @@ def grouped_linear(
     rows = x.float().repeat_interleave(chosen.shape[1], dim=0)
     pairs = zip(rows, chosen.flatten().tolist(), strict=True)
     return torch.stack([weight[expert].float() @ row for row, expert in pairs]).to(x.dtype)
+
+
+def dequant_linear(
+    x: torch.Tensor,  # [M, K]
+    words: torch.Tensor,  # [B, N, W] int32, as `packed_codes.py` says
+    scales: torch.Tensor,  # [G, N]
+    zeros: torch.Tensor,  # [G, N]
+    bias: torch.Tensor | None = None,
+    *,
+    bits: int,
+    group_size: int,  # 0: one group
+) -> torch.Tensor:
+    """Multiply `x` by the weights that the words stand for, rounded to its dtype; [M, N]."""
+    depth = x.shape[1]
+    codes = unpack_codes(words.transpose(0, 1), bits, depth)
+    groups = torch.arange(depth, device=x.device) // (group_size or depth)
+    weight = (codes - zeros.to(torch.int32).T[:, groups]).float() * scales.T[:, groups]
+    y = x.float() @ weight.to(x.dtype).float().T
+    return (y if bias is None else y + bias.float()).to(x.dtype)
 
 
 def _split(slots: torch.Tensor, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:

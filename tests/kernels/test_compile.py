@@ -16,6 +16,7 @@ from tokenmill.kernels.batch_rows import (
     _advance_kernel, _build_chunks_kernel, _build_tokens_kernel
 )
 from tokenmill.kernels.decode_attention import _decode_parts_kernel, _merge_parts_kernel
+from tokenmill.kernels.dequant_gemm import _dequant_gemm_kernel
 from tokenmill.kernels.moe import _grouped_linear_kernel, _route_kernel, _sum_experts_kernel
 from tokenmill.kernels.paged_attention import _paged_attention_kernel
 from tokenmill.kernels.sampling import _sample_kernel
@@ -29,8 +30,9 @@ def compile_kernel(kernel, dtype, integers, floats, **constants):
         wide += ("last_tokens_ptr", "is_sampled_ptr")
         wide += ("tokens_ptr",) if "tokens_ptr" not in integers else ()
         exact = ("cos_sin_ptr", "sums_ptr", "means_ptr", "shares_ptr", "logprobs_ptr")
-        exact += ("temperature_ptr", "top_p_ptr", "min_p_ptr")
+        exact += ("temperature_ptr", "top_p_ptr", "min_p_ptr", "scales_ptr")
         known = dict.fromkeys(wide, "*i64") | dict.fromkeys(exact, "*fp32")
+        known["zeros_ptr"] = "*u8"
         if name in constants:
             return "constexpr"
         if name in known or name.endswith("_ptr"):
@@ -66,6 +68,11 @@ for dtype, precision, block_m, window in forms:
 compile_kernel(
     _route_kernel, "bf16", ["chosen_ptr"], [], TOP_K=6, NORM=True, BLOCK_E=64, BLOCK_K=8
 )
+for bits, group, block_m, block_n in ((4, 32, 16, 32), (8, 0, 128, 128)):
+    compile_kernel(
+        _dequant_gemm_kernel, "bf16", ["words_ptr"], [], BITS=bits, GROUP=group, BLOCK=128,
+        HAS_BIAS=bits == 8, BLOCK_M=block_m, BLOCK_N=block_n, PRECISION="tf32",
+    )
 compile_kernel(_sum_experts_kernel, "bf16", [], [], TOP_K=6, BLOCK=1024)
 compile_kernel(_sample_kernel, "fp32", ["top_k_ptr"], [], BLOCK=4096)
 resident = ["rows_ptr", "cu_seqlens_q_ptr", "tokens_ptr", "computed_ptr", "tables_ptr"]
@@ -98,5 +105,5 @@ def test_kernels_compile_without_a_gpu(capability: int, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     shared = [int(line.split()[1]) for line in done.stdout.splitlines()]
-    assert len(shared) == 25
+    assert len(shared) == 27
     assert max(shared) <= 96 * 1024  # what every GPU from compute capability 8.6 on offers
