@@ -197,6 +197,7 @@ def dequant_linear(
     words: torch.Tensor,
     scales: torch.Tensor,
     zeros: torch.Tensor,
+    bias: torch.Tensor | None = None,
     *,
     bits: int,
     group_size: int,
@@ -205,5 +206,7 @@ def dequant_linear(
     if x.is_cuda:
         from tokenmill.kernels import dequant_gemm as on_gpu
 
-        return on_gpu.dequant_linear(x, words, scales, zeros, bits=bits, group_size=group_size)
-    return reference.dequant_linear(x, words, scales, zeros, bits=bits, group_size=group_size)
+        multiply = on_gpu.dequant_linear
+    else:
+        multiply = reference.dequant_linear
+    return multiply(x, words, scales, zeros, bias, bits=bits, group_size=group_size)

@@ -34,5 +34,7 @@ def pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
 def unpack_codes(words: torch.Tensor, bits: int, depth: int) -> torch.Tensor:
     """Codes [N, K] int32 of words [N, B, W], K = `depth`."""
     shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=words.device)
-    parts = (words[:, :, None, :] >> shifts[:, None]) & (2**bits - 1)  # [N, B, parts, W]
+    parts: torch.Tensor = (words[:, :, None, :] >> shifts[:, None]) & (
+        2**bits - 1
+    )  # [N, B, parts, W]
     return parts.flatten(1)[:, :depth]

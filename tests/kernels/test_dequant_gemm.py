@@ -84,11 +84,11 @@ def test_products(
     generator = torch.Generator().manual_seed(rows)
     x = torch.randn(rows, depth + 3, generator=generator).to(device, dtype)[:, :depth]
     bias = torch.randn(out, generator=generator).to(device, dtype) if rows % 2 else None
-    y = dequant_linear(x, *parts.values(), bias, bits=bits, group_size=group_size)
+    y = dequant_linear(x, **parts, bias=bias, bits=bits, group_size=group_size)
     expected = x.float() @ floats.to(dtype).float().T
     expected = (expected if bias is None else expected + bias.float()).to(dtype)
     assert_close(y, expected)
-    again = reference.dequant_linear(x, *parts.values(), bias, bits=bits, group_size=group_size)
+    again = reference.dequant_linear(x, **parts, bias=bias, bits=bits, group_size=group_size)
     assert_close(again, expected)
 
 
