@@ -35,7 +35,8 @@ from tokenmill.kernels.checks import check_contiguous, check_device, check_dtype
 _BLOCK = 256
 
 
-@triton.jit
+# The counts change from step to step: specialised, each new kind would compile while serving.
+@triton.jit(do_not_specialize=["S", "T"])
 def _build_tokens_kernel(
     rows_ptr,
     cu_seqlens_q_ptr,

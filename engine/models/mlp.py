@@ -15,12 +15,12 @@ class MLP:
         self.up = up
         self.down = down
         self.gated = gated
-        self._activation = activation
+        self.activation = activation
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         inner = self.up(x)
         activate = ops.gated_activation if self.gated else ops.activation
-        return self.down(activate(inner, self._activation))
+        return self.down(activate(inner, self.activation))
 
     def linears(self) -> Iterator[Linear]:
         """All linears in it."""
@@ -31,7 +31,9 @@ class MoE:
     """Each token goes through `top_k` of the experts, and through the shared one if there is one.
 
     The experts run one after another on the tokens routed to them; a token's sum is in the order
-    of the experts, whatever else is in the batch.
+    of the experts, whatever else is in the batch. Where their weights are `stacks` of up and down,
+    [E, 2I, H] and [E, H, I], on a GPU, kernels compute all of them at once, and nothing is read
+    back to the host.
     """
 
     def __init__(
@@ -43,15 +45,23 @@ class MoE:
         normalize: bool,
         shared: MLP | None,
         shared_gate: Linear | None,
+        stacks: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> None:
         self.router = router
         self.experts = experts
+        self.stacks = stacks
         self.shared = shared
         self.shared_gate = shared_gate
         self._top_k = top_k
         self._normalize = normalize
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        out = self._one_by_one(x) if self.stacks is None else self._at_once(x, *self.stacks)
+        if self.shared is not None and self.shared_gate is not None:
+            out += self.shared_gate(x).sigmoid() * self.shared(x)
+        return out
+
+    def _one_by_one(self, x: torch.Tensor) -> torch.Tensor:
         shares, chosen = self.router(x).float().softmax(dim=-1).topk(self._top_k, dim=-1)  # [T, k]
         if self._normalize:
             shares /= shares.sum(dim=-1, keepdim=True)
@@ -61,11 +71,16 @@ class MoE:
             rows, places = (chosen == number).nonzero(as_tuple=True)
             share = shares[rows, places].unsqueeze(1)
             out.index_add_(0, rows, self.experts[number](x[rows]) * share)
-        if self.shared is not None and self.shared_gate is not None:
-            # Torch's own sigmoid rounds a tensor's last few elements differently.
-            gate = torch.exp(-self.shared_gate(x)).add_(1).reciprocal_()
-            out += gate * self.shared(x)
         return out
+
+    def _at_once(self, x: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+        from tokenmill.kernels import moe
+
+        shares, chosen = moe.route(self.router(x), self._top_k, normalize=self._normalize)
+        order, ends = moe.sort_by_expert(chosen, len(self.experts))
+        inner = moe.grouped_linear(x, up, order, ends)
+        inner = ops.gated_activation(inner, self.experts[0].activation)
+        return moe.sum_experts(moe.grouped_linear(inner, down, order, ends), shares)
 
     def linears(self) -> Iterator[Linear]:
         """All linears in it."""

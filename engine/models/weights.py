@@ -89,6 +89,9 @@ def pack(weights: ModelWeights, quantize: Quantize | None = None) -> ModelWeight
     """Lay out every linear for its device, in place; returns `weights`."""
     for linear in weights.linears():
         linear.pack(quantize)
+    for layer in weights.layers:
+        if quantize is not None and isinstance(layer.mlp, MoE):
+            layer.mlp.stacks = None  # the experts are elsewhere now
     return weights
 
 
@@ -166,14 +169,27 @@ class _Allocation:
         return MLP(up, down, spec.activation, gated=spec.gated)
 
     def _moe(self, moe: MoESpec) -> MoE:
-        hidden, shared = self.spec.hidden_size, moe.shared_intermediate_size
+        spec, hidden, inner = self.spec, self.spec.hidden_size, moe.intermediate_size
+        shared = moe.shared_intermediate_size
+        experts, stacks = None, None
+        # On a CPU each expert is packed into memory of its own.
+        if self.device.type != "cpu" and spec.gated and not spec.mlp_bias:
+            stacks = (
+                self._new(moe.num_experts, 2 * inner, hidden),
+                self._new(moe.num_experts, hidden, inner),
+            )
+            experts = [
+                MLP(Linear(up), Linear(down), spec.activation, gated=True)
+                for up, down in zip(*stacks, strict=True)
+            ]
         return MoE(
             Linear(self._new(moe.num_experts, hidden), row_bits=32),
-            [self._mlp(moe.intermediate_size) for _ in range(moe.num_experts)],
+            experts or [self._mlp(inner) for _ in range(moe.num_experts)],
             top_k=moe.top_k,
             normalize=moe.normalize,
             shared=self._mlp(shared) if shared else None,
             shared_gate=Linear(self._new(1, hidden), row_bits=32) if shared else None,
+            stacks=stacks,
         )
 
     def _linear(self, width: int, out: int, *, bias: bool, row_bits: int = 8) -> Linear:

@@ -7,8 +7,9 @@ import torch
 
 from tokenmill.engine.errors import UnsupportedModel
 from tokenmill.engine.models.families import FAMILIES, spec_from_config
+from tokenmill.engine.models.mlp import MoE
 from tokenmill.engine.models.weight_map import fill_weights
-from tokenmill.engine.models.weights import ModelWeights, empty_weights
+from tokenmill.engine.models.weights import ModelWeights, empty_weights, pack
 
 CONFIG = {
     "vocab_size": 7,
@@ -66,3 +67,25 @@ def test_what_is_derived_or_serves_images_is_passed_over(name: str) -> None:
 def test_an_unknown_tensor_is_named(name: str) -> None:
     _, error = filled("llama", {name: torch.zeros(3)})
     assert str(error) == f"the checkpoint has a tensor of no known place: {name}"
+
+
+def test_experts_off_a_cpu_are_parts_of_stacked_weights() -> None:
+    config = CONFIG | {"model_type": "mixtral", "num_local_experts": 3, "num_experts_per_tok": 2}
+    weights = empty_weights(spec_from_config(config), torch.bfloat16, torch.device("meta"))
+    experts = weights.layers[0].mlp
+    assert isinstance(experts, MoE)
+    assert experts.stacks is not None
+    assert [tuple(stack.shape) for stack in experts.stacks] == [(3, 12, 8), (3, 8, 6)]
+    for number, expert in enumerate(experts.experts):
+        for linear, stack in zip(expert.linears(), experts.stacks, strict=True):
+            assert linear.weight.storage_offset() == number * stack[0].numel()
+            assert linear.weight.untyped_storage()._cdata == stack.untyped_storage()._cdata
+    pack(weights, lambda weight, bits: Plain())
+    assert experts.stacks is None  # the linears are quantized, each by itself
+
+
+class Plain:
+    """A quantized linear, as far as `pack` is concerned."""
+
+    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+        return rows

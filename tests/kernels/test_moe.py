@@ -78,39 +78,36 @@ def test_grouped_products(
 
 
 @pytest.mark.parametrize("tokens", [1, 6, 150])
-def test_the_whole_is_what_the_decoder_computes(
-    device: torch.device, assert_close: Compare, poisoned: None, tokens: int
+@pytest.mark.parametrize("shared", [False, True])
+def test_experts_at_once_are_those_one_by_one(
+    device: torch.device, assert_close: Compare, poisoned: None, tokens: int, shared: bool
 ) -> None:
-    from tokenmill.kernels import moe
+    layers = []
+    for is_stacked in (False, True):
+        generator = torch.Generator().manual_seed(tokens)
 
-    experts, top_k, hidden, inner = 6, 2, 24, 20
-    generator = torch.Generator().manual_seed(tokens)
+        def weights(*shape: int, generator: torch.Generator = generator) -> torch.Tensor:
+            return torch.randn(*shape, generator=generator).mul(shape[-1] ** -0.5).to(device)
 
-    def weights(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator).mul(shape[-1] ** -0.5)
-
-    router, up, down = (
-        weights(experts, hidden),
-        weights(experts, 2 * inner, hidden),
-        weights(experts, hidden, inner),
-    )
-    x = torch.randn(tokens, hidden, generator=generator)
-    layer = MoE(
-        Linear(router),
-        [MLP(Linear(u), Linear(d), "silu", gated=True) for u, d in zip(up, down, strict=True)],
-        top_k=top_k,
-        normalize=True,
-        shared=None,
-        shared_gate=None,
-    )
-    expected = layer(x)
-
-    x, up, down = x.to(device), up.to(device), down.to(device)
-    shares, chosen = moe.route(x @ router.to(device).T, top_k, normalize=True)
-    order, ends = moe.sort_by_expert(chosen, experts)
-    activated = reference.gated_activation(moe.grouped_linear(x, up, order, ends), "silu")
-    outer = moe.grouped_linear(activated, down, order, ends)
-    assert_close(moe.sum_experts(outer, shares).cpu(), expected)
+        stacks = weights(6, 40, 24), weights(6, 24, 20)
+        experts = [
+            MLP(Linear(up), Linear(down), "silu", gated=True)
+            for up, down in zip(*stacks, strict=True)
+        ]
+        layers.append(
+            MoE(
+                Linear(weights(6, 24)),
+                experts,
+                top_k=2,
+                normalize=not shared,
+                shared=experts[3] if shared else None,
+                shared_gate=Linear(weights(1, 24)) if shared else None,
+                stacks=stacks if is_stacked else None,
+            )
+        )
+    x = torch.randn(tokens, 24, generator=torch.Generator().manual_seed(0)).to(device)
+    one_by_one, at_once = (layer(x) for layer in layers)
+    assert_close(at_once, one_by_one)
 
 
 def test_a_row_is_the_same_alone_and_among_others(device: torch.device) -> None:

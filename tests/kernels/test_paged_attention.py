@@ -84,6 +84,20 @@ def test_rows_behind_the_last_chunk_are_not_written(
     assert (out[4:] == 7.0).all()
 
 
+def test_chunks_of_one_query_can_be_left_out(
+    device: torch.device, assert_close: Compare, attention_case: BuildCase
+) -> None:
+    from functools import partial
+
+    from tokenmill.kernels.paged_attention import paged_attention
+
+    case = attention_case([(1, 20), (3, 9), (1, 5)], device=device)
+    out = torch.full((5, 4, 32), 7.0, device=device)
+    case.run(partial(paged_attention, skip_single=True), out=out)
+    assert_close(out[1:4], case.run(reference.paged_attention)[1:4])
+    assert (out[[0, 4]] == 7.0).all()
+
+
 def test_a_row_is_the_same_alone_and_among_others(
     device: torch.device, attention_case: BuildCase
 ) -> None:
