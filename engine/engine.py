@@ -85,7 +85,7 @@ class Engine:
         probe = Probe(self._runner)
         cost = CostModel()
         if config.token_budget is None or config.max_step_ms is not None:
-            cost.probe(kept_or_timed(model, probe))
+            cost.probe(kept_or_timed(model, probe, size))
         if config.deterministic and not probe.is_batch_invariant():
             raise InvalidRequest(
                 "deterministic",

@@ -64,9 +64,12 @@ class Probe:
                 break
         return found
 
-    def time_again(self, timings: Seq[Timing]) -> tuple[Timing, Timing]:
+    def time_again(self, timings: Seq[Timing]) -> tuple[Timing, Timing] | None:
         """The largest of `timings` that was one prompt: (as it was, as it is now)."""
         prompts = [t for t in timings if t.kv_tokens == kv_tokens_read(0, t.tokens)]
+        prompts = [t for t in prompts if 0 < t.tokens <= self._max_model_len]
+        if not prompts:
+            return None
         before = max(prompts, key=lambda timing: timing.tokens)
         self._timed([(0, 1)])  # touches the weights
         return before, self._timed([(0, before.tokens)])

@@ -13,8 +13,10 @@ import torch
 from children import children_of
 from tiny_llama import write_tiny_llama
 from tokenmill.engine.errors import GroupLost
+from tokenmill.engine.models.shard import Shard
 from tokenmill.engine.pipeline import Pipeline
 from tokenmill.engine.rank_processes import RankProcesses
+from tokenmill.engine.ranks import Ranks
 from tokenmill.producer.errors import InvalidRequest
 
 PROMPTS = ["w3 w4 w5 w6 w7 w8 w9", "w100 w200", "w5"]
@@ -59,6 +61,22 @@ def test_two_ranks_answer_as_one_and_a_dead_one_takes_the_other_down(tiny_llama:
         with pytest.raises(GroupLost, match="rank 1 was killed by SIGKILL"):
             pair.engine.capacity()
     assert set(children_of(os.getpid())) == before
+
+
+def test_joining_that_fails_leaves_the_environment_as_it_was(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def fail(*arguments: object, **settings: object) -> None:
+        assert os.environ["GLOO_SOCKET_IFNAME"] == os.environ["NCCL_SOCKET_IFNAME"] == "lo"
+        raise RuntimeError("timed out")
+
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth0")
+    monkeypatch.delenv("NCCL_SOCKET_IFNAME", raising=False)
+    monkeypatch.setattr("torch.distributed.init_process_group", fail)
+    with pytest.raises(RuntimeError, match="timed out"):
+        Ranks(Shard(1, 2), torch.device("cpu"), tmp_path / "rendezvous").join()
+    assert os.environ["GLOO_SOCKET_IFNAME"] == "eth0"
+    assert "NCCL_SOCKET_IFNAME" not in os.environ
 
 
 def test_a_rank_that_cannot_load_its_part_is_said_with_its_reason(tmp_path: Path) -> None:
