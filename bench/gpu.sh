@@ -9,7 +9,8 @@ table comes last. A part that fails or runs out of its time leaves the others al
 status says so.
 
 Needs a CUDA device, torch, triton, tokenizers, jinja2, safetensors, huggingface_hub, gguf,
-llguidance, numpy, pytest and pytest-timeout; transformers for the comparison. Weights are random.
+llguidance, numpy, pytest and pytest-timeout; with pytest-xdist the tests are quicker, with
+transformers there is a comparison. Weights are random.
 
 --tiny   the same programs with tiny shapes under Triton's interpreter, without a GPU: a rehearsal,
          whose figures mean nothing"
@@ -23,6 +24,8 @@ export PYTHONPATH=src PYTHONUNBUFFERED=1
 python=${PYTHON:-python3}
 tiny=()
 tests=(-o timeout=300)
+# Most of their time goes into compiling kernels, on one core a process.
+if "$python" -c 'import xdist' 2>/dev/null; then tests+=(-n 8); fi
 case "${2:-}" in
   "") ;;
   --tiny)

@@ -226,7 +226,8 @@ def decode_attention(
         CAPPED=bool(softcap),
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         num_warps=4,
-        num_stages=3,
+        # The load of the block number takes stages too: from 5 on keys and values are read ahead.
+        num_stages=3 if q.dtype == torch.float32 else 5,
         enable_fp_fusion=True,  # said outright, since Triton 3.10 changes the default
     )
     _merge_parts_kernel[(num_heads, num_seqs)](

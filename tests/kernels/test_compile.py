@@ -24,7 +24,7 @@ from tokenmill.kernels.rms_norm import _rms_norm_kernel
 from tokenmill.kernels.rope_kv import _rope_store_kv_kernel
 from tokenmill.kernels.gated_activation import _gated_activation_kernel
 
-def compile_kernel(kernel, dtype, integers, floats, **constants):
+def compile_kernel(kernel, dtype, integers, floats, num_stages=3, **constants):
     def kind(name):
         wide = ("positions_ptr", "slots_ptr", "seeds_ptr", "ids_ptr", "sampled_ptr")
         wide += ("last_tokens_ptr", "is_sampled_ptr")
@@ -41,7 +41,8 @@ def compile_kernel(kernel, dtype, integers, floats, **constants):
 
     source = ASTSource(kernel, {n: kind(n) for n in kernel.arg_names}, constants)
     target = GPUTarget("cuda", int(sys.argv[1]), 32)
-    compiled = triton.compile(source, target=target, options={"enable_fp_fusion": True})
+    options = {"enable_fp_fusion": True, "num_stages": num_stages}
+    compiled = triton.compile(source, target=target, options=options)
     print(kernel.__name__, compiled.metadata.shared)
 
 lengths = ["cu_seqlens_q_ptr", "context_lens_ptr", "block_tables_ptr"]
@@ -56,6 +57,7 @@ for dtype, precision, block_m, window in forms:
     compile_kernel(
         _decode_parts_kernel, dtype, lengths, ["score_scale", "cap_log2"], **decode, PART=256,
         TILE=32, WINDOW=window, CAPPED=window > 0, PRECISION=precision,
+        num_stages=5 if dtype == "bf16" else 3,
     )
     compile_kernel(
         _merge_parts_kernel, dtype, lengths, [], Hq=9, D=256, BLOCK_D=256, PART=256, TILE=32,
