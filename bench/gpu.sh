@@ -48,7 +48,8 @@ part() { # part NAME SECONDS COMMAND...
 }
 
 rm -f "$out"/gpu_{kernels,steps,engine,transformers}.json
-part pytest 190 "$python" -P -m pytest -m gpu "${tests[@]}" --confcutdir=tests/kernels tests/kernels
+part pytest 190 "$python" -P -m pytest -m gpu "${tests[@]}" --confcutdir=tests/kernels \
+  tests/kernels tests/engine/test_on_gpu.py
 tail -n 1 "$out/pytest.log"
 part gpu_kernels 140 "$python" bench/gpu_kernels.py --out "$out" --seconds 100 "${tiny[@]}"
 part gpu_steps 80 "$python" bench/gpu_steps.py --out "$out" "${tiny[@]}"

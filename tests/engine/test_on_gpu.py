@@ -1,0 +1,119 @@
+"""The whole engine on a GPU, or with its kernels interpreted: the tokens of a CPU.
+
+Needs no fixture of the engine's tests: `bench/gpu.sh` runs it where little is installed.
+"""
+
+import functools
+import os
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer as Backend
+from tokenizers import models
+
+from tokenmill.engine.config import EngineConfig
+from tokenmill.engine.engine import Engine
+from tokenmill.engine.loader import LoadedModel
+from tokenmill.engine.models.families import spec_from_config
+from tokenmill.engine.models.mlp import MoE
+from tokenmill.engine.models.weights import ModelWeights, empty_weights, pack, random_weights
+from tokenmill.engine.tokenizer import Tokenizer
+from tokenmill.kernels import ops
+from tokenmill.producer.params import SamplingParams
+
+# Read when a kernel is defined, that is when its module is first imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+CPU = torch.device("cpu")
+CONFIG: dict[str, Any] = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 128,
+    "tie_word_embeddings": False,
+}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": 5, "num_experts_per_tok": 2},
+    "qwen3": {},
+    "gemma2": {"sliding_window": 6, "attn_logit_softcapping": 20.0, "query_pre_attn_scalar": 16},
+}
+#: Greedy, drawn, and drawn with filters; the prompts are longer and shorter than a step.
+SAMPLINGS: list[dict[str, Any]] = [
+    {"temperature": 0.0},
+    {"temperature": 0.9},
+    {"temperature": 0.9, "top_k": 9, "top_p": 0.9},
+]
+PROMPTS = [[5, 9, 31, 4, 77, 12, 60, 8, 8, 40, 41, 42, 3], [17, 2], [96, 1, 50, 51]]
+
+
+def copy(source: ModelWeights, target: ModelWeights) -> None:
+    target.embedding.copy_(source.embedding)
+    for ours, theirs in zip(target.linears(), source.linears(), strict=True):
+        ours.weight.copy_(theirs.weight)
+    for norm, other in zip(target.norms(), source.norms(), strict=True):
+        norm.weight.copy_(other.weight)
+
+
+def make_model(family: str, device: torch.device, *, stacked: bool = False) -> LoadedModel:
+    spec = spec_from_config(CONFIG | FAMILIES[family] | {"model_type": family})
+    weights = empty_weights(spec, torch.float32, CPU)
+    random_weights(weights, seed=3)
+    if device != CPU:
+        there = empty_weights(spec, torch.float32, device)
+        copy(weights, there)
+        weights = there
+    for layer in weights.layers:
+        if stacked and isinstance(layer.mlp, MoE):
+            experts = layer.mlp.experts
+            layer.mlp.stacks = (
+                torch.stack([expert.up.weight for expert in experts]),
+                torch.stack([expert.down.weight for expert in experts]),
+            )
+    backend = Backend(models.WordLevel({"w0": 0}, unk_token="w0"))
+    tokenizer = Tokenizer(backend, eos_token_ids=[])
+    return LoadedModel("random", spec, pack(weights), tokenizer, device, torch.float32)
+
+
+def tokens(model: LoadedModel) -> dict[str, list[int]]:
+    config = EngineConfig(token_budget=8, max_num_seqs=3, block_size=4, kv_cache_memory=1 << 20)
+    engine = Engine(model, config)
+    for number, (prompt, sampling) in enumerate(zip(PROMPTS, SAMPLINGS, strict=True)):
+        params = SamplingParams(max_tokens=4, ignore_eos=True, **sampling)
+        engine.add(str(number), prompt, params, seed=number)
+    found: dict[str, list[int]] = {str(number): [] for number in range(len(PROMPTS))}
+    while engine.has_work:
+        for output in engine.step():
+            found[output.seq_id] += output.token_ids
+    engine.check_integrity()
+    return found
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_gpu_gives_the_tokens_of_a_cpu(family: str) -> None:
+    gpu = torch.device("cuda")
+    assert tokens(make_model(family, gpu)) == tokens(make_model(family, CPU))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels are not interpreted here")
+@pytest.mark.parametrize(
+    "family", ["mixtral", *(pytest.param(f, marks=pytest.mark.slow) for f in ("qwen3", "gemma2"))]
+)
+def test_the_kernels_give_the_tokens_of_a_cpu(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but the sampler, which has a test beside its kernel."""
+    from tokenmill.kernels import gated_activation, rms_norm, rope_kv
+
+    expected = tokens(make_model(family, CPU))
+    monkeypatch.setattr(ops, "rms_norm", rms_norm.rms_norm)
+    monkeypatch.setattr(ops, "add_rms_norm", rms_norm.add_rms_norm)
+    monkeypatch.setattr(ops, "gated_activation", gated_activation.gated_activation)
+    monkeypatch.setattr(ops, "rope_store_kv", rope_kv.rope_store_kv)
+    monkeypatch.setattr(ops, "paged_attention", functools.partial(ops._attention_on_gpu, out=None))
+    assert tokens(make_model(family, CPU, stacked=True)) == expected
