@@ -179,21 +179,41 @@ class Intake:
             self._await_work(is_idle=was_idle)
 
     def _keep_up(self) -> None:
-        """Renew the lease and reap, every third of a lease and not all workers at once."""
+        """Renew the lease and reap, every third of a lease and not all workers at once.
+
+        What one shard does not answer is raised when all is done on the others.
+        """
         now = self._clock()
         if now < self._upkeep_at:
             return
         self._upkeep_at = now + self._upkeep_s * random.uniform(0.8, 1.0)
+        errors: list[RedisError] = []
+        for duty in (self._renew, self._disown, self._reap):
+            try:
+                duty()
+            except RedisError as error:
+                errors.append(error)
+                if not self._queue.is_reachable_in_part:
+                    break
+        if errors:
+            raise errors[0]
+
+    def _renew(self) -> None:
         self._queue.renew()
         self._outage.back()
+
+    def _disown(self) -> None:
         strays = self._queue.disown(self._publisher.held_ids())
         if strays:
             emit(DISOWNED, requests=strays)
+
+    def _reap(self) -> None:
         # After an outage every lease looks run out: let the others renew theirs first.
-        if now - self._outage.ended_at > self._queue.lease_ms / 1000:
-            moved = self._queue.reap()
-            if moved:
-                emit(REAPED, requests=moved)
+        if self._clock() - self._outage.ended_at <= self._queue.lease_ms / 1000:
+            return
+        moved = self._queue.reap()
+        if moved:
+            emit(REAPED, requests=moved)
 
     def _room(self) -> Room:
         return self._offered.less(self._held_sum)

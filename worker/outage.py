@@ -23,14 +23,17 @@ class Outage:
         clock: Callable[[], float] = time.monotonic,
         *,
         is_whole: Callable[[], bool] = lambda: True,
+        is_partial: Callable[[], bool] = lambda: False,
     ) -> None:
-        """`is_whole`: whether every shard has answered the last call to it."""
+        """`is_whole`: whether every shard has answered the last call to it; `is_partial`: some."""
         self._clock = clock
         self._is_whole = is_whole
+        self._is_partial = is_partial
         self._lock = threading.Lock()
         self._since: float | None = None
         self._failures = 0
-        #: When the last outage ended; minus infinity when there was none.
+        self._was_of_all = False
+        #: When the last outage of all shards ended; minus infinity when there was none.
         self.ended_at = float("-inf")
 
     @property
@@ -43,6 +46,7 @@ class Outage:
             is_first = self._since is None
             if self._since is None:
                 self._since = self._clock()
+            self._was_of_all |= not self._is_partial()
             low, high = BACKOFF_S
             delay = min(low * 2.0 ** min(self._failures, 16), high)
             self._failures += 1
@@ -56,6 +60,8 @@ class Outage:
             return
         with self._lock:
             since, self._since, self._failures = self._since, None, 0
-            self.ended_at = now = self._clock()
+            now = self._clock()
+            if self._was_of_all:
+                self.ended_at, self._was_of_all = now, False
         if since is not None:
             emit(SERVER_BACK, after_s=now - since)

@@ -173,7 +173,10 @@ class Worker:
         self.inbox = Inbox()
         self.pulse = pulse or Pulse(config.stall_limit_s)
         self.queue = queue_of(shards, worker_id, lease_ms=config.lease_ms)
-        self.outage = Outage(is_whole=lambda: self.queue.is_whole)
+        self.outage = Outage(
+            is_whole=lambda: self.queue.is_whole,
+            is_partial=lambda: self.queue.is_reachable_in_part,
+        )
         self._config = config
         self._is_registered = False
         self._failure: BaseException | None = None

@@ -4,7 +4,9 @@
                      where the last call ended; the first that has something fills the room.
                      A shard that was empty is not asked until something is heard of it
     append, finish   one call to each shard that is concerned
-    leases, reap     on every shard, also when another does not answer
+    leases           on every shard, also when another does not answer
+    disown, reap     on those that answered last; one that was away is reaped a lease later, when
+                     the others have renewed theirs there
     wait             one read on each shard's control stream at once
 
 So no shard waits for more than as many claims as there are shards, and inside a shard all is as
@@ -104,6 +106,8 @@ class ShardedQueue:
         #: Shards that did not answer the last call: how often since they did, and when they are
         #: asked for work again.
         self._away: dict[int, tuple[int, float]] = {}
+        #: When shards that were away answered again.
+        self._back_at: dict[int, float] = {}
         #: Shards in the order in which they are asked next.
         self._order = list(range(len(queues)))
         #: What this worker runs: a request that fits no room is only for one that runs nothing.
@@ -122,10 +126,14 @@ class ShardedQueue:
         self._each(lambda queue: queue.retire())
 
     def reap(self) -> int:
-        return sum(self._each(lambda queue: queue.reap()))
+        """As for `Queue`, on the shards that have answered for a lease."""
+        since = self._clock() - self.lease_ms / 1000
+        settled = [q for q in self._here() if self._back_at.get(q.keys.shard, -math.inf) < since]
+        return sum(self._each(lambda queue: queue.reap(), settled))
 
     def disown(self, held: Collection[str]) -> int:
-        return sum(self._each(lambda queue: queue.disown(held)))
+        """As for `Queue`, on the shards that answer."""
+        return sum(self._each(lambda queue: queue.disown(held), self._here()))
 
     def claim(
         self,
@@ -164,7 +172,7 @@ class ShardedQueue:
                 lost = error
                 self._missed(number)
                 continue
-            self._away.pop(number, None)
+            self._answered(number)
             if queue.is_drained:
                 self._quiet.add(number)
             if claims:
@@ -176,8 +184,7 @@ class ShardedQueue:
         return claims
 
     def admit(self) -> int:
-        here = [queue for queue in self._queues if queue.keys.shard not in self._away]
-        return sum(queue.admit() for queue in here if queue.num_inbox)
+        return sum(queue.admit() for queue in self._here() if queue.num_inbox)
 
     def append(self, appends: Sequence[Append]) -> list[Verdict]:
         return self._write(appends, lambda queue, some: queue.append(some), {Verdict.FENCED})
@@ -245,6 +252,13 @@ class ShardedQueue:
         _, retry_at = self._away.get(number, (0, -math.inf))
         return max(retry_at - self._clock(), 0.0)
 
+    def _here(self) -> list[Queue]:
+        return [queue for queue in self._queues if queue.keys.shard not in self._away]
+
+    def _answered(self, number: int) -> None:
+        if self._away.pop(number, None) is not None:
+            self._back_at[number] = self._clock()
+
     def _missed(self, number: int) -> None:
         failures = self._away.get(number, (0, 0.0))[0]
         low, high = BACKOFF_S
@@ -301,7 +315,7 @@ class ShardedQueue:
                 if is_about_the_server(error):
                     self._missed(queue.keys.shard)
             else:
-                self._away.pop(queue.keys.shard, None)
+                self._answered(queue.keys.shard)
         if errors:
             raise errors[0]
         return replies

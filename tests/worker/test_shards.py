@@ -317,6 +317,67 @@ def test_a_shard_that_is_away_is_one_outage_and_is_asked_ever_more_rarely(
     assert sum("server_back" in record.getMessage() for record in caplog.records) == 1
 
 
+def test_while_a_shard_is_away_the_others_are_reaped_and_it_a_lease_after(
+    client: Client,
+    make_sharded: MakeQueue,
+    monkeypatch: pytest.MonkeyPatch,
+    make_parts: Callable[..., Any],
+) -> None:
+    queue = make_sharded("keeper")
+    parts = make_parts(queue=queue)
+    parts.outage._clock = parts.clock
+    parts.outage._is_whole = lambda: queue.is_whole
+    parts.outage._is_partial = lambda: queue.is_reachable_in_part
+    monkeypatch.setattr(queue, "_clock", parts.clock)
+    ids = [client.submit("x", request_id=new_request_id(number)) for number in range(COUNT)]
+    lost = make_sharded("lost", lease_ms=1)
+    claim_all(lost, COUNT)
+    time.sleep(0.01)  # the lease
+
+    def fail(*_: object, **__: object) -> Any:
+        raise RedisConnectionError("away")
+
+    def parked() -> list[str]:
+        return [name for n, name in enumerate(ids) if client_of(n).zscore(keys_of(n).park, name)]
+
+    def client_of(number: int) -> Any:
+        return queue._queues[number]._server
+
+    def keys_of(number: int) -> Any:
+        return queue._queues[number].keys
+
+    with monkeypatch.context() as patch:
+        for name in ("claim", "append", "renew", "reap", "disown"):
+            patch.setattr(queue._queues[2], name, fail)
+        disowned: list[Queue] = []
+        for other in queue._queues[3:]:
+            patch.setattr(other, "disown", lambda _, other=other: disowned.append(other) or 0)
+        with pytest.raises(RedisConnectionError, match="away"):
+            parts.intake._keep_up()
+        assert parked() == [*ids[:2], *ids[3:]]
+        assert disowned == queue._queues[3:]
+    for seconds, is_reaped in ((6.0, False), (6.0, False), (10.0, True)):
+        parts.clock.sleep(seconds)
+        parts.intake._keep_up()
+        assert (ids[2] in parked()) is is_reaped
+
+
+def test_an_outage_of_one_shard_keeps_no_other_from_being_reaped_after_it(
+    make_sharded: MakeQueue, monkeypatch: pytest.MonkeyPatch, make_parts: Callable[..., Any]
+) -> None:
+    queue = make_sharded()
+    parts = make_parts(queue=queue)
+    parts.outage._is_partial = lambda: queue.is_reachable_in_part
+    queue._missed(2)
+    parts.outage.lost(RedisConnectionError("away"))
+    reaped: list[int] = []
+    for part in queue._queues:
+        monkeypatch.setattr(part, "reap", lambda n=part.keys.shard: reaped.append(n) or 0)
+    parts.intake._keep_up()
+    assert not parts.outage.is_on
+    assert reaped == [0, 1, 3, 4]
+
+
 def test_one_shard_costs_nothing_more(server_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(SHARDS)
     with Shards(server_url, "alone", count=1) as shards:
