@@ -279,7 +279,9 @@ class Intake:
             _check_told(params, len(prompt_ids))
         except InvalidRequest as error:
             reason = str(error)
-        except Exception as error:  # noqa: BLE001 - whatever a tokenizer raises on a text
+        except (SystemExit, KeyboardInterrupt):
+            raise
+        except BaseException as error:  # noqa: BLE001 - a panic in Rust is no `Exception`
             reason = f"prompt cannot be tokenized: {type(error).__name__}"
         output = Output(claim, self._tokenizer, prompt_tokens=len(prompt_ids))
         emit(

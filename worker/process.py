@@ -233,7 +233,7 @@ class Worker:
             )
         if self._failure is not None:
             raise WorkerFailed(
-                f"a thread of the worker ended: {type(self._failure).__name__}: {self._failure}"
+                f"a thread of the worker ended: {_told(self._failure)}"
             ) from self._failure
 
     def _register(self, engine: EngineLike, load_s: float) -> None:
@@ -277,9 +277,11 @@ class Worker:
         def guarded() -> None:
             try:
                 target()
-            except Exception as error:  # noqa: BLE001 - the others would wait for it for ever
+            except (SystemExit, KeyboardInterrupt):
+                raise
+            except BaseException as error:  # noqa: BLE001 - the others would wait for it for ever
                 LOGGER.debug("traceback", exc_info=True)
-                emit(THREAD_FAILED, thread=name, error=f"{type(error).__name__}: {error}")
+                emit(THREAD_FAILED, thread=name, error=_told(error))
                 self._failure = error
                 self.inbox.stop()
 
@@ -316,6 +318,12 @@ class Worker:
             return
         with suppress(RedisError):
             self.queue.wake()
+
+
+def _told(error: BaseException) -> str:
+    """Of a panic in Rust, which is no `Exception`, the name: it may quote the text it met."""
+    name = type(error).__name__
+    return f"{name}: {error}" if isinstance(error, Exception) else name
 
 
 class WorkerFailed(TokenmillError):

@@ -200,6 +200,44 @@ def test_a_thread_that_ends_unexpectedly_ends_the_worker(
     assert (record(request_id)["state"], record(request_id)["attempts"]) == ("park", "1")
 
 
+class Panic(BaseException):
+    """As pyo3's PanicException: no `Exception`."""
+
+
+@pytest.mark.parametrize("name", ["intake", "publisher"])
+def test_a_panic_in_a_thread_ends_the_worker(
+    server_url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    def turn(_: object) -> None:
+        raise Panic("byte 3 of 'Jane Doe'")
+
+    monkeypatch.setattr(getattr(process, name.capitalize()), "run", turn)
+    with running(server_url, ScriptedEngine()) as started:
+        started.join()
+        assert str(started.errors[0]).endswith("Panic")
+    assert not started.worker.is_ready
+    assert "thread_failed" in events(caplog)
+
+
+def test_a_prompt_that_makes_the_tokenizer_panic_ends_alone(
+    server_url: str, client: Client
+) -> None:
+    engine = ScriptedEngine()
+    encode = engine.tokenizer.encode
+
+    def encode_or_panic(text: str) -> list[int]:
+        if text == "Jane Doe":
+            raise Panic(text)
+        return encode(text)
+
+    engine.tokenizer.encode = encode_or_panic  # type: ignore[method-assign]
+    with running(server_url, engine):
+        bad, good = client.submit("Jane Doe"), client.submit("abc", max_tokens=3)
+        assert client.result(good, timeout_s=10).ok
+        result = client.result(bad, timeout_s=10)
+    assert result.reason == "prompt cannot be tokenized: Panic"
+
+
 def test_exit_when_idle(server_url: str, client: Client) -> None:
     with running(server_url, ScriptedEngine(), exit_when_idle_s=0.3) as started:
         assert client.result(client.submit("abc", max_tokens=3), timeout_s=5).ok

@@ -62,6 +62,11 @@ def claim_all(queue: QueueLike, count: int, **room: int) -> list[Claim]:
     return claims
 
 
+def note(calls: list[int], number: int) -> int:
+    calls.append(number)
+    return 0
+
+
 def shard_of(request_id: str) -> int:
     return int(request_id.partition(".")[0])
 
@@ -349,13 +354,13 @@ def test_while_a_shard_is_away_the_others_are_reaped_and_it_a_lease_after(
     with monkeypatch.context() as patch:
         for name in ("claim", "append", "renew", "reap", "disown"):
             patch.setattr(queue._queues[2], name, fail)
-        disowned: list[Queue] = []
+        disowned: list[int] = []
         for other in queue._queues[3:]:
-            patch.setattr(other, "disown", lambda _, other=other: disowned.append(other) or 0)
+            patch.setattr(other, "disown", lambda _, n=other.keys.shard: note(disowned, n))
         with pytest.raises(RedisConnectionError, match="away"):
             parts.intake._keep_up()
         assert parked() == [*ids[:2], *ids[3:]]
-        assert disowned == queue._queues[3:]
+        assert disowned == [3, 4]
     for seconds, is_reaped in ((6.0, False), (6.0, False), (10.0, True)):
         parts.clock.sleep(seconds)
         parts.intake._keep_up()
@@ -372,7 +377,7 @@ def test_an_outage_of_one_shard_keeps_no_other_from_being_reaped_after_it(
     parts.outage.lost(RedisConnectionError("away"))
     reaped: list[int] = []
     for part in queue._queues:
-        monkeypatch.setattr(part, "reap", lambda n=part.keys.shard: reaped.append(n) or 0)
+        monkeypatch.setattr(part, "reap", lambda n=part.keys.shard: note(reaped, n))
     parts.intake._keep_up()
     assert not parts.outage.is_on
     assert reaped == [0, 1, 3, 4]
