@@ -39,7 +39,7 @@ CONFIG: dict[str, Any] = {
     "tie_word_embeddings": False,
 }
 FAMILIES: dict[str, dict[str, Any]] = {
-    "mixtral": {"num_local_experts": 5, "num_experts_per_tok": 2},
+    "mixtral": {"num_local_experts": 5, "num_experts_per_tok": 2, "num_hidden_layers": 1},
     "qwen3": {},
     "gemma2": {"sliding_window": 6, "attn_logit_softcapping": 20.0, "query_pre_attn_scalar": 16},
 }
