@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from children import children_of
+from questions import QUESTIONS
 from tiny_llama import write_tiny_llama
 from tokenmill.engine.errors import GroupLost
 from tokenmill.engine.models.shard import Shard
@@ -106,7 +107,7 @@ def test_more_ranks_than_can_divide_it_are_refused(tiny_llama: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 3])
 def test_smollm2_with_its_3_kv_heads_in_unequal_parts(size: int) -> None:
-    prompts = ["The capital of France is", "Once upon a time", "def fibonacci(n):", "1, 2, 3, 4,"]
-    alone = Pipeline("smollm2", device="cpu")(prompts, max_tokens=32)
+    alone = Pipeline("smollm2", device="cpu")(QUESTIONS, max_tokens=32)
     with Pipeline("smollm2", device="cpu", tensor_parallel_size=size) as group:
-        assert [a.token_ids for a in group(prompts, max_tokens=32)] == [a.token_ids for a in alone]
+        together = group(QUESTIONS, max_tokens=32)
+    assert [a.token_ids for a in together] == [a.token_ids for a in alone]

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from questions import QUESTIONS
 from tokenmill.engine.config import EngineConfig
 from tokenmill.engine.engine import Engine
 from tokenmill.engine.loader import LoadedModel
@@ -14,28 +15,6 @@ from tokenmill.engine.sources import resolve
 from tokenmill.producer.logprobs import TokenLogprobs
 from tokenmill.producer.params import SamplingParams
 
-QUESTIONS = [
-    "What is the capital of France?",
-    "Name three primary colours.",
-    "Why is the sky blue?",
-    "Write a haiku about rain.",
-    "What is 12 times 12?",
-    "Translate 'good morning' into Spanish.",
-    "Who wrote Romeo and Juliet?",
-    "List four planets.",
-    "Explain photosynthesis in one sentence.",
-    "What do bees make?",
-    "Give me a recipe for tea.",
-    "What is the opposite of hot?",
-    "How many legs has a spider?",
-    "Name a river in Egypt.",
-    "What is a noun?",
-    "Finish the sentence: the early bird",
-    "What is H2O?",
-    "Naïve café — ¿qué significa «déjà vu»? 日本語 🙂",
-    "def fibonacci(n):",
-    "Summarise: " + "The old man walked slowly along the shore, counting his steps. " * 12,
-]
 NUM_TOKENS = 24
 END = 2
 #: A token that is not the best counts only where its logit is further behind than this.
