@@ -224,9 +224,29 @@ class _Scratch(threading.local):
 _scratch = _Scratch()
 
 
-def can_attend(q: torch.Tensor, k_cache: torch.Tensor, softcap: float | None) -> bool:
+def can_attend(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    *,
+    cu_seqlens_q: torch.Tensor,
+    context_lens: torch.Tensor,
+    block_tables: torch.Tensor,
+    softcap: float | None = None,
+    out: torch.Tensor | None = None,
+    **_others: object,
+) -> bool:
     """Whether the arguments are such that `paged_attention` takes them."""
-    return q.dtype == k_cache.dtype == torch.float32 and q.shape[-1] % WIDTH == 0 and not softcap
+    whole = (k_cache, v_cache) if out is None else (k_cache, v_cache, out)
+    starts = (cu_seqlens_q, context_lens)
+    return (
+        not softcap
+        and q.shape[-1] % WIDTH == 0
+        and q.stride()[1:] == (q.shape[2], 1)
+        and all(tensor.dtype == torch.float32 for tensor in (q, *whole))
+        and all(tensor.dtype == torch.int32 for tensor in (*starts, block_tables))
+        and all(tensor.is_contiguous() for tensor in (*whole, *starts))
+    )
 
 
 def paged_attention(
@@ -243,11 +263,25 @@ def paged_attention(
     softcap: float | None = None,
     out: torch.Tensor | None = None,  # [T, Hq, D] float32, contiguous
 ) -> torch.Tensor:
-    """As `reference.paged_attention`, but without a soft cap; returns [T, Hq, D]."""
+    """As `reference.paged_attention`, but without a soft cap; returns [T, Hq, D].
+
+    Raises:
+        ValueError: arguments that `can_attend` says no to.
+    """
     del max_query_len
-    if not can_attend(q, k_cache, softcap):
+    if not can_attend(
+        q,
+        k_cache,
+        v_cache,
+        cu_seqlens_q=cu_seqlens_q,
+        context_lens=context_lens,
+        block_tables=block_tables,
+        softcap=softcap,
+        out=out,
+    ):
         raise ValueError(
-            "compiled attention needs float32, channels that are a multiple of 16 and no soft cap"
+            "compiled attention needs float32 and int32, channels that are a multiple of 16, whole "
+            "heads, contiguous caches and results, and no soft cap"
         )
     out = torch.empty_like(q, memory_format=torch.contiguous_format) if out is None else out
     num_sequences, num_columns = block_tables.shape

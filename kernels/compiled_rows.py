@@ -56,7 +56,7 @@ def _gate_work(data):
 
 @compiled(types.void(types.int64))
 def _rope_work(data):
-    given = carray(int64s(data), (19,))
+    given = carray(int64s(data), (21,))
     num_rows, num_q_heads, num_kv_heads, dim, half = (
         given[3],
         given[4],
@@ -72,10 +72,14 @@ def _rope_work(data):
         carray(int64s(given[15]), (num_rows,)),
     )
     table_at, k_cache_at, v_cache_at = given[16], given[17], given[18]
+    num_positions, num_slots = given[19], given[20]
     width = num_kv_heads * dim
     first = fetch_add(data + 8, 1) * _ROWS
     while first < num_rows:
         for row in range(first, min(first + _ROWS, num_rows)):
+            if not 0 <= positions[row] < num_positions or slots[row] >= num_slots:
+                fetch_add(data, 1)
+                continue
             table = table_at + 8 * positions[row] * half
             cos, sin = carray(floats(table), (half,)), carray(floats(table + 4 * half), (half,))
             for head in range(num_q_heads + num_kv_heads):
@@ -111,9 +115,25 @@ def can_gate(gate_up: torch.Tensor, kind: str) -> bool:
     return kind == "silu" and is_wide and gate_up.dtype == torch.float32 and gate_up.is_contiguous()
 
 
-def can_rotate(*tensors: torch.Tensor) -> bool:
-    """Whether `rope_store_kv` takes these queries, keys, values, and this cache."""
-    return all(t.dtype == torch.float32 and t.stride(-2) == t.shape[-1] for t in tensors)
+def can_rotate(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    positions: torch.Tensor,
+    cos_sin: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+) -> bool:
+    """Whether `rope_store_kv` takes these."""
+    rows, whole = (q, k, v), (cos_sin, k_cache, v_cache)
+    numbers = (positions, slot_mapping)
+    return (
+        all(tensor.dtype == torch.float32 for tensor in (*rows, *whole))
+        and all(tensor.dtype == torch.int64 for tensor in numbers)
+        and all(tensor.stride()[1:] == (tensor.shape[2], 1) for tensor in rows)
+        and all(tensor.is_contiguous() for tensor in (*whole, *numbers))
+    )
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -161,10 +181,15 @@ def rope_store_kv(
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
 ) -> None:
-    """As `reference.rope_store_kv`."""
-    num_rows = q.shape[0]
+    """As `reference.rope_store_kv`.
+
+    Raises:
+        IndexError: a position that the table, or a slot that the cache lacks; such rows stay.
+    """
+    num_rows, num_positions = q.shape[0], cos_sin.shape[0]
+    num_slots = k_cache.shape[0] * k_cache.shape[1]
     addresses = [t.data_ptr() for t in (positions, slot_mapping, cos_sin, k_cache, v_cache)]
-    run(
+    num_wrong = run(
         _rope_work,
         [
             num_rows,
@@ -175,6 +200,13 @@ def rope_store_kv(
             *(t.data_ptr() for t in (q, k, v)),
             *(t.stride(0) for t in (q, k, v)),
             *addresses,
+            num_positions,
+            num_slots,
         ],
         -(-num_rows // _ROWS),
     )
+    if num_wrong:
+        raise IndexError(
+            f"positions must be 0 to {num_positions - 1} and slots at most {num_slots - 1}, "
+            f"got others in {num_wrong} of {num_rows} rows"
+        )

@@ -1,12 +1,27 @@
 """`compiled`: a function compiled by numba for this processor, kept on disk for the next process.
 
 Imported only where a compiled kernel is used; `is_available` asks first, at no cost.
+
+Numba unpickles what it has kept and runs its machine code, so it is kept where nobody else can
+write: in `cache_directory`. The directory's name has a digest of all kernels, since numba itself
+looks at one file alone and would keep what was made of an older `vectors.py`.
 """
 
 import functools
+import hashlib
 import importlib.util
-from collections.abc import Callable
+import logging
+import os
+import stat
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
+
+LOGGER = logging.getLogger(__name__)
+#: While numba's settings, which are those of the whole process, are ours.
+_LOCK = threading.Lock()
 
 
 @functools.cache
@@ -37,8 +52,76 @@ def compiled(signature: Any) -> Callable[[Callable[..., Any]], Any]:
 
     def decorate(function: Callable[..., Any]) -> Any:
         try:
-            return cfunc(signature, cache=True)(function)
-        except RuntimeError:  # no directory for it that can be written to
-            return cfunc(signature)(function)
+            with _keeping():
+                return cfunc(signature, cache=True)(function)
+        except Exception as error:  # noqa: BLE001 (unpickling what is damaged raises anything)
+            _tell(f"{type(error).__name__}: {error}")
+        return cfunc(signature)(function)
 
     return decorate
+
+
+def cache_directory() -> Path:
+    """Where compiled kernels are kept: below $NUMBA_CACHE_DIR, or in the user's cache directory.
+
+    Raises:
+        OSError: the user has no home, or another user could write there.
+    """
+    from numba import config
+
+    name = f"kernels-{_digest(Path(__file__).parent)}"
+    if config.CACHE_DIR:  # chosen by the user, who may share it
+        return Path(config.CACHE_DIR) / name
+    try:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError as error:
+        raise OSError(str(error)) from error
+    directory = home / "tokenmill" / name
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    directory.mkdir(mode=stat.S_IRWXU, exist_ok=True)
+    _check(directory.parent, stat.S_IWOTH)
+    _check(directory, stat.S_IRWXG | stat.S_IRWXO)
+    return directory
+
+
+def _check(directory: Path, forbidden: int) -> None:
+    """That a directory is this user's, with none of the forbidden bits in its mode."""
+    status = directory.stat()
+    if status.st_uid != os.getuid() or status.st_mode & forbidden:
+        raise OSError(
+            f"{directory} must belong to user {os.getuid()} and have none of mode {forbidden:o}, "
+            f"got user {status.st_uid} and mode {stat.S_IMODE(status.st_mode):o}"
+        )
+
+
+@functools.cache
+def _digest(sources: Path) -> str:
+    """Of the names and contents of all kernels."""
+    told = [(path.name, path.read_bytes()) for path in sorted(sources.glob("*.py"))]
+    return hashlib.blake2b(repr(told).encode(), digest_size=8).hexdigest()
+
+
+@contextmanager
+def _keeping() -> Iterator[None]:
+    """Have numba keep what it compiles in `cache_directory` and nowhere else."""
+    from numba import config
+
+    with _LOCK:  # inside it no other thread takes our setting for the user's
+        ours = {
+            "CACHE_DIR": str(cache_directory()),
+            "CACHE_LOCATOR_CLASSES": "UserProvidedCacheLocator",
+        }
+        before = {name: getattr(config, name, "") for name in ours}
+        try:
+            for name, value in ours.items():
+                setattr(config, name, value)
+            yield
+        finally:
+            for name, value in before.items():
+                setattr(config, name, value)
+
+
+@functools.cache
+def _tell(reason: str) -> None:
+    """Say once what has gone wrong, and what follows."""
+    LOGGER.warning("kernels cannot be kept, so every start compiles them, for seconds: %s", reason)

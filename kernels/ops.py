@@ -102,7 +102,7 @@ def rope_store_kv(
     elif compiler.is_available():
         from tokenmill.kernels import compiled_rows
 
-        if compiled_rows.can_rotate(q, k, v, k_cache):
+        if compiled_rows.can_rotate(q, k, v, positions, cos_sin, slot_mapping, k_cache, v_cache):
             rope_store = compiled_rows.rope_store_kv
     rope_store(q, k, v, positions, cos_sin, slot_mapping, k_cache, v_cache)
 
@@ -122,7 +122,7 @@ def paged_attention(
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Causal attention of ragged chunks over the blocked KV cache; returns [T, Hq, D]."""
-    attend = _attention_on_gpu if q.is_cuda else _attention_on_cpu(q, k_cache, softcap)
+    attend = _attention_on_gpu if q.is_cuda else _attention_on_cpu
     return attend(
         q,
         k_cache,
@@ -158,15 +158,16 @@ def _attention_on_gpu(
 
 
 def _attention_on_cpu(
-    q: torch.Tensor, k_cache: torch.Tensor, softcap: float | None
-) -> Callable[..., torch.Tensor]:
+    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, **arguments: Any
+) -> torch.Tensor:
     """The compiled form where numba is there and it takes the arguments; else torch's own ops."""
+    attend: Callable[..., torch.Tensor] = cpu_attention.paged_attention
     if compiler.is_available():
         from tokenmill.kernels import compiled_attention
 
-        if compiled_attention.can_attend(q, k_cache, softcap):
-            return compiled_attention.paged_attention
-    return cpu_attention.paged_attention
+        if compiled_attention.can_attend(q, k_cache, v_cache, **arguments):
+            attend = compiled_attention.paged_attention
+    return attend(q, k_cache, v_cache, **arguments)
 
 
 def can_pack(weight: torch.Tensor) -> bool:

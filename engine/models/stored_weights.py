@@ -64,7 +64,7 @@ class StoredWeights:
     def _made(self, path: str, parts: Parts) -> torch.Tensor:
         try:
             return self.weight(parts)
-        except (RuntimeError, IndexError) as error:
+        except (RuntimeError, IndexError, ZeroDivisionError) as error:
             shapes = ", ".join(f"{name} {list(part.shape)}" for name, part in parts.items())
             raise UnsupportedModel(
                 f"the parts of {path} do not fit each other: {shapes}; pull the model again"
@@ -80,6 +80,15 @@ def stored_weights(config: Mapping[str, Any]) -> StoredWeights | None:
     stored = config.get("quantization_config")
     if not stored:
         return None
+    try:
+        return _read(stored)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UnsupportedModel(
+            f"the model's quantization_config has a wrong value: {error}; pull it again"
+        ) from error
+
+
+def _read(stored: Mapping[str, Any]) -> StoredWeights:
     method = str(stored.get("quant_method", "?"))
     if method not in _READERS:
         raise UnsupportedModel(

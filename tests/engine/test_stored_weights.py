@@ -161,6 +161,32 @@ def test_a_linear_that_lacks_a_part_is_named() -> None:
         list(stored.floats(named(qweight=word, qzeros=word, scales=odd)))
 
 
+def test_a_linear_without_groups_is_named() -> None:
+    stored = stored_weights({"quantization_config": {"quant_method": "awq"}})
+    assert stored is not None
+    word, none = torch.zeros(16, 1, dtype=torch.int32), torch.zeros(0, 1, dtype=torch.int32)
+    parts = named(qweight=word, qzeros=none, scales=torch.zeros(0, 8))
+    with pytest.raises(UnsupportedModel, match=r"^the parts of a do not fit each other: qweight"):
+        list(stored.floats(parts))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        "awq",
+        ["awq"],
+        4,
+        {**COMPRESSED, "format": "int-quantized", "config_groups": [{}]},
+        {**COMPRESSED, "format": "int-quantized", "config_groups": {"a": 1}},
+        {**COMPRESSED, "format": "int-quantized", "config_groups": {"a": {"weights": [8]}}},
+    ],
+    ids=str,
+)
+def test_a_malformed_config_is_refused(config: object) -> None:
+    with pytest.raises(UnsupportedModel, match=r"quantization_config has a wrong value: .*; pull"):
+        stored_weights({"quantization_config": config})
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [

@@ -1,6 +1,7 @@
 """The compiled row kernels give what the references give, and the same bits in any batch."""
 
 from collections.abc import Callable
+from copy import deepcopy
 
 import pytest
 import torch
@@ -54,6 +55,49 @@ def test_rotation_and_write(count: int, rotated: int, assert_close: Compare) -> 
         results.append((own, caches))
     for expected, actual in zip(*results, strict=True):
         assert_close(actual, expected)
+
+
+@pytest.mark.parametrize(("position", "slot"), [(50, 0), (-1, 0), (1 << 40, 0), (0, 48)])
+def test_rows_out_of_bounds_are_refused(position: int, slot: int) -> None:
+    """Nothing is read behind the table or written behind the cache; the other rows are served."""
+    heads, caches = torch.randn(20, 8, 32), torch.zeros(2, 6, 8, 2, 32)
+    before, table = heads.clone(), torch.randn(50, 32)
+    positions, slots = torch.arange(20), torch.arange(20)
+    positions[13], slots[13] = position, slot
+    q, k, v = heads[:, :4], heads[:, 4:6], heads[:, 6:]
+    with pytest.raises(IndexError, match=r"0 to 49 and slots at most 47, got .* 1 of 20 rows"):
+        compiled_rows.rope_store_kv(q, k, v, positions, table, slots, caches[0], caches[1])
+    assert torch.equal(heads[13], before[13])
+    assert torch.equal(caches[1].flatten(0, 1)[19], v[19])
+
+
+def test_other_types_and_layouts_are_rotated_by_torch(assert_close: Compare) -> None:
+    """What the compiled form would read wrongly."""
+    heads, caches = torch.randn(9, 8, 32), torch.zeros(2, 6, 8, 2, 32)
+    plain = {
+        "positions": torch.arange(9),
+        "cos_sin": torch.randn(50, 32),
+        "slot_mapping": torch.arange(9),
+        "k_cache": caches[0],
+        "v_cache": caches[1],
+    }
+    wide = torch.zeros(6, 8, 2, 64)
+    for odd in (
+        {"positions": torch.arange(9, dtype=torch.int32)},
+        {"positions": torch.arange(18)[::2]},
+        {"slot_mapping": torch.arange(18)[::2]},
+        {"cos_sin": torch.randn(50, 32, dtype=torch.float64)},
+        {"cos_sin": torch.randn(50, 64)[:, ::2]},
+        {"v_cache": torch.zeros(6, 8, 2, 32, dtype=torch.bfloat16)},
+        {"k_cache": wide[..., :32]},
+    ):
+        results = []
+        for form in (reference.rope_store_kv, ops.rope_store_kv):
+            own, given = heads.clone(), deepcopy(plain | odd)  # strides too
+            form(own[:, :4], own[:, 4:6], own[:, 6:], **given)
+            results.append((own, given["k_cache"], given["v_cache"]))
+        for expected, actual in zip(*results, strict=True):
+            assert_close(actual, expected)
 
 
 def test_a_row_has_the_same_bits_in_any_batch() -> None:

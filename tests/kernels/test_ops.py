@@ -1,6 +1,7 @@
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -34,6 +35,30 @@ def test_cpu_results_match_the_references(attention_case: BuildCase, assert_clos
         assert_close(actual, wanted)
     case = attention_case([(1, 33), (7, 20)])
     assert_close(case.run(ops.paged_attention), case.run(reference.paged_attention))
+
+
+def test_attention_of_other_types_and_layouts_is_torchs(
+    attention_case: BuildCase, assert_close: Compare
+) -> None:
+    """What the compiled form would read or write wrongly."""
+    case = attention_case([(1, 33), (7, 20)])
+    expected = case.run(reference.paged_attention)
+    blocks, size, heads, dim = case.k_cache.shape
+    wide = torch.zeros(blocks, size, heads, 2 * dim)
+    wide[..., :dim] = case.v_cache
+    for odd in (
+        {"block_tables": case.block_tables.long()},
+        {"context_lens": case.context_lens.long()},
+        {"cu_seqlens_q": case.cu_seqlens_q.repeat_interleave(2)[::2]},
+        {"context_lens": case.context_lens.repeat_interleave(2)[::2]},
+        {"q": case.q.transpose(1, 2).contiguous().transpose(1, 2)},
+    ):
+        assert_close(replace(case, **odd).run(ops.paged_attention), expected)
+    out = torch.zeros(len(case.q), 4, 2 * dim)[..., :dim]
+    case.run(ops.paged_attention, out)
+    assert_close(out, expected)
+    with pytest.raises(RuntimeError, match="view size is not compatible"):
+        replace(case, v_cache=wide[..., :dim]).run(ops.paged_attention)
 
 
 @pytest.mark.parametrize(

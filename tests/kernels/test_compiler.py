@@ -1,0 +1,140 @@
+"""What is compiled is kept where only the user can write; without that place, a start goes on."""
+
+import errno
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from numba import config, types
+
+from tokenmill.kernels import compiler
+from tokenmill.kernels.compiler import cache_directory, compiled
+
+SIGNATURE = types.int64(types.int64)
+
+
+def twice(number: int) -> int:
+    return 2 * number
+
+
+@pytest.fixture
+def home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The user's cache directory, empty."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(config, "CACHE_DIR", "")
+    return tmp_path
+
+
+def kept(directory: Path) -> list[Path]:
+    return sorted(path for path in directory.rglob("*") if path.suffix in (".nbi", ".nbc"))
+
+
+def test_machine_code_is_kept_where_only_the_user_can_write(home: Path) -> None:
+    assert compiled(SIGNATURE)(twice).ctypes(21) == 42
+    (directory,) = (home / "tokenmill").iterdir()
+    assert directory == cache_directory()
+    assert directory.stat().st_mode & 0o777 == 0o700
+    assert [path.suffix for path in kept(home)] == [".nbc", ".nbi"]
+    assert kept(directory) == kept(home)
+    assert compiled(SIGNATURE)(twice).cache_hits == 1
+    assert config.CACHE_DIR == ""
+
+
+def test_the_users_own_choice_is_kept(
+    home: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(config, "CACHE_DIR", str(tmp_path / "chosen"))
+    compiled(SIGNATURE)(twice)
+    assert kept(cache_directory()) == kept(tmp_path)
+    assert cache_directory().parent == tmp_path / "chosen"
+    assert str(tmp_path / "chosen") == config.CACHE_DIR
+
+
+def test_a_change_in_any_kernel_has_a_directory_of_its_own(tmp_path: Path) -> None:
+    digests = set()
+    for number in range(3):
+        sources = tmp_path / str(number)
+        sources.mkdir()
+        (sources / "vectors.py").write_text(f"WIDTH = {number % 2}")
+        (sources / "compiled_rows.py").write_text("")
+        digests.add(compiler._digest(sources))
+    assert len(digests) == 2
+
+
+def damage(monkeypatch: pytest.MonkeyPatch, directory: Path) -> None:
+    for path in kept(directory):
+        path.write_bytes(b"")
+
+
+def cut_machine_code(monkeypatch: pytest.MonkeyPatch, directory: Path) -> None:
+    path = next(path for path in kept(directory) if path.suffix == ".nbc")
+    path.write_bytes(path.read_bytes()[:100])
+
+
+def fill_the_disk(monkeypatch: pytest.MonkeyPatch, directory: Path) -> None:
+    def full(*arguments: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    next(path for path in kept(directory) if path.suffix == ".nbi").unlink()
+    monkeypatch.setattr("numba.core.caching.IndexDataCacheFile.save", full)
+
+
+def let_others_write(monkeypatch: pytest.MonkeyPatch, directory: Path) -> None:
+    directory.chmod(0o770)
+
+
+def let_all_write_above(monkeypatch: pytest.MonkeyPatch, directory: Path) -> None:
+    directory.parent.chmod(0o777)
+
+
+def give_it_to_another(monkeypatch: pytest.MonkeyPatch, directory: Path) -> None:
+    owner = directory.stat().st_uid
+    monkeypatch.setattr("os.getuid", lambda: owner + 1)
+
+
+def lose_the_home(monkeypatch: pytest.MonkeyPatch, directory: Path) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr("pathlib.Path.home", homeless)
+
+
+def put_a_file_there(monkeypatch: pytest.MonkeyPatch, directory: Path) -> None:
+    directory.rename(directory.with_name("away"))
+    directory.write_text("")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (damage, "EOFError"),
+        (cut_machine_code, "UnpicklingError|EOFError"),
+        (fill_the_disk, "OSError: .* No space left"),
+        (
+            let_others_write,
+            r"OSError: .*kernels-\w+ must belong to user .* got user .* 770",
+        ),
+        (let_all_write_above, r"OSError: .*/tokenmill must belong to .* and mode 777"),
+        (give_it_to_another, "OSError: .* must belong to user"),
+        (lose_the_home, "OSError: Could not determine home"),
+        (put_a_file_there, "FileExistsError"),
+    ],
+)
+def test_without_it_kernels_are_compiled_and_the_log_says_so_once(
+    home: Path,
+    spoil: Callable[[pytest.MonkeyPatch, Path], None],
+    reason: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    compiler._tell.cache_clear()
+    compiled(SIGNATURE)(twice)
+    spoil(monkeypatch, cache_directory())
+    for _ in range(2):
+        assert compiled(SIGNATURE)(twice).ctypes(21) == 42
+    (said,) = caplog.messages
+    assert said.startswith("kernels cannot be kept, so every start compiles them")
+    assert re.search(reason, said)
