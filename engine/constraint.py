@@ -14,6 +14,7 @@ from typing import Any
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
+from tokenmill.engine.constraint_error import described
 from tokenmill.producer.errors import InvalidRequest, Words
 from tokenmill.producer.params import SamplingParams
 
@@ -47,7 +48,7 @@ class Constraint:
     @property
     def error(self) -> str:
         """Why the constraint cannot go on, "" while it can."""
-        return _first_line(self._matcher.get_error())
+        return described(self._matcher.get_error())
 
     @property
     def is_complete(self) -> bool:
@@ -92,7 +93,8 @@ class ConstraintCompiler:
         """The constraint that `params` ask for, after `output_ids`; None where they ask for none.
 
         Raises:
-            InvalidRequest: it cannot be compiled, is too large, or the output does not follow it.
+            InvalidRequest: it cannot be compiled, is too large, or the output does not follow it;
+                the text says which and quotes nothing of it.
         """
         if params.constraint is None:
             return None
@@ -110,12 +112,18 @@ class ConstraintCompiler:
     def _matcher(self, field: str, value: str | tuple[str, ...]) -> LLMatcher:
         if self._tokenizer is None:
             self._tokenizer = self._load(field)
-        matcher = LLMatcher(self._tokenizer, _grammar(value, field), log_level=0, limits=LIMITS)
-        if not matcher.is_error():
-            matcher.compute_bitmask()  # some limits show in the first mask only
-        if matcher.is_error():
-            raise InvalidRequest(field, _EXPECTED[field], Words(_first_line(matcher.get_error())))
-        return matcher
+        try:
+            matcher = LLMatcher(self._tokenizer, _grammar(value, field), log_level=0, limits=LIMITS)
+            if not matcher.is_error():
+                matcher.compute_bitmask()  # some limits show in the first mask only
+            if not matcher.is_error():
+                return matcher
+            reason = described(matcher.get_error())
+        except (SystemExit, KeyboardInterrupt):
+            raise
+        except BaseException as error:  # noqa: BLE001 - a panic in Rust is no `Exception`
+            reason = type(error).__name__
+        raise InvalidRequest(field, _EXPECTED[field], Words(reason))
 
     def _load(self, field: str) -> LLTokenizer:
         try:
@@ -124,7 +132,7 @@ class ConstraintCompiler:
             )
         except Exception as error:  # the library raises no narrower class
             expected = "not given: this model's tokenizer does not allow it"
-            raise InvalidRequest(field, expected, Words(_first_line(str(error)))) from error
+            raise InvalidRequest(field, expected, Words(type(error).__name__)) from error
 
 
 _EXPECTED = {
@@ -155,7 +163,3 @@ def _bounded(schema: Any) -> Any:
     if isinstance(kind, str) and kind in MAX_TIME:
         found.setdefault("maxLength", MAX_TIME[kind])
     return found
-
-
-def _first_line(text: str) -> str:
-    return text.strip().partition("\n")[0][:300]

@@ -161,10 +161,13 @@ def test_an_output_that_is_complete_already_ends_without_a_step(engine: Engine) 
 @pytest.mark.parametrize(
     ("sampling", "message"),
     [
-        ({"json_schema": {"type": "objekt"}}, "json_schema must be .*Invalid type: objekt"),
-        ({"json_schema": {"not": {}}}, r'json_schema must be .*Unimplemented keys: \["not"\]'),
+        ({"json_schema": {"type": "objekt"}}, "json_schema must be .*an invalid JSON schema"),
+        ({"json_schema": {"not": {}}}, r"json_schema must be .*unsupported keywords not$"),
         ({"json_schema": {"$ref": "http://x.org/a"}}, "json_schema must be a JSON schema that can"),
-        ({"json_schema": {"$ref": "#/$defs/x"}}, "json_schema must be .*does not exist"),
+        (
+            {"json_schema": {"$ref": "#/$defs/x"}},
+            "json_schema must be .*leads nowhere in the schema",
+        ),
         ({"regex": "(a"}, "regex must be a regular expression that can be compiled"),
         ({"regex": "(" * 2000}, "regex must be a regular expression"),
     ],
