@@ -1,4 +1,8 @@
-"""`Capacity`: what a scheduler can take now. Standard library only."""
+"""`Capacity`: what a scheduler can take now. Standard library only.
+
+Sequences whose constraint is still being compiled count for nothing, so that the others go on; but
+only as many as there are rows: beyond that they take room like any other, and claiming ends.
+"""
 
 from dataclasses import dataclass
 
@@ -20,12 +24,14 @@ class Capacity:
 
 def capacity_of(scheduler: Scheduler) -> Capacity:
     """What can be taken now; zero or more of each."""
-    known = [*scheduler.running, *scheduler.waiting]
+    aside = {seq.seq_id for seq in scheduler.blocked[: scheduler.max_num_seqs]}
+    waiting = [seq for seq in scheduler.waiting if seq.seq_id not in aside]
+    known = [*scheduler.running, *waiting]
     backlog = sum(s.num_uncomputed_tokens for s in known if s.is_prefilling)
     decoding = sum(not s.is_prefilling for s in scheduler.running)
     budget = LOOKAHEAD_STEPS * (scheduler.token_budget - decoding)
     rows = scheduler.max_num_seqs + max(1, int(scheduler.max_num_seqs * LOOKAHEAD_ROWS))
-    asked = sum(scheduler.pool.blocks_for(s.num_tokens) for s in scheduler.waiting)
+    asked = sum(scheduler.pool.blocks_for(s.num_tokens) for s in waiting)
     free = scheduler.pool.num_free - scheduler.num_reserved_blocks() - asked
     return Capacity(
         tokens=max(budget - backlog, 0),

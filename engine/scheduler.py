@@ -163,6 +163,11 @@ class Scheduler:
         seq.status = SequenceStatus.FINISHED
         self._tables.release(seq)
 
+    @property
+    def blocked(self) -> list[Sequence]:
+        """Those that wait for something beside room."""
+        return [seq for seq in self.waiting if seq.is_blocked]
+
     def num_reserved_blocks(self) -> int:
         """Blocks that the running sequences are still expected to ask for."""
         return self._admission.num_reserved_blocks()

@@ -107,7 +107,8 @@ def test_what_is_too_large_is_not_quoted(
     sampling: dict[str, Any],
     limit: str,
 ) -> None:
-    monkeypatch.setattr(constraint, "LIMITS", LLParserLimits(**{limit: 1}, verbose_errors=False))
+    limits = LLParserLimits(**{limit: 1})  # type: ignore[arg-type]
+    monkeypatch.setattr(constraint, "LIMITS", limits)
     text = refusal(compiler, sampling)
     assert text.endswith(f"got {TOO_LARGE}")
     assert CANARY not in text
@@ -134,7 +135,7 @@ def test_a_panic_of_the_library_ends_one_request(
 def test_an_output_that_does_not_follow_is_not_quoted(
     compiler: ConstraintCompiler, backend: Backend
 ) -> None:
-    params = SamplingParams(choice=[CANARY])
+    params = SamplingParams(choice=(CANARY,))
     with pytest.raises(InvalidRequest, match=r"got an output that does not follow it$"):
         compiler.compile(params, backend.encode(f"{CANARY[:7]}X").ids)
     started = compiler.compile(params)
