@@ -54,7 +54,9 @@ def described(message: str) -> str:
     if not message:
         return ""
     text = message[_PREFIX.match(message).end() :]  # type: ignore[union-attr]
-    if text.startswith(("Unimplemented keys", "oneOf constraints")):
+    if text.startswith("oneOf constraints"):
+        return "unsupported keywords oneOf"
+    if text.startswith("Unimplemented keys"):
         line = text.partition("\n")[0]
         named = sorted(_KEYWORDS.intersection(re.findall(r"[A-Za-z]+", line)))
         return " ".join(["unsupported keywords", *named])
