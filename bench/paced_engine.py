@@ -98,6 +98,9 @@ class PacedEngine:
     def capacity(self) -> Capacity:
         return capacity_of(self._scheduler)
 
+    def close(self) -> None:
+        """Nothing runs beside it."""
+
     def step(self) -> list[StepOutput]:
         began = time.perf_counter()
         if self._ended_at is not None:

@@ -19,7 +19,7 @@ class BlockTables:
 
     def __init__(self, pool: BlockPool, window: int | None = None) -> None:
         self._pool = pool
-        self._window = window
+        self.window = window
 
     def cached(self, seq: Sequence) -> list[int]:
         """Blocks that the cache knows of the sequence; never the one of its last token."""
@@ -27,7 +27,7 @@ class BlockTables:
             return []
         extend_hashes(seq.block_hashes, seq.token_ids, self._pool.block_size)
         hashes = islice(seq.block_hashes, self._num_skippable(seq))
-        if self._window is None:
+        if self.window is None:
             return self._pool.match(hashes)
         known = [self._pool.find(block_hash) for block_hash in hashes]
         best, run = 0, 0  # the longest prefix; known blocks in a row
@@ -92,10 +92,10 @@ class BlockTables:
     def most_held(self, num_tokens: int, chunk: int) -> int:
         """Blocks that a sequence of `num_tokens` holds at the most, in chunks of up to `chunk`."""
         blocks = self._pool.blocks_for(num_tokens)
-        if self._window is None:
+        if self.window is None:
             return blocks
         # The window and the chunk, the block that its begin cuts, and the one that is kept.
-        return min(blocks, self._pool.blocks_for(self._window + chunk) + 2)
+        return min(blocks, self._pool.blocks_for(self.window + chunk) + 2)
 
     def _drop(self, seq: Sequence) -> None:
         count, table = self._num_unreached(seq.num_computed_tokens), seq.block_table
@@ -109,7 +109,7 @@ class BlockTables:
 
         That one is full, so that what stands in for the dropped ones has been written.
         """
-        if self._window is None:
+        if self.window is None:
             return 0
         size = self._pool.block_size
-        return max(0, min((position - self._window + 1) // size, position // size - 1))
+        return max(0, min((position - self.window + 1) // size, position // size - 1))

@@ -20,6 +20,8 @@ class Capacity:
     blocks: int
     sequences: int
     block_size: int
+    #: KV tokens that one sequence holds at the most, whatever its length; 0 for no such bound.
+    kv_tokens_each: int = 0
 
 
 def capacity_of(scheduler: Scheduler) -> Capacity:
@@ -31,11 +33,12 @@ def capacity_of(scheduler: Scheduler) -> Capacity:
     decoding = sum(not s.is_prefilling for s in scheduler.running)
     budget = LOOKAHEAD_STEPS * (scheduler.token_budget - decoding)
     rows = scheduler.max_num_seqs + max(1, int(scheduler.max_num_seqs * LOOKAHEAD_ROWS))
-    asked = sum(scheduler.pool.blocks_for(s.num_tokens) for s in waiting)
+    asked = sum(scheduler.most_held(s.num_tokens) for s in waiting)
     free = scheduler.pool.num_free - scheduler.num_reserved_blocks() - asked
     return Capacity(
         tokens=max(budget - backlog, 0),
         blocks=max(free, 0),
         sequences=max(rows - len(known), 0),
         block_size=scheduler.pool.block_size,
+        kv_tokens_each=scheduler.most_kv_tokens,
     )

@@ -89,6 +89,11 @@ class ConstraintCompiler:
         self._thread = self._thread or ThreadPoolExecutor(1, thread_name_prefix="constraints")
         return self._thread.submit(self.compile, params, output_ids)
 
+    def close(self) -> None:
+        """Compile nothing more of what was submitted: the process would wait for all of it."""
+        if self._thread is not None:
+            self._thread.shutdown(wait=False, cancel_futures=True)
+
     def compile(self, params: SamplingParams, output_ids: Sequence[int] = ()) -> Constraint | None:
         """The constraint that `params` ask for, after `output_ids`; None where they ask for none.
 

@@ -247,7 +247,8 @@ class Engine:
         return outputs + [self._advance(s, *c) for s, c in zip(ready, chosen, strict=True)]
 
     def close(self) -> None:
-        """End the other ranks, if there are any; the engine is of no use after that."""
+        """End the other ranks and what is being compiled; the engine is of no use after that."""
+        self._constraints.close()
         self._group.close()
 
     def check_integrity(self) -> None:

@@ -30,6 +30,7 @@ Beside this file: `policies.py`, `step.py` (what fits a step), `admission.py`, `
 import bisect
 import enum
 import math
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -167,6 +168,17 @@ class Scheduler:
     def blocked(self) -> list[Sequence]:
         """Those that wait for something beside room."""
         return [seq for seq in self.waiting if seq.is_blocked]
+
+    def most_held(self, num_tokens: int) -> int:
+        """Blocks that a sequence of `num_tokens` holds at the most."""
+        return self._tables.most_held(num_tokens, self.token_budget)
+
+    @property
+    def most_kv_tokens(self) -> int:
+        """What one sequence holds at the most, whatever its length; 0 without a window."""
+        if self._tables.window is None:
+            return 0
+        return self.most_held(sys.maxsize) * self.pool.block_size
 
     def num_reserved_blocks(self) -> int:
         """Blocks that the running sequences are still expected to ask for."""

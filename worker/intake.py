@@ -111,6 +111,8 @@ class Intake:
         self._offered = Room()
         #: KV tokens of the idle engine: the most that was ever offered.
         self._kv_total = 0
+        #: KV tokens that one sequence holds at the most, however long; 0: no such bound.
+        self._kv_each = 0
         #: Claimed, and not in the offered capacity: sequence id -> what it takes; and their sum.
         self._held: dict[str, Room] = {}
         self._held_sum = Room()
@@ -129,6 +131,7 @@ class Intake:
                 self._held_sum = self._held_sum.less(self._held.pop(seq_id, Room()))
             self._offered = Room(capacity.sequences, capacity.tokens, kv_tokens)
             self._kv_total = max(self._kv_total, kv_tokens)
+            self._kv_each = capacity.kv_tokens_each
             if self._room():
                 self._changed.notify()
 
@@ -167,6 +170,7 @@ class Intake:
             tokens=room.tokens,
             kv_tokens=room.kv_tokens,
             kv_total=self._kv_total,
+            kv_each=self._kv_each,
         )
         self._outage.back()
         self._take(claims)
@@ -262,7 +266,7 @@ class Intake:
         admissions = [admission for _, admission in ready if admission]
         with self._changed:
             for admission in admissions:
-                held = _room_of(admission)
+                held = _room_of(admission, self._kv_each)
                 self._held[admission.seq_id] = held
                 self._held_sum = self._held_sum.plus(held)
         self._publisher.open(*(output for output, _ in ready))
@@ -323,11 +327,12 @@ class Intake:
         return [item for item in prompt if isinstance(item, int)]
 
 
-def _room_of(admission: Admission) -> Room:
+def _room_of(admission: Admission, kv_each: int) -> Room:
     """What a sequence takes that the engine has not counted yet."""
     tokens = len(admission.prompt_ids) + len(admission.output_ids)
     still = max(admission.params.max_tokens - len(admission.output_ids), 0)
-    return Room(1, tokens, tokens + min(still, KV_RESERVE))
+    kv_tokens = tokens + min(still, KV_RESERVE)
+    return Room(1, tokens, min(kv_tokens, kv_each) if kv_each else kv_tokens)
 
 
 def _check_told(params: SamplingParams, num_prompt_tokens: int) -> None:

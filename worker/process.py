@@ -6,6 +6,7 @@ On the first SIGTERM or Ctrl-C:
     2. intake ends                                nothing is claimed any more
     3. the publisher writes what is unsent, and releases what has not ended, uncounted
     4. the registration is taken back, and whatever is left is parked
+    5. the engine is closed                       nothing is compiled or computed any more
 
 So another worker goes on within seconds, at the exact token. If the server does not answer, the
 drain is cut short and leases do the rest.
@@ -224,6 +225,7 @@ class Worker:
             Loop(engine, self.inbox, intake, publisher, self.pulse).run()
         finally:
             self._drain(intake, publisher, *threads)
+            engine.close()
             emit(
                 STOPPED,
                 finished=publisher.num_finished,

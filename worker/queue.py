@@ -172,6 +172,7 @@ class Queue:
         tokens: int,
         kv_tokens: int,
         kv_total: int = 0,
+        kv_each: int = 0,
         limit: int = MAX_BATCH,
         holds: int = 0,
     ) -> list[Claim]:
@@ -181,7 +182,8 @@ class Queue:
         overshoot `kv_tokens` (prompt, committed and the next 256 tokens), unless this worker runs
         nothing at all. One that overshoots `kv_total`, the KV tokens of a worker that runs nothing
         (0: unknown), is claimed at once: it would block the queue, so the engine has to refuse it.
-        `holds` are the requests that this worker runs of other shards. Renews the lease. If it
+        `kv_each` are the KV tokens that one request holds at the most (0: no bound), `holds` the
+        requests that this worker runs of other shards. Renews the lease. If it
         raises, call it again: nothing is lost.
         """
         while True:
@@ -198,6 +200,7 @@ class Queue:
                 self._max_attempts,
                 kv_total,
                 holds,
+                kv_each,
             )
             claims = [claim for row in rows if (claim := self._checked(row))]
             self._claim_seq += 1  # only now: whatever failed above is claimed again as it was

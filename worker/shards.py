@@ -58,6 +58,7 @@ class QueueLike(Protocol):
         tokens: int,
         kv_tokens: int,
         kv_total: int = 0,
+        kv_each: int = 0,
         limit: int = MAX_BATCH,
     ) -> list[Claim]: ...
     def admit(self) -> int: ...
@@ -142,6 +143,7 @@ class ShardedQueue:
         tokens: int,
         kv_tokens: int,
         kv_total: int = 0,
+        kv_each: int = 0,
         limit: int = MAX_BATCH,
     ) -> list[Claim]:
         """As for `Queue`; what one shard has leaves the others to the next call.
@@ -165,6 +167,7 @@ class ShardedQueue:
                     tokens=tokens,
                     kv_tokens=kv_tokens,
                     kv_total=kv_total,
+                    kv_each=kv_each,
                     limit=limit,
                     holds=len(self._held),
                 )

@@ -52,3 +52,12 @@ def test_more_of_them_than_rows_are_not_asked_for() -> None:
     assert capacity_of(scheduler).sequences == 1  # a row ahead
     add(scheduler, "last", 1, is_blocked=True)
     assert capacity_of(scheduler).sequences == 0
+
+
+def test_behind_a_window_what_waits_counts_as_what_it_will_hold() -> None:
+    scheduler = make_scheduler(window=32)
+    empty = capacity_of(scheduler)
+    assert empty.kv_tokens_each == 4 * (24 + 2)  # window and budget, and two blocks
+    add(scheduler, "long", 900)
+    assert capacity_of(scheduler).blocks == empty.blocks - 26
+    assert capacity_of(make_scheduler()).kv_tokens_each == 0

@@ -291,6 +291,24 @@ def test_values_that_look_like_schemas_stay_as_they_are(
     assert constraint.is_complete
 
 
+def test_a_closed_compiler_leaves_what_was_not_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter waits for its threads, and so for what they have still to do."""
+    has_begun, may_end = threading.Event(), threading.Event()
+
+    def slow(*_: object) -> None:
+        has_begun.set()
+        assert may_end.wait(60)
+
+    monkeypatch.setattr(ConstraintCompiler, "compile", slow)
+    compiler = ConstraintCompiler(lambda: "{}", vocab_size=9, eos_token_ids=[0])
+    futures = [compiler.submit(SamplingParams(choice=("a",))) for _ in range(30)]
+    assert has_begun.wait(60)
+    compiler.close()
+    assert [future.cancelled() for future in futures] == [False] + [True] * 29
+    may_end.set()
+    assert futures[0].result(60) is None
+
+
 def test_a_model_whose_tokenizer_is_of_no_use_says_so() -> None:
     compiler = ConstraintCompiler(lambda: "{}", vocab_size=9, eos_token_ids=[0])
     with pytest.raises(InvalidRequest, match="choice must be not given: this model's tokenizer"):

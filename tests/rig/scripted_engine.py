@@ -66,6 +66,7 @@ class ScriptedEngine:
     #: A step fails when a sequence of this prompt has so many tokens.
     poison: tuple[tuple[int, ...], int] | None = None
     aborted: list[str] = field(default_factory=list)
+    is_closed: bool = False
 
     @property
     def has_work(self) -> bool:
@@ -110,6 +111,9 @@ class ScriptedEngine:
     def capacity(self) -> Capacity:
         free = self.max_num_seqs + 2 - len(self.sequences)
         return Capacity(tokens=4096, blocks=10_000, sequences=max(free, 0), block_size=32)
+
+    def close(self) -> None:
+        self.is_closed = True
 
     def _advance(self, seq_id: str) -> StepOutput:
         item = self.sequences[seq_id]

@@ -195,11 +195,35 @@ def test_what_never_fits_the_worker_blocks_nobody(client: Client, make_queue: Ma
     assert [sizes[i] for i in ids(queue.claim(**room, kv_total=300))] == [500, 2]
 
 
+def test_behind_a_window_a_long_prompt_takes_what_it_holds(
+    client: Client, make_queue: MakeQueue
+) -> None:
+    sizes = {client.submit([1] * size, max_tokens=1): size for size in (1, 900, 900, 900, 2000)}
+    queue = make_queue()
+    room: dict[str, Any] = {"sequences": 9, "tokens": 9999, "kv_total": 1500, "kv_each": 100}
+    assert [sizes[i] for i in ids(queue.claim(kv_tokens=250, **room))] == [1, 900, 900]
+    # One that is longer than all of the cache is claimed to be refused.
+    assert [sizes[i] for i in ids(queue.claim(kv_tokens=100, **room))] == [900, 2000]
+
+
 def test_empty_lanes_count_as_scanned(server: redis.Redis, make_queue: MakeQueue) -> None:
     for number in range(20):
         server.zadd(KEYS.lanes(1), {f"gone{number}": number})
     queue = make_queue()
-    arguments: list[Any] = ["w1", 15_000, 1, 8, 100, 100, 8, 5, 5, 0, 0]  # five references at most
+    arguments: list[Any] = [
+        "w1",
+        15_000,
+        1,
+        8,
+        100,
+        100,
+        8,
+        5,
+        5,
+        0,
+        0,
+        0,
+    ]  # five references at most
     more, claims, *_ = queue._run(worker_queue._CLAIM, *arguments)
     assert (more, claims, server.zcard(KEYS.lanes(1))) == (1, [], 15)
 

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -38,6 +39,18 @@ def test_what_is_held_is_not_offered_twice(client: Client, make_parts: MakeParts
     assert parts.intake._room() == Room(5, 4096 - 3, 32_000 - 8)
     parts.intake.turn()
     assert len(parts.inbox.take().admissions) == 5
+
+
+def test_behind_a_window_a_claim_holds_no_more_than_the_window(
+    client: Client, make_parts: MakeParts
+) -> None:
+    for _ in range(3):
+        client.submit([7] * 900, max_tokens=5)
+    parts = make_parts()
+    parts.intake.offer(replace(capacity(blocks=30), kv_tokens_each=320))
+    parts.intake.turn()
+    assert len(parts.inbox.take().admissions) == 3
+    assert not parts.intake._room().kv_tokens
 
 
 def test_prompt_tokens_bound_a_claim(client: Client, make_parts: MakeParts) -> None:

@@ -92,7 +92,8 @@ def record(server: redis.Redis) -> Callable[[str], dict[str, str]]:
 def test_it_serves_registers_and_retires(
     server_url: str, client: Client, server: redis.Redis
 ) -> None:
-    with running(server_url, ScriptedEngine()) as started:
+    engine = ScriptedEngine()
+    with running(server_url, engine) as started:
         results = list(client.map([f"n{n}" for n in range(40)], max_tokens=5))
         assert [len(result.token_ids) for result in results] == [5] * 40
         (info,) = client.workers()
@@ -100,6 +101,7 @@ def test_it_serves_registers_and_retires(
         was_ready = started.worker.is_ready
     assert client.workers() == []
     assert (was_ready, started.worker.is_ready) == (True, False)
+    assert engine.is_closed
     assert not server.exists(KEYS.own(info.worker_id))
 
 

@@ -4,7 +4,8 @@
 -- KEYS[1]  T, the tag of the shard
 -- ARGV     worker, lease ms, number of this claim, sequences, tokens, kv tokens, most requests,
 --          most ended references to pass over, most attempts, kv tokens of the worker when it
---          runs nothing (0: not known), requests that it runs of other shards
+--          runs nothing (0: not known), requests that it runs of other shards, kv tokens that one
+--          request holds at the most, however long (0: no such bound)
 -- Returns  {more, claims, now, inbox, control, left, due}: more is 1 if it stopped at the
 --          references, not at the budget; a claim is {id, epoch, attempts, payload, committed token
 --          ids packed as uint32}; what is parked until `now` in ms or earlier was looked at; the
@@ -29,6 +30,7 @@ local worker, lease, seq = ARGV[1], tonumber(ARGV[2]), ARGV[3]
 local sequences, tokens, kv = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
 local limit, scans, max_attempts = tonumber(ARGV[7]), tonumber(ARGV[8]), tonumber(ARGV[9])
 local kv_total = tonumber(ARGV[10])
+local kv_each = tonumber(ARGV[12])
 local now = now_ms()
 local own, self = T .. ':own:' .. worker, T .. ':w:' .. worker
 -- New tokens that must find room in the KV cache beside the prompt; the rest may preempt.
@@ -72,12 +74,17 @@ local function room()
   return sequences > 0 and tokens > 0 and limit > 0 and scans > 0
 end
 
-local function kv_cost(r)
+local function kv_length(r)
   return r.cost + r.offset + math.min(math.max(r.most - r.offset, 0), RESERVE)
 end
 
+-- What it holds of that at one time: a model with a window gives back what is behind it.
+local function kv_cost(r)
+  return kv_each > 0 and math.min(kv_length(r), kv_each) or kv_length(r)
+end
+
 local function never_fits(r)
-  return kv_total > 0 and kv_cost(r) > kv_total
+  return kv_total > 0 and kv_length(r) > kv_total
 end
 
 local function fits(r)

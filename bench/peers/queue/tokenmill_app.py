@@ -74,6 +74,9 @@ class NoopEngine:
         free = MAX_SEQS - len(self.outputs)
         return Capacity(tokens=100_000, blocks=10_000, sequences=free, block_size=32)
 
+    def close(self) -> None:
+        """Nothing runs beside it."""
+
 
 def work(url: str) -> int:
     configure(as_json=True, level=logging.WARNING)
