@@ -11,13 +11,13 @@ from tokenmill.engine.errors import OutOfMemory, UnsupportedModel
 from tokenmill.engine.gguf import GGUFFile, config_from_gguf, tensors_of
 from tokenmill.engine.group import ALONE, Group
 from tokenmill.engine.json_file import read_json
-from tokenmill.engine.models.checkpoint import tensors_of_directory
+from tokenmill.engine.models.checkpoint import NamedTensors, tensors_of_directory
 from tokenmill.engine.models.families import FAMILIES, spec_from_config
-from tokenmill.engine.models.quantization import Quantize, choose_quantization
+from tokenmill.engine.models.quantization import Scheme, choose_quantization, why_not_kept
 from tokenmill.engine.models.shard import WHOLE, Shard
 from tokenmill.engine.models.spec import ModelSpec
-from tokenmill.engine.models.stored_weights import stored_weights
-from tokenmill.engine.models.weight_map import fill_weights
+from tokenmill.engine.models.stored_weights import StoredWeights, stored_weights
+from tokenmill.engine.models.weight_map import WeightMap, fill_weights, place_of
 from tokenmill.engine.models.weights import ModelWeights, empty_weights, pack
 from tokenmill.engine.sources import resolve
 from tokenmill.engine.tokenizer import Tokenizer, tokenizer_from_directory, tokenizer_from_gguf
@@ -66,7 +66,7 @@ def load(
     """
     place = choose_device(device, group.shard)
     kind = choose_dtype(dtype, place)
-    quantize = choose_quantization(quantization, place, kind, group.shard)
+    scheme = choose_quantization(quantization, place, kind, group.shard)
     path = resolve(model)
     file = GGUFFile(path) if path.suffix == ".gguf" else None
     with ThreadPoolExecutor(2) as beside:
@@ -75,7 +75,7 @@ def load(
         tokenizer = beside.submit(_tokenizer, path, file)
         try:
             stored = None if file else stored_weights(read_json(path / "config.json"))
-            spec, weights = _load_weights(path, file, place, kind, group.shard, quantize)
+            spec, weights = _load_weights(path, file, place, kind, group.shard, scheme)
         except torch.OutOfMemoryError as error:
             raise OutOfMemory(f"{model} in {kind} does not fit {place}: {error}") from error
         return LoadedModel(
@@ -114,26 +114,77 @@ def _load_weights(
     device: torch.device,
     dtype: torch.dtype,
     shard: Shard,
-    quantize: Quantize | None = None,
+    scheme: Scheme | None = None,
 ) -> tuple[ModelSpec, ModelWeights]:
+    stored, why_floats = None, ""
     if file is not None:
         whole = spec_from_config(config_from_gguf(file.metadata, file.tensors))
         tensors = tensors_of(file, whole)
     else:
         config = read_json(path / "config.json")
         whole = spec_from_config(config)
-        tensors = tensors_of_directory(path)
-        weight_map, stored = FAMILIES[whole.family].weight_map, stored_weights(config)
-        if stored is not None and weight_map.transposed:
+        tensors, stored = tensors_of_directory(path), stored_weights(config)
+    weight_map = FAMILIES[whole.family].weight_map
+    if stored is not None:
+        if weight_map.transposed:
             raise UnsupportedModel(f"{stored.name} of {whole.family}: choose the unquantized model")
-        tensors = stored.floats(tensors) if stored else tensors
-        if stored is not None:
-            computed = "int8" if quantize else str(dtype).removeprefix("torch.")
-            LOGGER.warning("weights stored as %s are held as %s", stored.name, computed)
+        why_floats = _no_packing(stored, device, dtype, shard, scheme) or _mixed(
+            stored, tensors_of_directory(path), weight_map
+        )
+        tensors = stored.floats(tensors) if why_floats else stored.kept(tensors, device)
+    packing = stored.packing if stored and not why_floats else None
     spec = shard.spec(whole)
-    weights = empty_weights(spec, dtype, device, shard)
-    fill_weights(weights, whole, FAMILIES[whole.family].weight_map, tensors, shard)
-    return spec, pack(weights, quantize)
+    weights = empty_weights(spec, dtype, device, shard, packing)
+    fill_weights(weights, whole, weight_map, tensors, shard)
+    pack(weights, scheme)
+    _log_memory(weights, dtype, stored, why_floats, scheme)
+    return spec, weights
+
+
+def _no_packing(
+    stored: StoredWeights,
+    device: torch.device,
+    dtype: torch.dtype,
+    shard: Shard,
+    scheme: Scheme | None,
+) -> str:
+    """Why the weights of a checkpoint cannot stay as they are stored; "" if they can."""
+    if stored.packing is None:
+        return "there is no kernel for this form of them"
+    return why_not_kept(stored.packing, device, dtype, shard, scheme)
+
+
+def _mixed(stored: StoredWeights, tensors: NamedTensors, names: WeightMap) -> str:
+    """The same, if not all linears of the layers are quantized, or others are; reads no values.
+
+    What chooses experts is not: it is float in every scheme.
+    """
+    for name, tensor in tensors:
+        place, kind = place_of(name, names) or "", name.rpartition(".")[2]
+        is_linear = place.startswith("layers.") and not place.endswith(("router", "shared_gate"))
+        is_plain = kind == "weight" and tensor.dim() == 2
+        is_odd = not is_linear if stored.is_part(kind, tensor) else is_linear and is_plain
+        if is_odd:
+            return f"{name} is not stored as the others are"
+    return ""
+
+
+def _log_memory(
+    weights: ModelWeights,
+    dtype: torch.dtype,
+    stored: StoredWeights | None,
+    why_floats: str,
+    scheme: Scheme | None,
+) -> None:
+    held = scheme.name if scheme else str(dtype).removeprefix("torch.")
+    size = f"{weights.nbytes / 2**20:,.1f} MiB"
+    if stored is None:
+        LOGGER.info("weights are held as %s, in %s", held, size)
+    elif not why_floats:
+        LOGGER.info("weights stored as %s stay so, in %s", stored.name, size)
+    else:
+        what = (stored.name, held, size, why_floats)
+        LOGGER.warning("weights stored as %s are held as %s, in %s: %s", *what)
 
 
 def choose_device(device: str, shard: Shard = WHOLE) -> torch.device:

@@ -69,10 +69,10 @@ def _auto(value: str) -> int | None:
 @_option(
     "--quantization",
     envvar="TOKENMILL_QUANTIZATION",
-    type=click.Choice(["none", "int8"]),
+    type=click.Choice(["none", "int8", "fp8"]),
     default="none",
     show_default=True,
-    help="int8 computes linears in 8 bits, on a CPU.",
+    help="Compute linears in 8 bits: int8 on a CPU, fp8 on a GPU that has it.",
 )
 @_option(
     "--tensor-parallel-size",

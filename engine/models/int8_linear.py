@@ -31,9 +31,19 @@ class Int8Weight:
         self._packed = torch.ops.onednn.qlinear_prepack(codes, None)
         self._zeros = torch.zeros(len(codes), dtype=torch.long)
         self._is_wide = row_bits > 8
+        self._nbytes = codes.nbytes + self._scales.nbytes + self._zeros.nbytes
 
-    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
-        """Rows [T, in] float32 to [T, out] float32."""
+    @property
+    def nbytes(self) -> int:
+        """Memory that it takes."""
+        return self._nbytes
+
+    def __call__(self, rows: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """Rows [T, in] float32 to [T, out] float32, plus `bias`."""
+        product = self._scaled(rows)
+        return product if bias is None else product.add_(bias)
+
+    def _scaled(self, rows: torch.Tensor) -> torch.Tensor:
         largest = rows.abs().amax(dim=1, keepdim=True).clamp_(min=_LEAST)  # [T, 1]
         # The halves that are added round to the nearest, as the conversion cuts off.
         if not self._is_wide:

@@ -9,7 +9,7 @@ linear is as its scheme says (`quantization.py`).
 import torch
 from torch.nn.functional import linear
 
-from tokenmill.engine.models.quantization import Quantize, Quantized
+from tokenmill.engine.models.quantization import Packing, Quantized, Scheme
 from tokenmill.kernels import ops
 
 #: Rows that the packed layout is chosen for; measured to be good from 1 to 256.
@@ -20,10 +20,18 @@ class Linear:
     """Callable on rows [T, in]; returns [T, out]. `weight` is [out, in] until it is packed.
 
     `row_bits`: what a scheme that quantizes its rows must leave them at least; 32: keep it plain.
+    `packing`, `parts`: how the weight is kept as its checkpoint stores it, and in what; then
+    `weight` has a shape and no memory.
     """
 
     def __init__(
-        self, weight: torch.Tensor, bias: torch.Tensor | None = None, *, row_bits: int = 8
+        self,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        *,
+        row_bits: int = 8,
+        packing: Packing | None = None,
+        parts: dict[str, torch.Tensor] | None = None,
     ) -> None:
         self.weight = weight
         self.bias = bias
@@ -31,15 +39,34 @@ class Linear:
         self._is_packed = False
         self._is_panels = False
         self._quantized: Quantized | None = None
+        self._packing = packing
+        self._parts = parts or {}
+        self._plain_bytes = weight.nbytes
 
-    def pack(self, quantize: Quantize | None = None) -> None:
+    @property
+    def nbytes(self) -> int:
+        """Memory of the weight and the bias."""
+        weight = self._quantized.nbytes if self._quantized else self._plain_bytes
+        return weight + (0 if self.bias is None else self.bias.nbytes)
+
+    def parts(self) -> dict[str, torch.Tensor]:
+        """What a checkpoint fills, by name; the rows of each are outputs."""
+        parts = self._parts or {"weight": self.weight}
+        return parts if self.bias is None else parts | {"bias": self.bias}
+
+    def pack(self, scheme: Scheme | None = None) -> None:
         """Replace the weight by its layout for the device; it can no longer be read or written.
 
-        `quantize`: the scheme that the linear is quantized by.
+        `scheme`: what the linear is quantized by.
         """
         weight = self.weight
-        if quantize is not None and self.row_bits < 32:
-            self._quantized = quantize(weight, self.row_bits)
+        if self._packing is not None:
+            self._quantized = self._packing.linear(self._parts)
+            self._parts = {}
+            return
+        if scheme is not None and self.row_bits < 32:
+            self._quantized = scheme.quantize(weight, self.row_bits)
+        if self._quantized is not None:
             self.weight = weight.new_empty(0)
         elif ops.can_pack(weight):
             self.weight = ops.pack(weight)
@@ -63,8 +90,7 @@ class Linear:
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
         if self._quantized is not None:
-            product = self._quantized(rows)
-            return product if self.bias is None else product.add_(self.bias)
+            return self._quantized(rows, self.bias)
         if self._is_panels:
             return ops.packed_linear(rows, self.weight, self.bias)
         if not self._is_packed:

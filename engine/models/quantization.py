@@ -1,32 +1,78 @@
 """How the weights of linears are held: as floats, or quantized, and by what.
 
-| scheme | weights                         | rows                                                  |
-| ------ | ------------------------------- | ----------------------------------------------------- |
-| int8   | int8, one scale for each output | 8 bits in MLPs, 16 in attention and head, one scale   |
-|        |                                 | for each row; what routes tokens to experts is float  |
+| scheme | weights                          | rows                                | on        |
+| ------ | -------------------------------- | ----------------------------------- | --------- |
+| int8   | int8, a scale for each output    | 8 bits in MLPs, 16 in attention and | CPU, in   |
+|        |                                  | head, a scale for each row          | float32   |
+| fp8    | e4m3, a scale for each output;   | e4m3, a scale for each row          | GPU, in   |
+|        | the head stays float             |                                     | bfloat16  |
+| packed | 4 or 8 bits as a checkpoint has  | float                               | GPU       |
+|        | them, scale and zero for a group |                                     |           |
 
-int8 runs on a CPU in float32 (docs/decisions/0025-quantization.md: what the bits were chosen by).
+What routes tokens to experts is float in all. `packed` has no name to choose it by: it is how a
+GPU holds a checkpoint that is stored so (docs/decisions/0025-quantization.md: what the bits of int8
+were chosen by; 0027-packed-weights.md: the GPU).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
+from tokenmill.engine.models.fp8_linear import Fp8Packing, quantize_weight
 from tokenmill.engine.models.int8_linear import Int8Weight, sums_exactly
 from tokenmill.engine.models.shard import WHOLE, Shard
 from tokenmill.producer.errors import InvalidRequest
 
-#: A quantized weight: called on rows [T, in] it gives [T, out].
-Quantized = Callable[[torch.Tensor], torch.Tensor]
-#: A scheme: it makes one of a plain weight [out, in] and of the bits that rows must have at least.
-Quantize = Callable[[torch.Tensor, int], Quantized]
+QUANTIZATIONS = ("none", "int8", "fp8")
+#: The least compute capability whose tensor cores multiply fp8.
+_FP8_CAPABILITY = (8, 9)
 
-QUANTIZATIONS = ("none", "int8")
+
+class Quantized(Protocol):
+    """A quantized weight: of rows [T, in] it makes [T, out]."""
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that it takes."""
+
+    def __call__(self, rows: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """The product, plus `bias` [out]."""
+
+
+class Packing(Protocol):
+    """A form in which a checkpoint's quantized weights are kept; rows are outputs in its parts."""
+
+    @property
+    def can_run(self) -> bool:
+        """Whether there is a kernel for it."""
+
+    def empty(self, out: int, width: int, device: torch.device) -> dict[str, torch.Tensor]:
+        """The parts of a linear [out, width], by name, uninitialised."""
+
+    def linear(self, parts: Mapping[str, torch.Tensor]) -> Quantized:
+        """The weight that filled parts make."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scheme:
+    """One that quantizes weights which were loaded as floats."""
+
+    name: str
+    #: Of a plain weight [out, in] and of the bits that rows must have at least; None: it stays.
+    quantize: Callable[[torch.Tensor, int], Quantized | None]
+    #: Whether the language-model head is quantized too.
+    has_head: bool
+
+
+INT8 = Scheme("int8", Int8Weight, has_head=True)
+FP8 = Scheme("fp8", quantize_weight, has_head=False)
 
 
 def choose_quantization(
     name: str, device: torch.device, dtype: torch.dtype, shard: Shard = WHOLE
-) -> Quantize | None:
+) -> Scheme | None:
     """The scheme of that name; None for `none`.
 
     Raises:
@@ -36,11 +82,9 @@ def choose_quantization(
         raise InvalidRequest("quantization", f"one of {', '.join(QUANTIZATIONS)}", name)
     if name == "none":
         return None
-    place = f"{name} on {device.type} in {dtype}".replace("torch.", "")
-    if device.type != "cpu" or dtype != torch.float32:
-        raise InvalidRequest(
-            "quantization", "int8 on a CPU in float32 alone", place, "use --quantization none"
-        )
+    expected, got = (_int8_lacks if name == "int8" else _fp8_lacks)(device, dtype)
+    if expected:
+        raise InvalidRequest("quantization", expected, got, "use --quantization none")
     if shard.size > 1:
         raise InvalidRequest(
             "quantization",
@@ -48,11 +92,51 @@ def choose_quantization(
             f"{name} on {shard.size} ranks",
             "leave out one of the two",
         )
+    return INT8 if name == "int8" else FP8
+
+
+def why_not_kept(
+    packing: Packing, device: torch.device, dtype: torch.dtype, shard: Shard, scheme: Scheme | None
+) -> str:
+    """Why a checkpoint's packed weights become floats here; "" where they stay as they are."""
+    is_fp8 = isinstance(packing, Fp8Packing)
+    if scheme is not None and not (is_fp8 and scheme is FP8):
+        return f"they are quantized again as {scheme.name}"
+    if not runs_packed(device):
+        return "there is no kernel for them on this device"
+    if is_fp8 and _fp8_lacks(device, dtype)[0]:
+        expected, got = _fp8_lacks(device, dtype)
+        return f"they need {expected}, got {got}"
+    if shard.size > 1:
+        return "the model is divided among ranks"
+    return "" if packing.can_run else "there is no kernel for groups of their size"
+
+
+def runs_packed(device: torch.device) -> bool:
+    """Whether the kernels of packed weights run there."""
+    return device.type == "cuda"
+
+
+def fp8_capability(device: torch.device) -> tuple[int, int]:
+    """The compute capability of a GPU; (0, 0) of what is none."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+
+
+def _int8_lacks(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+    """What int8 needs and does not get; both empty if nothing."""
+    place = f"int8 on {device.type} in {dtype}".replace("torch.", "")
+    if device.type != "cpu" or dtype != torch.float32:
+        return "int8 on a CPU in float32 alone", place
     if not sums_exactly():
-        raise InvalidRequest(
-            "quantization",
-            "int8 on a processor that adds products of int8 exactly (x86 with VNNI)",
-            place,
-            "use --quantization none",
-        )
-    return Int8Weight
+        return "int8 on a processor that adds products of int8 exactly (x86 with VNNI)", place
+    return "", ""
+
+
+def _fp8_lacks(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+    """What fp8 needs and does not get; both empty if nothing."""
+    capability = fp8_capability(device)
+    if capability >= _FP8_CAPABILITY and dtype == torch.bfloat16:
+        return "", ""
+    what = "{}.{}".format(*capability) if device.type == "cuda" else "none"
+    place = f"fp8 on {device.type} (compute capability {what}) in {dtype}".replace("torch.", "")
+    return "fp8 on a GPU of compute capability 8.9 or more in bfloat16", place

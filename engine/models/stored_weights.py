@@ -1,4 +1,4 @@
-"""Checkpoints whose linears are stored quantized, read as the floats that they stand for.
+"""Checkpoints whose linears are stored quantized, read as the floats that they stand for or kept.
 
 | format             | of a linear [out, in] are stored                                            |
 | ------------------ | --------------------------------------------------------------------------- |
@@ -10,6 +10,8 @@
 | compressed-tensors | weight int8 or float8_e4m3fn [out, in], weight_scale [out, 1] or [1]        |
 
     w[o, i] = scale[g, o] * (q[o, i] - zero[g, o])        g the group of input i
+
+What stays packed is laid out anew, in the parts that its `packing` names.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,6 +22,9 @@ import torch
 
 from tokenmill.engine.errors import UnsupportedModel
 from tokenmill.engine.models.checkpoint import NamedTensors
+from tokenmill.engine.models.fp8_linear import Fp8Packing
+from tokenmill.engine.models.packed_linear import IntPacking
+from tokenmill.engine.models.quantization import Packing
 
 #: Where AWQ puts each eighth of a word: nibble n is of this column.
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -37,6 +42,9 @@ class StoredWeights:
     parts: frozenset[str]
     weight: Callable[[Parts], torch.Tensor]
     unused: frozenset[str] = frozenset()
+    #: How a device that can keeps the weights, and what it keeps of them; None: as floats alone.
+    packing: Packing | None = None
+    packed: Callable[[Parts], Parts] | None = None
 
     def floats(self, tensors: NamedTensors) -> NamedTensors:
         """The tensors of a checkpoint with a float32 weight in place of the parts of each linear.
@@ -44,31 +52,53 @@ class StoredWeights:
         Raises:
             UnsupportedModel: a linear lacks a part, or its parts do not fit each other.
         """
+        return self._linears(tensors, lambda parts: {"weight": self.weight(parts)})
+
+    def kept(self, tensors: NamedTensors, device: torch.device) -> NamedTensors:
+        """The same with the parts of `packing`, laid out anew on the device.
+
+        Raises:
+            UnsupportedModel: a linear lacks a part, or its parts do not fit each other.
+        """
+        packed = self.packed or dict
+        return self._linears(
+            tensors, lambda parts: packed({name: part.to(device) for name, part in parts.items()})
+        )
+
+    def is_part(self, kind: str, tensor: torch.Tensor) -> bool:
+        """Whether a tensor is of a quantized linear; `kind` is the last step of its name."""
+        return kind in self.parts and (kind != "weight" or _is_quantized(tensor))
+
+    def _linears(self, tensors: NamedTensors, made: Callable[[Parts], Parts]) -> NamedTensors:
         held: dict[str, dict[str, torch.Tensor]] = {}
         for name, tensor in tensors:
             path, _, kind = name.rpartition(".")
             if kind in self.unused:
                 continue
-            if kind not in self.parts or (kind == "weight" and not _is_quantized(tensor)):
+            if not self.is_part(kind, tensor):
                 yield name, tensor
                 continue
             parts = held.setdefault(path, {})
             parts[kind] = tensor
             if parts.keys() == self.parts:
-                yield f"{path}.weight", self._made(path, held.pop(path))
+                for own, values in _made(path, held.pop(path), made).items():
+                    yield f"{path}.{own}", values
         if held:
             path, parts = next(iter(held.items()))
             missing = ", ".join(sorted(self.parts - parts.keys()))
             raise UnsupportedModel(f"{path} lacks {missing}; pull the model again")
 
-    def _made(self, path: str, parts: Parts) -> torch.Tensor:
-        try:
-            return self.weight(parts)
-        except (RuntimeError, IndexError, ZeroDivisionError) as error:
-            shapes = ", ".join(f"{name} {list(part.shape)}" for name, part in parts.items())
-            raise UnsupportedModel(
-                f"the parts of {path} do not fit each other: {shapes}; pull the model again"
-            ) from error
+
+def _made(path: str, parts: Parts, made: Callable[[Parts], Parts]) -> Parts:
+    try:
+        return made(parts)
+    except (RuntimeError, IndexError, ZeroDivisionError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        shapes = ", ".join(f"{name} {list(part.shape)}" for name, part in parts.items())
+        raise UnsupportedModel(
+            f"the parts of {path} do not fit each other: {shapes}; pull the model again"
+        ) from error
 
 
 def stored_weights(config: Mapping[str, Any]) -> StoredWeights | None:
@@ -102,40 +132,37 @@ def _awq(stored: Mapping[str, Any]) -> StoredWeights:
     _require("awq", "version", version, ("gemm",))
     _require("awq", "bits", stored.get("bits", 4), (4,))
 
-    def weight(parts: Parts) -> torch.Tensor:
+    def codes(parts: Parts) -> _Codes:
         codes = _columns(parts["qweight"], 4, _AWQ_ORDER)
         zeros = _columns(parts["qzeros"], 4, _AWQ_ORDER)
-        groups = torch.arange(len(codes)) // (len(codes) // len(zeros))
-        return _dequantized(codes, zeros, parts["scales"], groups)
+        return _Codes(codes, zeros, parts["scales"], _group_size(stored))
 
-    return StoredWeights("awq, 4 bits", frozenset({"qweight", "qzeros", "scales"}), weight)
+    names = frozenset({"qweight", "qzeros", "scales"})
+    return _grouped("awq, 4 bits", names, codes, _packing(4, stored))
 
 
 def _gptq(stored: Mapping[str, Any]) -> StoredWeights:
-    bits = stored.get("bits")
-    _require("gptq", "bits", bits, (4, 8))
+    _require("gptq", "bits", stored.get("bits"), (4, 8))
+    bits = int(stored["bits"])
     form = stored.get("checkpoint_format", "gptq")
     _require("gptq", "checkpoint_format", form, ("gptq", "gptq_v2"))
     offset = 1 if form == "gptq" else 0
-    is_reordered = bool(stored.get("desc_act"))
-    order = tuple(range(32 // int(bits or 4)))
+    order = tuple(range(32 // bits))
 
-    def weight(parts: Parts) -> torch.Tensor:
-        codes = _columns(parts["qweight"].T, int(bits or 4), order).T  # packed along the input
-        zeros = _columns(parts["qzeros"], int(bits or 4), order)
-        zeros = (zeros + offset) & (2 ** int(bits or 4) - 1)
-        groups = torch.arange(len(codes)) // (len(codes) // len(zeros))
-        groups = parts["g_idx"].long() if is_reordered else groups
-        return _dequantized(codes, zeros, parts["scales"], groups)
+    def codes(parts: Parts) -> _Codes:
+        codes = _columns(parts["qweight"].T, bits, order).T  # packed along the input
+        zeros = (_columns(parts["qzeros"], bits, order) + offset) & (2**bits - 1)
+        return _Codes(codes, zeros, parts["scales"], _group_size(stored), parts.get("g_idx"))
 
-    parts = frozenset({"qweight", "qzeros", "scales"})
-    if is_reordered:
-        return StoredWeights(f"gptq, {bits} bits, reordered", parts | {"g_idx"}, weight)
-    return StoredWeights(f"gptq, {bits} bits", parts, weight, frozenset({"g_idx"}))
+    names = frozenset({"qweight", "qzeros", "scales"})
+    if stored.get("desc_act"):
+        return _grouped(f"gptq, {bits} bits, reordered", names | {"g_idx"}, codes, None)
+    unused = frozenset({"g_idx"})
+    return _grouped(f"gptq, {bits} bits", names, codes, _packing(bits, stored), unused)
 
 
 def _compressed(stored: Mapping[str, Any]) -> StoredWeights:
-    form = stored.get("format")
+    form = str(stored.get("format"))
     known = ("int-quantized", "float-quantized", "naive-quantized")
     _require("compressed-tensors", "format", form, known)
     for group in (stored.get("config_groups") or {}).values():
@@ -150,7 +177,32 @@ def _compressed(stored: Mapping[str, Any]) -> StoredWeights:
     def weight(parts: Parts) -> torch.Tensor:
         return parts["weight"].float() * parts["weight_scale"].float()
 
-    return StoredWeights(str(form), frozenset({"weight", "weight_scale"}), weight)
+    packing: Packing | None = None
+    packed: Callable[[Parts], Parts] | None = None
+    if form == "int-quantized":
+        packing, packed = _INT8, _int8_parts
+    elif form == "float-quantized":
+        packing, packed = Fp8Packing(), _fp8_parts
+    names = frozenset({"weight", "weight_scale"})
+    return StoredWeights(form, names, weight, packing=packing, packed=packed)
+
+
+_INT8 = IntPacking(8, 0)
+
+
+def _int8_parts(parts: Parts) -> Parts:
+    """Codes from -128 on, as a zero point of 128 has them."""
+    scales = _row_scales(parts)
+    return _INT8.parts(parts["weight"].int() + 128, scales, torch.full_like(scales, 128))
+
+
+def _fp8_parts(parts: Parts) -> Parts:
+    return {"codes": parts["weight"], "scales": _row_scales(parts)}
+
+
+def _row_scales(parts: Parts) -> torch.Tensor:
+    """[out, 1] of a scale for each output, or of one for all."""
+    return parts["weight_scale"].float().reshape(-1, 1).expand(len(parts["weight"]), 1)
 
 
 _READERS: dict[str, Callable[[Mapping[str, Any]], StoredWeights]] = {
@@ -170,19 +222,59 @@ def _is_quantized(weight: torch.Tensor) -> bool:
     return weight.dtype in (torch.int8, torch.float8_e4m3fn)
 
 
+def _group_size(stored: Mapping[str, Any]) -> int | None:
+    """Inputs that share a scale; 0: all of an output; None: the config does not say."""
+    size = stored.get("group_size")
+    return None if size is None else max(int(size), 0)
+
+
+def _packing(bits: int, stored: Mapping[str, Any]) -> IntPacking | None:
+    size = _group_size(stored)
+    return None if size is None else IntPacking(bits, size)
+
+
+@dataclass(frozen=True, slots=True)
+class _Codes:
+    """A linear as the integers that are stored."""
+
+    codes: torch.Tensor  # [in, out]
+    zeros: torch.Tensor  # [G, out]
+    scales: torch.Tensor  # [G, out]
+    group_size: int | None
+    order: torch.Tensor | None = None  # [in], the group of each input; None: one after another
+
+    def floats(self) -> torch.Tensor:
+        """The weight [out, in]."""
+        depth = len(self.codes)
+        groups = self.order
+        if groups is None:
+            size = self.group_size or depth // (len(self.zeros) if self.group_size is None else 1)
+            groups = torch.arange(depth, device=self.codes.device) // size
+        groups = groups.long()
+        weight: torch.Tensor = (self.codes - self.zeros[groups]) * self.scales.float()[groups]
+        return weight.t()
+
+
+def _grouped(
+    name: str,
+    parts: frozenset[str],
+    codes: Callable[[Parts], _Codes],
+    packing: IntPacking | None,
+    unused: frozenset[str] = frozenset(),
+) -> StoredWeights:
+    def weight(stored: Parts) -> torch.Tensor:
+        return codes(stored).floats()
+
+    def packed(stored: Parts) -> Parts:
+        made = codes(stored)
+        return packing.parts(made.codes.t(), made.scales.t(), made.zeros.t()) if packing else {}
+
+    return StoredWeights(name, parts, weight, unused, packing, packed if packing else None)
+
+
 def _columns(words: torch.Tensor, bits: int, order: tuple[int, ...]) -> torch.Tensor:
     """Integers [rows, columns] of int32 words [rows, columns / n]; part p is column `order[p]`."""
     shifts = torch.empty(len(order), dtype=torch.int32)
     shifts[list(order)] = bits * torch.arange(len(order), dtype=torch.int32)
-    columns: torch.Tensor = (words[:, :, None] >> shifts) & (2**bits - 1)
+    columns: torch.Tensor = (words[:, :, None] >> shifts.to(words.device)) & (2**bits - 1)
     return columns.flatten(1)
-
-
-def _dequantized(
-    codes: torch.Tensor,  # [in, out]
-    zeros: torch.Tensor,  # [in / G, out]
-    scales: torch.Tensor,  # [in / G, out]
-    groups: torch.Tensor,  # [in]
-) -> torch.Tensor:
-    weight: torch.Tensor = (codes - zeros[groups]) * scales.float()[groups]
-    return weight.t()

@@ -99,14 +99,10 @@ def _parts(
     """What a stored tensor fills: nothing, one place, or the parts of a fused one."""
     if name.endswith(_IGNORED) or any(tree in name for tree in _IGNORED_TREES):
         return
-    prefix = next((p for p in _PREFIXES if name.startswith(p)), "")
-    path, _, kind = name.removeprefix(prefix).rpartition(".")
-    steps = path.split(".")
-    numbers = iter([step for step in steps if step.isdigit()])
-    place = names.names.get(".".join("#" if step.isdigit() else step for step in steps))
+    kind = name.rpartition(".")[2]
+    place = place_of(name, names)
     if place is None:
         raise _unknown(name)
-    place = ".".join(next(numbers) if step == "#" else step for step in place.split("."))
     if names.transposed and kind == "weight" and tensor.dim() == 2 and place.startswith("layers."):
         tensor = tensor.T
     layer, _, fused = place.rpartition(".")
@@ -117,6 +113,17 @@ def _parts(
         raise UnsupportedModel(
             f"{name} has the shape {tuple(tensor.shape)}, which cannot be split: {error}"
         ) from error
+
+
+def place_of(name: str, names: WeightMap) -> str | None:
+    """The place that the module of a stored tensor has; None: it is unknown."""
+    prefix = next((p for p in _PREFIXES if name.startswith(p)), "")
+    steps = name.removeprefix(prefix).split(".")[:-1]
+    numbers = iter([step for step in steps if step.isdigit()])
+    place = names.names.get(".".join("#" if step.isdigit() else step for step in steps))
+    if place is None:
+        return None
+    return ".".join(next(numbers) if step == "#" else step for step in place.split("."))
 
 
 def _split(fused: str, tensor: torch.Tensor, spec: ModelSpec) -> Iterator[tuple[str, torch.Tensor]]:
@@ -145,11 +152,11 @@ def _places(weights: ModelWeights, spec: ModelSpec) -> Iterator[tuple[str, torch
         yield "lm_head.weight", weights.lm_head.weight
     if weights.lm_head.bias is not None:
         yield "lm_head.bias", weights.lm_head.bias
-    yield from _whole("final_norm", weights.final_norm)
+    yield from _norm("final_norm", weights.final_norm)
     for number, layer in enumerate(weights.layers):
         prefix = f"layers.{number}."
         for name, norm in layer.norms().items():
-            yield from _whole(prefix + name, norm)
+            yield from _norm(prefix + name, norm)
         sizes = {"q": spec.q_size, "k": spec.kv_size, "v": spec.kv_size}
         yield from _rows(prefix, layer.qkv, sizes)
         yield from _whole(prefix + "attention_out", layer.attention_out)
@@ -171,10 +178,15 @@ def _mlp(prefix: str, mlp: MLP) -> Iterator[tuple[str, torch.Tensor]]:
     yield from _whole(prefix + "down", mlp.down)
 
 
-def _whole(place: str, module: Linear | Norm) -> Iterator[tuple[str, torch.Tensor]]:
-    yield f"{place}.weight", module.weight
-    if module.bias is not None:
-        yield f"{place}.bias", module.bias
+def _norm(place: str, norm: Norm) -> Iterator[tuple[str, torch.Tensor]]:
+    yield f"{place}.weight", norm.weight
+    if norm.bias is not None:
+        yield f"{place}.bias", norm.bias
+
+
+def _whole(place: str, linear: Linear) -> Iterator[tuple[str, torch.Tensor]]:
+    for kind, tensor in linear.parts().items():
+        yield f"{place}.{kind}", tensor
 
 
 def _rows(
@@ -183,8 +195,6 @@ def _rows(
     """The parts of a fused linear, each with its number of rows."""
     start = 0
     for part, size in sizes.items():
-        rows = slice(start, start + size)
-        yield f"{prefix}{part}.weight", linear.weight[rows]
-        if linear.bias is not None:
-            yield f"{prefix}{part}.bias", linear.bias[rows]
+        for kind, tensor in linear.parts().items():
+            yield f"{prefix}{part}.{kind}", tensor[start : start + size]
         start += size

@@ -13,7 +13,7 @@ from tokenmill.engine.errors import OutOfMemory
 from tokenmill.engine.models.linear import Linear
 from tokenmill.engine.models.mlp import MLP, MoE
 from tokenmill.engine.models.norm import Norm
-from tokenmill.engine.models.quantization import Quantize
+from tokenmill.engine.models.quantization import Packing, Scheme
 from tokenmill.engine.models.shard import WHOLE, Shard
 from tokenmill.engine.models.spec import ModelSpec, MoESpec
 
@@ -64,6 +64,16 @@ class ModelWeights:
             yield from (layer.qkv, layer.attention_out, *layer.mlp.linears())
         yield self.lm_head
 
+    @property
+    def nbytes(self) -> int:
+        """Memory of all of them; a tied head counts where it is kept a second time."""
+        tables = [self.embedding, *([] if self.positions is None else [self.positions])]
+        norms = [part for norm in self.norms() for part in (norm.weight, norm.bias)]
+        plain = sum(part.nbytes for part in (*tables, *norms) if part is not None)
+        is_shared = self.lm_head.weight is self.embedding
+        linears = sum(linear.nbytes for linear in self.linears())
+        return plain + linears - (self.embedding.nbytes if is_shared else 0)
+
     def norms(self) -> Iterator[Norm]:
         """Every norm of the model."""
         for layer in self.layers:
@@ -72,25 +82,32 @@ class ModelWeights:
 
 
 def empty_weights(
-    spec: ModelSpec, dtype: torch.dtype, device: torch.device, shard: Shard = WHOLE
+    spec: ModelSpec,
+    dtype: torch.dtype,
+    device: torch.device,
+    shard: Shard = WHOLE,
+    packing: Packing | None = None,
 ) -> ModelWeights:
     """Allocate the fused tensors, uninitialised; `spec` is that of the shard.
+
+    `packing`: how the linears of layers are kept, all but those that choose experts.
 
     Raises:
         OutOfMemory: the device has no room for them.
     """
     try:
-        return _Allocation(spec, dtype, device, shard).weights()
+        return _Allocation(spec, dtype, device, shard, packing).weights()
     except RuntimeError as error:  # torch.OutOfMemoryError on a GPU, the plain class on a CPU
         raise OutOfMemory(f"the weights do not fit {device}: {error}") from error
 
 
-def pack(weights: ModelWeights, quantize: Quantize | None = None) -> ModelWeights:
+def pack(weights: ModelWeights, scheme: Scheme | None = None) -> ModelWeights:
     """Lay out every linear for its device, in place; returns `weights`."""
     for linear in weights.linears():
-        linear.pack(quantize)
+        is_left_out = linear is weights.lm_head and scheme is not None and not scheme.has_head
+        linear.pack(None if is_left_out else scheme)
     for layer in weights.layers:
-        if quantize is not None and isinstance(layer.mlp, MoE):
+        if scheme is not None and isinstance(layer.mlp, MoE):
             layer.mlp.stacks = None  # the experts are elsewhere now
     return weights
 
@@ -120,6 +137,7 @@ class _Allocation:
     dtype: torch.dtype
     device: torch.device
     shard: Shard
+    packing: Packing | None
 
     def weights(self) -> ModelWeights:
         spec = self.spec
@@ -172,8 +190,9 @@ class _Allocation:
         spec, hidden, inner = self.spec, self.spec.hidden_size, moe.intermediate_size
         shared = moe.shared_intermediate_size
         experts, stacks = None, None
-        # On a CPU each expert is packed into memory of its own.
-        if self.device.type != "cpu" and spec.gated and not spec.mlp_bias:
+        # On a CPU, and of a packed checkpoint, each expert has memory of its own.
+        is_stacked = self.device.type != "cpu" and self.packing is None
+        if is_stacked and spec.gated and not spec.mlp_bias:
             stacks = (
                 self._new(moe.num_experts, 2 * inner, hidden),
                 self._new(moe.num_experts, hidden, inner),
@@ -193,7 +212,12 @@ class _Allocation:
         )
 
     def _linear(self, width: int, out: int, *, bias: bool, row_bits: int = 8) -> Linear:
-        return Linear(self._new(out, width), self._new(out) if bias else None, row_bits=row_bits)
+        added = self._new(out) if bias else None
+        if self.packing is None:
+            return Linear(self._new(out, width), added, row_bits=row_bits)
+        shape = torch.empty(out, width, dtype=self.dtype, device="meta")
+        parts = self.packing.empty(out, width, self.device)
+        return Linear(shape, added, packing=self.packing, parts=parts)
 
     def _summed(self, width: int, out: int, *, bias: bool, row_bits: int = 8) -> Linear:
         """A linear whose outputs on all ranks are added up."""

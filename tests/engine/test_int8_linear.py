@@ -5,6 +5,7 @@ import torch
 
 from tokenmill.engine.models.int8_linear import Int8Weight, quantize_rows, sums_exactly
 from tokenmill.engine.models.linear import Linear
+from tokenmill.engine.models.quantization import INT8
 
 pytestmark = pytest.mark.skipif(not sums_exactly(), reason="this processor adds int8 inexactly")
 
@@ -31,7 +32,7 @@ def test_product_is_that_of_the_formula(
     rows = torch.randn(count, shape[1], generator=generator) * 3
     with torch.inference_mode():
         layer = Linear(weight, bias, row_bits=row_bits)
-        layer.pack(Int8Weight)
+        layer.pack(INT8)
         got = layer(rows)
     want = expected(rows, weight, row_bits) + (0 if bias is None else bias)
     assert got.shape == (count, shape[0])

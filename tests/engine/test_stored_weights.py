@@ -1,6 +1,8 @@
 """Quantized checkpoints, packed here by their definitions, compute as the floats they stand for."""
 
 import json
+import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,11 +11,21 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tokenmill.engine.config import EngineConfig
+from tokenmill.engine.engine import Engine
 from tokenmill.engine.errors import UnsupportedModel
-from tokenmill.engine.loader import load
+from tokenmill.engine.loader import LoadedModel, load
+from tokenmill.engine.models import quantization
 from tokenmill.engine.models.int8_linear import sums_exactly
+from tokenmill.engine.models.linear import Linear
 from tokenmill.engine.models.stored_weights import stored_weights
 from tokenmill.engine.pipeline import Pipeline
+from tokenmill.kernels import ops
+from tokenmill.producer.params import SamplingParams
+
+# Read where triton is first imported, which transformers may do.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 TinyCheckpoint = Callable[..., tuple[Path, Any]]
 Tensors = dict[str, torch.Tensor]
@@ -85,17 +97,17 @@ COMPRESSED = {"quant_method": "compressed-tensors", "config_groups": {"group_0":
     "input_activations": {"num_bits": 8, "strategy": "token", "dynamic": True},
 }}}  # fmt: skip
 FORMATS: dict[str, tuple[dict[str, Any], Callable[..., Stored]]] = {
-    "awq": ({"quant_method": "awq", "bits": 4, "version": "gemm"}, awq),
+    "awq": ({"quant_method": "awq", "bits": 4, "version": "gemm", "group_size": GROUP}, awq),
     **{
         f"gptq-{bits}{'-moved' if moved else ''}": (
-            {"quant_method": "gptq", "bits": bits, "desc_act": moved},
+            {"quant_method": "gptq", "bits": bits, "desc_act": moved, "group_size": GROUP},
             lambda *a, bits=bits, moved=moved: gptq(*a, bits=bits, moved=moved, offset=1),
         )
         for bits in (4, 8)
         for moved in (False, True)
     },
     "gptq-v2": (
-        {"quant_method": "gptq", "bits": 4, "checkpoint_format": "gptq_v2"},
+        {"quant_method": "gptq", "bits": 4, "checkpoint_format": "gptq_v2", "group_size": GROUP},
         lambda *a: gptq(*a, bits=4, moved=False, offset=0),
     ),
     "int8": ({**COMPRESSED, "format": "int-quantized"}, int8),
@@ -103,13 +115,14 @@ FORMATS: dict[str, tuple[dict[str, Any], Callable[..., Stored]]] = {
 }
 
 
-@pytest.fixture(params=FORMATS)
+@pytest.fixture(params=[(name, "llama") for name in FORMATS], ids="-".join)
 def pair(
     request: pytest.FixtureRequest, tiny_checkpoint: TinyCheckpoint, tmp_path: Path
 ) -> tuple[Path, Path]:
     """A checkpoint with quantized linears, and one with the floats that they stand for."""
-    directory, _ = tiny_checkpoint("llama", num_hidden_layers=2)
-    stored_config, make = FORMATS[request.param]
+    name, family = request.param
+    directory, _ = tiny_checkpoint(family, num_hidden_layers=2, vocab_size=336)
+    stored_config, make = FORMATS[name]
     generator = torch.Generator().manual_seed(0)
     quantized: Tensors = {}
     floats: Tensors = {}
@@ -205,12 +218,140 @@ def test_what_cannot_be_read_is_refused(config: dict[str, Any], message: str) ->
 
 
 @pytest.mark.skipif(not sums_exactly(), reason="this processor adds int8 inexactly")
-@pytest.mark.parametrize("pair", ["awq"], indirect=True)
+@pytest.mark.parametrize("pair", [("awq", "llama")], indirect=True)
 def test_int8_linears_of_a_quantized_checkpoint(
     pair: tuple[Path, Path], caplog: pytest.LogCaptureFixture
 ) -> None:
     """The one is read, then the other is made of it; the log says so."""
     model = load(str(pair[0]), device="cpu", quantization="int8")
-    assert caplog.messages == ["weights stored as awq, 4 bits are held as int8"]
+    size = f"{model.weights.nbytes / 2**20:.1f} MiB"
+    text = f"weights stored as awq, 4 bits are held as int8, in {size}: they are quantized again"
+    assert caplog.messages == [f"{text} as int8"]
     assert model.stored_as == "awq, 4 bits"
     assert not model.weights.lm_head.weight.numel()  # nothing plain is kept
+
+
+KEPT = [
+    ("awq", "llama"),
+    ("gptq-4", "phi3"),
+    ("gptq-4", "qwen2_moe"),
+    ("gptq-v2", "llama"),
+    ("int8", "qwen2"),
+]
+
+
+@pytest.fixture
+def kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights stay packed on this CPU too, where plain torch multiplies by them."""
+    monkeypatch.setattr(quantization, "runs_packed", lambda device: True)
+
+
+@pytest.mark.parametrize("pair", KEPT, indirect=True, ids="-".join)
+def test_packed_weights_compute_as_the_floats(
+    pair: tuple[Path, Path], kept: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    own, twin = (load(str(directory), device="cpu") for directory in pair)
+    stayed, plain = (m for m in caplog.messages if m.startswith("weights"))
+    assert re.fullmatch(r"weights stored as .* stay so, in \d+\.\d MiB", stayed)
+    assert re.fullmatch(r"weights are held as float32, in \d+\.\d MiB", plain)
+    assert all(linear.weight.is_meta for linear in linears(own))
+    ours, theirs = (sum(linear.nbytes for linear in linears(model)) for model in (own, twin))
+    assert ours < theirs
+    assert_same_logits(own, twin)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernel is not interpreted here")
+@pytest.mark.parametrize("pair", [("awq", "llama")], indirect=True, ids="-".join)
+def test_packed_weights_by_the_kernel(
+    pair: tuple[Path, Path], kept: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same, by the Triton kernel, interpreted."""
+    from tokenmill.kernels import dequant_gemm
+
+    calls = []
+
+    def counted(*args: Any, **kwargs: Any) -> torch.Tensor:
+        calls.append(1)
+        return dequant_gemm.dequant_linear(*args, **kwargs)
+
+    monkeypatch.setattr(ops, "dequant_linear", counted)
+    assert_same_logits(*(load(str(directory), device="cpu") for directory in pair))
+    assert len(calls) == 2 * 4  # a step with two layers
+
+
+def linears(model: LoadedModel) -> list[Linear]:
+    """Those that are stored quantized."""
+    found: list[Linear] = []
+    for layer in model.weights.layers:
+        found += [layer.qkv, layer.attention_out]
+        inner = list(layer.mlp.linears())
+        found += [linear for linear in inner if linear.row_bits < 32]
+    return found
+
+
+def assert_same_logits(own: LoadedModel, twin: LoadedModel) -> None:
+    config = EngineConfig(token_budget=32, max_model_len=64)
+    prompt = [n * 37 % 320 + 5 for n in range(20)]
+    rows = []
+    for model in (own, twin):
+        engine = Engine(model, config)
+        engine.add("a", prompt, SamplingParams(max_tokens=1, prompt_logprobs=0, logprobs=8), seed=0)
+        outputs = engine.step()
+        assert outputs[-1].finish_reason
+        rows.append([row for o in outputs for row in (*o.prompt_logprobs, *o.logprobs)])
+        assert len(rows[-1]) == len(prompt)
+    for row, want in zip(*rows, strict=True):
+        assert row.token_id == want.token_id
+        assert row.logprob == pytest.approx(want.logprob, abs=2e-4)
+
+
+@pytest.mark.parametrize("pair", [("fp8", "llama")], indirect=True, ids="-".join)
+def test_fp8_weights_stay_as_they_are(
+    pair: tuple[Path, Path], kept: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quantization, "fp8_capability", lambda device: (8, 9))
+    own, twin = (load(str(directory), device="cpu", dtype="bfloat16") for directory in pair)
+    rows = torch.eye(48, dtype=torch.bfloat16)  # exact in fp8: the product is the weight
+    stored, plain = (model.weights.layers[1].qkv for model in (own, twin))
+    assert stored.nbytes < plain.nbytes * 0.6
+    torch.testing.assert_close(stored(rows), plain(rows), rtol=1e-2, atol=1e-2)
+    pipeline = Pipeline(str(pair[0]), device="cpu", dtype="bfloat16")
+    assert len(pipeline([[5, 6, 7]], max_tokens=4, ignore_eos=True)[0].token_ids) == 4
+
+
+@pytest.mark.parametrize(
+    ("pair", "reason"),
+    [
+        (("gptq-4-moved", "llama"), "there is no kernel for this form of them"),
+        (("gptq-8", "llama"), "there is no kernel for groups of their size"),
+        (("fp8", "llama"), r"they need fp8 on a GPU of .* 8\.9 .* got fp8 on cpu"),
+    ],
+    indirect=["pair"],
+)
+def test_what_cannot_stay_packed_becomes_floats_and_says_why(
+    pair: tuple[Path, Path], reason: str, kept: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    own = load(str(pair[0]), device="cpu")
+    assert not any(linear.weight.is_meta for linear in linears(own))
+    (text,) = caplog.messages
+    assert re.fullmatch(rf"weights stored as .* are held as float32, in .* MiB: {reason}.*", text)
+
+
+@pytest.mark.parametrize("pair", [("awq", "llama")], indirect=True, ids="-".join)
+@pytest.mark.parametrize("odd", ["model.layers.1.self_attn.k_proj", "lm_head"])
+def test_linears_stored_otherwise_than_the_others(
+    pair: tuple[Path, Path], odd: str, kept: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    own, twin = (load_file(directory / "model.safetensors") for directory in pair)
+    if odd == "lm_head":
+        twin["lm_head.weight"], parts = awq(336, 48, torch.Generator().manual_seed(1))
+        own.pop("lm_head.weight", None)
+        own |= {f"lm_head.{part}": tensor for part, tensor in parts.items()}
+    else:
+        own = {name: tensor for name, tensor in own.items() if not name.startswith(odd)}
+        own[f"{odd}.weight"] = twin[f"{odd}.weight"]
+    save_file(own, pair[0] / "model.safetensors")
+    load(str(pair[0]), device="cpu")
+    assert f"{odd}." in caplog.messages[0]
+    assert caplog.messages[0].endswith("is not stored as the others are")
