@@ -56,6 +56,8 @@ class Fp8Weight:
 
     def __call__(self, rows: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Rows [T, in] to [T, out]."""
+        if not len(rows):  # torch refuses the strides of their scales
+            return rows.new_empty(0, self._codes.shape[1])
         codes, scales = quantize_rows(rows)
         product: torch.Tensor = torch._scaled_mm(  # noqa: SLF001 (no public name)
             codes, self._codes, scale_a=scales, scale_b=self._scales, out_dtype=rows.dtype

@@ -58,7 +58,9 @@ class MoE:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         out = self._one_by_one(x) if self.stacks is None else self._at_once(x, *self.stacks)
         if self.shared is not None and self.shared_gate is not None:
-            out += self.shared_gate(x).sigmoid() * self.shared(x)
+            # Torch's own sigmoid rounds a tensor's last few elements differently.
+            gate = torch.exp(-self.shared_gate(x)).add_(1).reciprocal_()
+            out += gate * self.shared(x)
         return out
 
     def _one_by_one(self, x: torch.Tensor) -> torch.Tensor:

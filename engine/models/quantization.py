@@ -11,7 +11,7 @@
 
 What routes tokens to experts is float in all. `packed` has no name to choose it by: it is how a
 GPU holds a checkpoint that is stored so (docs/decisions/0025-quantization.md: what the bits of int8
-were chosen by; 0027-packed-weights.md: the GPU).
+were chosen by; 0030-packed-weights.md: the GPU).
 """
 
 from collections.abc import Callable, Mapping

@@ -280,6 +280,15 @@ def test_packed_weights_by_the_kernel(
     assert len(calls) == 2 * 4  # a step with two layers
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("pair", KEPT, indirect=True, ids="-".join)
+def test_packed_weights_on_a_gpu(pair: tuple[Path, Path]) -> None:
+    own, twin = (load(str(path), device="cuda", dtype="float32") for path in pair)
+    assert all(linear.weight.is_meta for linear in linears(own))
+    assert_same_logits(own, twin)
+
+
 def linears(model: LoadedModel) -> list[Linear]:
     """Those that are stored quantized."""
     found: list[Linear] = []

@@ -8,6 +8,7 @@ import torch
 from tokenmill.engine.errors import UnsupportedModel
 from tokenmill.engine.models.families import FAMILIES, spec_from_config
 from tokenmill.engine.models.mlp import MoE
+from tokenmill.engine.models.quantization import Scheme
 from tokenmill.engine.models.weight_map import fill_weights
 from tokenmill.engine.models.weights import ModelWeights, empty_weights, pack
 
@@ -80,12 +81,14 @@ def test_experts_off_a_cpu_are_parts_of_stacked_weights() -> None:
         for linear, stack in zip(expert.linears(), experts.stacks, strict=True):
             assert linear.weight.storage_offset() == number * stack[0].numel()
             assert linear.weight.untyped_storage()._cdata == stack.untyped_storage()._cdata
-    pack(weights, lambda weight, bits: Plain())
+    pack(weights, Scheme("plain", lambda weight, bits: Plain(), has_head=True))
     assert experts.stacks is None  # the linears are quantized, each by itself
 
 
 class Plain:
     """A quantized linear, as far as `pack` is concerned."""
 
-    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+    nbytes = 0
+
+    def __call__(self, rows: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         return rows
