@@ -237,15 +237,17 @@ def can_attend(
     **_others: object,
 ) -> bool:
     """Whether the arguments are such that `paged_attention` takes them."""
-    whole = (k_cache, v_cache) if out is None else (k_cache, v_cache, out)
-    starts = (cu_seqlens_q, context_lens)
-    return (
+    return (  # no loops: it is asked in every layer
         not softcap
         and q.shape[-1] % WIDTH == 0
         and q.stride()[1:] == (q.shape[2], 1)
-        and all(tensor.dtype == torch.float32 for tensor in (q, *whole))
-        and all(tensor.dtype == torch.int32 for tensor in (*starts, block_tables))
-        and all(tensor.is_contiguous() for tensor in (*whole, *starts))
+        and q.dtype == k_cache.dtype == v_cache.dtype == torch.float32
+        and cu_seqlens_q.dtype == context_lens.dtype == block_tables.dtype == torch.int32
+        and k_cache.is_contiguous()
+        and v_cache.is_contiguous()
+        and cu_seqlens_q.is_contiguous()
+        and context_lens.is_contiguous()
+        and (out is None or (out.dtype == torch.float32 and out.is_contiguous()))
     )
 
 

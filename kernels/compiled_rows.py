@@ -126,13 +126,16 @@ def can_rotate(
     v_cache: torch.Tensor,
 ) -> bool:
     """Whether `rope_store_kv` takes these."""
-    rows, whole = (q, k, v), (cos_sin, k_cache, v_cache)
-    numbers = (positions, slot_mapping)
-    return (
-        all(tensor.dtype == torch.float32 for tensor in (*rows, *whole))
-        and all(tensor.dtype == torch.int64 for tensor in numbers)
-        and all(tensor.stride()[1:] == (tensor.shape[2], 1) for tensor in rows)
-        and all(tensor.is_contiguous() for tensor in (*whole, *numbers))
+    return (  # no loops: it is asked in every layer
+        q.dtype == k.dtype == v.dtype == cos_sin.dtype == torch.float32
+        and k_cache.dtype == v_cache.dtype == torch.float32
+        and positions.dtype == slot_mapping.dtype == torch.int64
+        and q.stride()[1:] == k.stride()[1:] == v.stride()[1:] == (q.shape[2], 1)
+        and cos_sin.is_contiguous()
+        and positions.is_contiguous()
+        and slot_mapping.is_contiguous()
+        and k_cache.is_contiguous()
+        and v_cache.is_contiguous()
     )
 
 
