@@ -114,6 +114,7 @@ class Engine:
         self._complete: list[Sequence] = []
         self._num_steps = 0
         self._num_computed_tokens = 0
+        self._group.serve()
 
     @property
     def has_work(self) -> bool:

@@ -45,6 +45,10 @@ class Group(Protocol):
         """Raise `GroupLost` if a rank has gone."""
         ...
 
+    def serve(self) -> None:
+        """All is warm: from now on a step that takes very long means that a rank hangs."""
+        ...
+
     def close(self) -> None:
         """End the other ranks."""
         ...
@@ -75,6 +79,9 @@ class Alone:
 
     def check(self) -> None:
         """It is there."""
+
+    def serve(self) -> None:
+        """It is its own."""
 
     def close(self) -> None:
         """There is nobody to end."""

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import IO
 
 from tokenmill.engine.errors import GroupLost
@@ -41,6 +41,8 @@ class RankProcesses:
         self._num_ready = 0
         self._lost = ""
         self._is_ending = False
+        #: When the step began that runs; None between steps.
+        self._step_began_at: float | None = None
         self._processes: list[subprocess.Popen[bytes]] = []
         self._watchers: list[threading.Thread] = []
         try:
@@ -87,6 +89,23 @@ class RankProcesses:
         if self._lost:
             raise GroupLost(f"a rank of the tensor-parallel group is gone: {self._lost}")
 
+    def watch(self, limit_s: float) -> None:
+        """From now on all are lost with a step that takes longer: one hangs, or was stopped."""
+        watcher = threading.Thread(
+            target=self._watch_steps, args=(limit_s,), name="steps of ranks", daemon=True
+        )
+        self._watchers.append(watcher)
+        watcher.start()
+
+    @contextlib.contextmanager
+    def step(self) -> Iterator[None]:
+        """Around what is watched."""
+        self._step_began_at = time.monotonic()
+        try:
+            yield
+        finally:
+            self._step_began_at = None
+
     def send(self, message: bytes) -> None:
         """To all of them.
 
@@ -104,7 +123,9 @@ class RankProcesses:
 
     def end(self) -> None:
         """Let them end; kill those that do not."""
-        self._is_ending = True
+        with self._changed:
+            self._is_ending = True
+            self._changed.notify_all()
         for process in self._processes:
             with contextlib.suppress(BrokenPipeError):
                 _end_of(process.stdin).close()
@@ -116,6 +137,16 @@ class RankProcesses:
                 process.kill()
         for watcher in self._watchers:
             watcher.join()
+
+    def _watch_steps(self, limit_s: float) -> None:
+        age_s = 0.0
+        while age_s < limit_s:
+            with self._changed:
+                if self._changed.wait_for(lambda: self._lost or self._is_ending, limit_s / 16):
+                    return
+            began_at = self._step_began_at
+            age_s = 0.0 if began_at is None else time.monotonic() - began_at
+        self._lose(f"a step took longer than {limit_s:g} s")
 
     def _watch(self, rank: int, process: subprocess.Popen[bytes]) -> None:
         error = ""

@@ -22,6 +22,8 @@ from tokenmill.producer.errors import InvalidRequest, TokenmillError
 
 #: For a rank to come to a sum that the others are at: kernels may be compiled on the way.
 _TIMEOUT = timedelta(minutes=10)
+#: For a step once serving has begun: as the stall limit of a worker.
+STEP_LIMIT_S = 60.0
 #: After a failed step, to learn from the end of another rank what the reason was.
 _REASON_S = 2.0
 
@@ -81,6 +83,9 @@ class Ranks:
     def check(self) -> None:
         """A rank that rank 0 has left ends by itself."""
 
+    def serve(self) -> None:
+        """Rank 0 watches."""
+
     def close(self) -> None:
         """Rank 0 ends the others."""
 
@@ -135,7 +140,8 @@ class Leader(Ranks):
         """
         self.check()
         try:
-            yield
+            with self._others.step():
+                yield
         except TokenmillError as error:
             self._others.give_up(str(error), 0.0)
             raise
@@ -150,6 +156,9 @@ class Leader(Ranks):
 
     def check(self) -> None:
         self._others.check()
+
+    def serve(self) -> None:
+        self._others.watch(STEP_LIMIT_S)
 
     def close(self) -> None:
         self._end()

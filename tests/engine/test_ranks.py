@@ -13,6 +13,7 @@ import torch
 from children import children_of
 from questions import QUESTIONS
 from tiny_llama import write_tiny_llama
+from tokenmill.engine import ranks
 from tokenmill.engine.errors import GroupLost
 from tokenmill.engine.models.shard import Shard
 from tokenmill.engine.pipeline import Pipeline
@@ -80,6 +81,21 @@ def test_joining_that_fails_leaves_the_environment_as_it_was(
     assert "NCCL_SOCKET_IFNAME" not in os.environ
 
 
+@pytest.mark.slow
+def test_a_stopped_rank_ends_the_group(tiny_llama: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks, "STEP_LIMIT_S", 2.0)
+    before = set(children_of(os.getpid()))
+    with Pipeline(tiny_llama, tensor_parallel_size=2, **CPU) as pair:
+        (rank,) = set(children_of(os.getpid())) - before
+        pair(PROMPTS, max_tokens=5, ignore_eos=True)
+        os.kill(rank, signal.SIGSTOP)
+        stopped_at = time.monotonic()
+        with pytest.raises(GroupLost, match="a step took longer than 2 s"):
+            pair(PROMPTS, max_tokens=5, ignore_eos=True)
+        assert time.monotonic() - stopped_at < 10.0
+    assert set(children_of(os.getpid())) == before
+
+
 def test_a_rank_that_cannot_load_its_part_is_said_with_its_reason(tmp_path: Path) -> None:
     lost: list[str] = []
     settings = {
@@ -90,10 +106,10 @@ def test_a_rank_that_cannot_load_its_part_is_said_with_its_reason(tmp_path: Path
         "rank": 1,
         "size": 2,
     }
-    ranks = RankProcesses([settings], on_lost=lambda: lost.append("lost"))
+    others = RankProcesses([settings], on_lost=lambda: lost.append("lost"))
     with pytest.raises(GroupLost, match=r"rank 1 failed: model must be one of .* got '/.*none'"):
-        ranks.wait_ready()
-    ranks.end()
+        others.wait_ready()
+    others.end()
     assert lost == ["lost"]
 
 

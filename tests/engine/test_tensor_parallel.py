@@ -78,6 +78,9 @@ class Thread:
     def check(self) -> None:
         """All are here."""
 
+    def serve(self) -> None:
+        """Threads do not hang."""
+
     def close(self) -> None:
         self.send(b"")
 
