@@ -45,6 +45,12 @@ def _points(text: str) -> tuple[tuple[float, float], ...]:
 @click.command()
 @click.option("--device", metavar="NAME|FILE", help=f"JSON, or {', '.join(known_devices())}.")
 @click.option("--model", metavar="MODEL", help="Measure this machine with this model.")
+@click.option(
+    "--quantization",
+    type=click.Choice(["none", "int8"]),
+    default="none",
+    help="Of --model; a worker's.",
+)
 @click.option("--cost", type=_numbers, metavar="A,B,C", help="Seconds: A + B*tokens + C*KV tokens.")
 @click.option("--points", type=_points, metavar="T:S,...", help="Seconds S of a step of T tokens.")
 @click.option("--save-device", type=click.Path(path_type=Path), help="Write the device as JSON.")
@@ -173,7 +179,8 @@ def _measured(options: dict[str, Any], lengths: Lengths) -> Device:
         policy=policy,
         prefix_caching=False,
     )
-    engine = Engine(load(options["model"], device="auto"), config)
+    model = load(options["model"], device="auto", quantization=options["quantization"])
+    engine = Engine(model, config)
     return measured(engine, lengths, policy=policy)
 
 

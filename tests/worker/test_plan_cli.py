@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from tokenmill.engine import loader
+from tokenmill.engine.errors import ModelNotFound
 from tokenmill.producer.errors import InvalidRequest
 from tokenmill.worker.plan_cli import plan
 
@@ -81,3 +83,17 @@ def test_planning_loads_no_torch_and_no_matplotlib() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_a_quantized_worker_is_measured_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[tuple[str, str]] = []
+
+    def load(model: str, *, device: str, quantization: str) -> None:
+        loaded.append((model, quantization))
+        raise ModelNotFound("not here")
+
+    monkeypatch.setattr(loader, "load", load)
+    command = ["--model", "tiny", "--quantization", "int8", *SMALL]
+    found = CliRunner().invoke(plan, command)
+    assert isinstance(found.exception, ModelNotFound)
+    assert loaded == [("tiny", "int8")]
