@@ -56,13 +56,24 @@ class ModelEntry:
 
 
 def models_home() -> Path:
-    """Where pulled models are kept: $TOKENMILL_MODELS_DIR, or below the user's cache directory."""
+    """Where pulled models are kept: $TOKENMILL_MODELS_DIR, or below the user's cache directory.
+
+    Raises:
+        ModelNotFound: the user has neither.
+    """
     chosen = os.environ.get("TOKENMILL_MODELS_DIR")
-    return Path(chosen) if chosen else cache_home() / "models"
+    try:
+        return Path(chosen) if chosen else cache_home() / "models"
+    except RuntimeError as error:
+        raise ModelNotFound(f"no directory for models: {error} Set TOKENMILL_MODELS_DIR") from error
 
 
 def cache_home() -> Path:
-    """Where we keep what can be had again: below the user's cache directory."""
+    """Where we keep what can be had again: below the user's cache directory.
+
+    Raises:
+        RuntimeError: the user has no home.
+    """
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(cache) / "tokenmill"
 

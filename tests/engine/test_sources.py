@@ -112,3 +112,17 @@ def test_bin_files_are_pulled_only_where_there_are_no_safetensors(
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     assert {file.name for file in pull("owner/model").iterdir()} == {weights, "config.json"}
+
+
+def test_a_user_without_a_home_is_told_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr("pathlib.Path.home", homeless)
+    for name in ("XDG_CACHE_HOME", "TOKENMILL_MODELS_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ModelNotFound, match=r"home directory\. Set TOKENMILL_MODELS_DIR$"):
+        resolve("smollm2")
+    monkeypatch.setenv("TOKENMILL_MODELS_DIR", "/nowhere")
+    with pytest.raises(ModelNotFound, match="not on this machine yet"):
+        resolve("smollm2")
