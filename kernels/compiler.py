@@ -40,6 +40,12 @@ def has_wide_vectors() -> bool:
     return is_available() and _has("avx512f")
 
 
+@functools.cache
+def has_byte_products() -> bool:
+    """Whether sixteen times four products of 8-bit integers are added in one instruction (VNNI)."""
+    return has_wide_vectors() and _has("avx512vnni")
+
+
 def _has(feature: str) -> bool:
     from llvmlite.binding import get_host_cpu_features
 

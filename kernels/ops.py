@@ -22,6 +22,10 @@ def load_compiled() -> None:
         from tokenmill.kernels import compiled_linear
 
         del compiled_linear
+    if compiler.has_byte_products():
+        from tokenmill.kernels import compiled_int8
+
+        del compiled_int8
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -191,6 +195,31 @@ def packed_linear(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | No
     from tokenmill.kernels import compiled_linear
 
     return compiled_linear.linear(x, packed, bias)
+
+
+def can_pack_int8(weight: torch.Tensor) -> bool:
+    """Whether `packed_int8_linear` of a weight [N, K] can be had here."""
+    if not compiler.has_byte_products():
+        return False
+    from tokenmill.kernels import compiled_int8
+
+    return compiled_int8.can_pack(weight)
+
+
+def pack_int8(codes: torch.Tensor) -> torch.Tensor:
+    """Lay out a weight's codes, int8 [N, K], for `packed_int8_linear`, in new memory."""
+    from tokenmill.kernels import compiled_int8
+
+    return compiled_int8.pack(codes)
+
+
+def packed_int8_linear(
+    x: torch.Tensor, packed: torch.Tensor, weight_scales: torch.Tensor
+) -> torch.Tensor:
+    """Return x [T, K] @ weight.T, of codes that `pack_int8` has laid out and their scales [N]."""
+    from tokenmill.kernels import compiled_int8
+
+    return compiled_int8.linear(x, packed, weight_scales)
 
 
 def dequant_linear(

@@ -17,8 +17,8 @@ WIDTH = 16
 #: Rows that a product takes at a time.
 ROWS = 4
 
-_FLOAT, _INT, _INDEX = ir.FloatType(), ir.IntType(32), ir.IntType(64)
-_VECTOR, _INTS = ir.VectorType(_FLOAT, WIDTH), ir.VectorType(_INT, WIDTH)
+FLOAT, INT, INDEX = ir.FloatType(), ir.IntType(32), ir.IntType(64)
+VECTOR, INTS = ir.VectorType(FLOAT, WIDTH), ir.VectorType(INT, WIDTH)
 _LOG2_E, _LN2_HIGH, _LN2_LOW = 1.44269504088896341, 0.693359375, -2.12194440e-4
 #: exp(r) = 1 + r + r^2 p(r) for |r| <= ln(2) / 2, from Cephes' expf.
 _EXP = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 0.5)
@@ -26,15 +26,15 @@ _EXP = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.66
 _LEAST, _MOST = -87.0, 88.0
 
 
-class _Emitter:
+class Emitter:
     """Shorthand for the instructions that the functions below share."""
 
     def __init__(self, builder: Any) -> None:
         self.builder = builder
 
-    def pointer(self, address: Any, offset: int = 0, *, kind: ir.Type = _VECTOR) -> Any:
+    def pointer(self, address: Any, offset: int = 0, *, kind: ir.Type = VECTOR) -> Any:
         """Of `kind` at `address` plus `offset` floats."""
-        address = self.builder.add(address, _INDEX(4 * offset)) if offset else address
+        address = self.builder.add(address, INDEX(4 * offset)) if offset else address
         return self.builder.inttoptr(address, kind.as_pointer())
 
     def load(self, address: Any, offset: int = 0) -> Any:
@@ -45,20 +45,20 @@ class _Emitter:
 
     def spread(self, address: Any, offset: int = 0) -> Any:
         """The float at `address` in every element."""
-        value = self.builder.load(self.pointer(address, offset, kind=_FLOAT), align=4)
+        value = self.builder.load(self.pointer(address, offset, kind=FLOAT), align=4)
         return self.splat(value)
 
     def splat(self, value: Any) -> Any:
-        undefined = ir.Constant(_VECTOR, ir.Undefined)
-        first = self.builder.insert_element(undefined, value, _INT(0))
-        return self.builder.shuffle_vector(first, undefined, ir.Constant(_INTS, [0] * WIDTH))
+        undefined = ir.Constant(VECTOR, ir.Undefined)
+        first = self.builder.insert_element(undefined, value, INT(0))
+        return self.builder.shuffle_vector(first, undefined, ir.Constant(INTS, [0] * WIDTH))
 
     def of(self, value: float) -> Any:
-        return ir.Constant(_VECTOR, [value] * WIDTH)
+        return ir.Constant(VECTOR, [value] * WIDTH)
 
     def call(self, name: str, *vectors: Any) -> Any:
         module = self.builder.module
-        kind = ir.FunctionType(_VECTOR, [_VECTOR] * len(vectors))
+        kind = ir.FunctionType(VECTOR, [VECTOR] * len(vectors))
         name = f"llvm.{name}.v{WIDTH}f32"
         found = module.globals.get(name) or ir.Function(module, kind, name)
         return self.builder.call(found, vectors)
@@ -68,7 +68,7 @@ class _Emitter:
         return self.call("fma", a, b, c)
 
     def step(self, address: Any, floats: Any) -> Any:
-        return self.builder.add(address, self.builder.mul(floats, _INDEX(4)))
+        return self.builder.add(address, self.builder.mul(floats, INDEX(4)))
 
     def loop(
         self, count: Any, state: list[Any], body: Callable[[Any, list[Any]], list[Any]]
@@ -79,13 +79,13 @@ class _Emitter:
         after = self.builder.append_basic_block("after")
         self.builder.branch(inside)
         self.builder.position_at_end(inside)
-        number = self.builder.phi(_INDEX)
-        number.add_incoming(_INDEX(0), before)
+        number = self.builder.phi(INDEX)
+        number.add_incoming(INDEX(0), before)
         carried = [self.builder.phi(value.type) for value in state]
         for phi, value in zip(carried, state, strict=True):
             phi.add_incoming(value, before)
         new = body(number, list(carried))
-        following = self.builder.add(number, _INDEX(1))
+        following = self.builder.add(number, INDEX(1))
         end = self.builder.block
         number.add_incoming(following, end)
         for phi, value in zip(carried, new, strict=True):
@@ -99,9 +99,9 @@ class _Emitter:
         width = WIDTH
         while width > 1:
             width //= 2
-            mask = ir.Constant(_INTS, [(n + width) % WIDTH for n in range(WIDTH)])
+            mask = ir.Constant(INTS, [(n + width) % WIDTH for n in range(WIDTH)])
             vector = combine(vector, self.builder.shuffle_vector(vector, vector, mask))
-        return self.builder.extract_element(vector, _INT(0))
+        return self.builder.extract_element(vector, INT(0))
 
     def larger(self, a: Any, b: Any) -> Any:
         return self.builder.select(self.builder.fcmp_ordered(">", a, b), a, b)
@@ -119,21 +119,21 @@ class _Emitter:
             value = self.fma(value, rest, self.of(factor))
         value = self.fma(value, self.builder.fmul(rest, rest), rest)
         value = self.builder.fadd(value, self.of(1.0))
-        whole = self.builder.fptosi(power, _INTS)
+        whole = self.builder.fptosi(power, INTS)
         shifted = self.builder.shl(
-            self.builder.add(whole, ir.Constant(_INTS, [127] * WIDTH)),
-            ir.Constant(_INTS, [23] * WIDTH),
+            self.builder.add(whole, ir.Constant(INTS, [127] * WIDTH)),
+            ir.Constant(INTS, [23] * WIDTH),
         )
-        value = self.builder.fmul(value, self.builder.bitcast(shifted, _VECTOR))
+        value = self.builder.fmul(value, self.builder.bitcast(shifted, VECTOR))
         return self.builder.select(is_least, self.of(0.0), value)
 
 
-def _as_function(emit: Callable[..., Any], result: Any, num_arguments: int) -> Any:
+def as_function(emit: Callable[..., Any], result: Any, num_arguments: int) -> Any:
     """`emit(emitter, *values)` as a function of int64 that numba can call."""
     signature = result(*[types.int64] * num_arguments)
 
     def codegen(context: Any, builder: Any, _signature: Any, values: Any) -> Any:
-        returned = emit(_Emitter(builder), *values)
+        returned = emit(Emitter(builder), *values)
         return context.get_dummy_value() if result is types.void else returned
 
     def typed(_context: Any, *_arguments: Any) -> Any:
@@ -154,7 +154,7 @@ def product(vectors: int, *, is_added: bool) -> Any:
     """
 
     def emit(
-        e: _Emitter, a: Any, a_stride: Any, b: Any, b_stride: Any, c: Any, c_stride: Any, count: Any
+        e: Emitter, a: Any, a_stride: Any, b: Any, b_stride: Any, c: Any, c_stride: Any, count: Any
     ) -> None:
         rows, outs = [a], [c]
         for _ in range(ROWS - 1):
@@ -179,12 +179,12 @@ def product(vectors: int, *, is_added: bool) -> Any:
         for place, value in enumerate(sums):
             e.store(value, outs[place // vectors], WIDTH * (place % vectors))
 
-    return _as_function(emit, types.void, 7)
+    return as_function(emit, types.void, 7)
 
 
-def _weigh(e: _Emitter, row: Any, count: Any) -> Any:
+def _weigh(e: Emitter, row: Any, count: Any) -> Any:
     def at(number: Any) -> Any:
-        return e.step(row, e.builder.mul(number, _INDEX(WIDTH)))
+        return e.step(row, e.builder.mul(number, INDEX(WIDTH)))
 
     def highest(number: Any, state: list[Any]) -> list[Any]:
         return [e.larger(e.load(at(number)), state[0])]
@@ -202,12 +202,12 @@ def _weigh(e: _Emitter, row: Any, count: Any) -> Any:
 
 
 #: Of (row, count): exp(x - max) of the `count` vectors at `row`, in place; returns their sum.
-weigh = _as_function(_weigh, types.float32, 2)
+weigh = as_function(_weigh, types.float32, 2)
 
 
-def _gate(e: _Emitter, gate: Any, up: Any, target: Any, count: Any) -> None:
+def _gate(e: Emitter, gate: Any, up: Any, target: Any, count: Any) -> None:
     def body(number: Any, state: list[Any]) -> list[Any]:
-        offset = e.builder.mul(number, _INDEX(WIDTH))
+        offset = e.builder.mul(number, INDEX(WIDTH))
         z = e.load(e.step(gate, offset))
         below = e.builder.fadd(e.exp(e.builder.fneg(z)), e.of(1.0))
         gated = e.builder.fmul(e.builder.fdiv(z, below), e.load(e.step(up, offset)))
@@ -218,12 +218,12 @@ def _gate(e: _Emitter, gate: Any, up: Any, target: Any, count: Any) -> None:
 
 
 #: Of (gate, up, target, count): target = silu(gate) * up, of `count` vectors.
-gate_silu = _as_function(_gate, types.void, 4)
+gate_silu = as_function(_gate, types.void, 4)
 
 
-def _sum_of_squares(e: _Emitter, row: Any, count: Any) -> Any:
+def _sum_of_squares(e: Emitter, row: Any, count: Any) -> Any:
     def add(number: Any, state: list[Any]) -> list[Any]:
-        part = e.load(e.step(row, e.builder.mul(number, _INDEX(WIDTH))))
+        part = e.load(e.step(row, e.builder.mul(number, INDEX(WIDTH))))
         return [e.fma(part, part, state[0])]
 
     (squares,) = e.loop(count, [e.of(0.0)], add)
@@ -231,18 +231,18 @@ def _sum_of_squares(e: _Emitter, row: Any, count: Any) -> Any:
 
 
 #: Of (row, count): the sum of the squares of the `count` vectors at `row`.
-sum_of_squares = _as_function(_sum_of_squares, types.float32, 2)
+sum_of_squares = as_function(_sum_of_squares, types.float32, 2)
 
 
-def _transpose(e: _Emitter, source: Any, stride: Any, target: Any, target_stride: Any) -> None:
+def _transpose(e: Emitter, source: Any, stride: Any, target: Any, target_stride: Any) -> None:
     rows = []
     for _ in range(WIDTH):
         rows.append(e.load(source))
         source = e.step(source, stride)
     half = WIDTH // 2
     # Four times: interleaving the halves of a matrix's rows turns the bits of (row, column) by one.
-    low = ir.Constant(_INTS, [n // 2 + (n % 2) * WIDTH for n in range(WIDTH)])
-    high = ir.Constant(_INTS, [half + n // 2 + (n % 2) * WIDTH for n in range(WIDTH)])
+    low = ir.Constant(INTS, [n // 2 + (n % 2) * WIDTH for n in range(WIDTH)])
+    high = ir.Constant(INTS, [half + n // 2 + (n % 2) * WIDTH for n in range(WIDTH)])
     for _ in range(WIDTH.bit_length() - 1):
         rows = [
             e.builder.shuffle_vector(rows[n], rows[n + half], mask)
@@ -255,14 +255,14 @@ def _transpose(e: _Emitter, source: Any, stride: Any, target: Any, target_stride
 
 
 #: Of (source, stride, target, target_stride): target [16, 16] = source [16, 16] transposed.
-transpose = _as_function(_transpose, types.void, 4)
+transpose = as_function(_transpose, types.void, 4)
 
 
 def _pointers(kind: Any, element: ir.Type) -> Any:
     """Of an address: the pointer to elements there, from which numba makes an array."""
 
     def codegen(_context: Any, builder: Any, _signature: Any, values: Any) -> Any:
-        return _Emitter(builder).pointer(values[0], kind=element)
+        return Emitter(builder).pointer(values[0], kind=element)
 
     def typed(context: Any, address: Any) -> Any:  # noqa: ARG001 (numba reads the names)
         return types.CPointer(kind)(types.int64), codegen
@@ -270,13 +270,13 @@ def _pointers(kind: Any, element: ir.Type) -> Any:
     return intrinsic(typed)
 
 
-floats, int32s = _pointers(types.float32, _FLOAT), _pointers(types.int32, _INT)
-int64s = _pointers(types.int64, _INDEX)
+floats, int32s = _pointers(types.float32, FLOAT), _pointers(types.int32, INT)
+int64s = _pointers(types.int64, INDEX)
 
 
-def _fetch_add(e: _Emitter, address: Any, number: Any) -> Any:
-    return e.builder.atomic_rmw("add", e.pointer(address, kind=_INDEX), number, "monotonic")
+def _fetch_add(e: Emitter, address: Any, number: Any) -> Any:
+    return e.builder.atomic_rmw("add", e.pointer(address, kind=INDEX), number, "monotonic")
 
 
 #: Of (address, number): adds to the int64 there, for all threads at once; returns what it was.
-fetch_add = _as_function(_fetch_add, types.int64, 2)
+fetch_add = as_function(_fetch_add, types.int64, 2)

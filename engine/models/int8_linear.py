@@ -1,19 +1,25 @@
-"""`Int8Weight`: a weight of int8, multiplied by rows that are quantized as they come.
+"""Weights of int8, multiplied by rows that are quantized as they come.
 
-    y[t, n] = x_scale[t] * w_scale[n] * sum_k xq[t, k] * w8[n, k]
-    w8 = round(w / w_scale),  w_scale[n] = max_k |w[n, k]| / 127,   and the same for each row of x
+`GroupedInt8Weight`, compiled: each 64 values of a row have a scale, and 8 bits.
 
-Rows of 8 bits are one product. Rows of 16 bits are two: xq = 256 * high + low, of which both are
-int8, stand one above the other in one call; it costs twice as much and loses nothing to speak of.
+    y[t, n] = w_scale[n] * sum_g x_scale[t, g] * sum_k xq[t, g, k] * w8[n, g, k]
+    w8 = round(w / w_scale),  w_scale[n] = max_k |w[n, k]| / 127,   and the same for each group of x
 
-The sums are of integers, which are exact in any order, and each row has a scale of its own: the
-product has the same bits whatever else is in the batch (docs/decisions/0014). oneDNN multiplies
-unsigned by signed integers fast, so rows are kept 128 too large and it takes that off again.
+`Int8Weight`, of oneDNN, for shapes and processors that the first does not take: a row has one
+scale. Rows of 8 bits are one product. Rows of 16 bits are two: xq = 256 * high + low, of which both
+are int8, stand one above the other in one call; it costs twice as much and loses nothing to speak
+of. oneDNN multiplies unsigned by signed integers fast, so rows are kept 128 too large and it takes
+that off again.
+
+Sums of integers are exact in any order, those of groups are in order, and each row has scales of
+its own: the product has the same bits whatever else is in the batch (docs/decisions/0014).
 """
 
 from functools import cache
 
 import torch
+
+from tokenmill.kernels import ops
 
 #: The largest quantized value, and what makes it unsigned.
 _LEVELS, _OFFSET = 127, 128
@@ -21,6 +27,24 @@ _LEVELS, _OFFSET = 127, 128
 _WIDE_LEVELS, _WIDE_OFFSET = 256 * _LEVELS, 257 * _OFFSET
 #: Below this a row counts as zeros: it keeps levels / largest finite.
 _LEAST = 1e-30
+
+
+class GroupedInt8Weight:
+    """Made of a plain weight [out, in] that `ops.can_pack_int8` takes; it does not keep it."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        codes, self._scales = quantize_rows(weight)
+        self._packed = ops.pack_int8(codes)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that it takes."""
+        return self._packed.nbytes + self._scales.nbytes
+
+    def __call__(self, rows: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """Rows [T, in] float32 to [T, out] float32, plus `bias`."""
+        product = ops.packed_int8_linear(rows, self._packed, self._scales)
+        return product if bias is None else product.add_(bias)
 
 
 class Int8Weight:
@@ -55,6 +79,13 @@ class Int8Weight:
 
     def _product(self, codes: torch.Tensor) -> torch.Tensor:
         return _product(codes, self._packed, self._scales, self._zeros)
+
+
+def int8_weight(weight: torch.Tensor, row_bits: int) -> GroupedInt8Weight | Int8Weight:
+    """The faster of the two that a weight can be; groups of 8 bits do for rows of 16."""
+    if ops.can_pack_int8(weight):
+        return GroupedInt8Weight(weight)
+    return Int8Weight(weight, row_bits)
 
 
 def quantize_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

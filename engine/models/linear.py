@@ -85,7 +85,7 @@ class Linear:
     def layout(self) -> str:
         """How the weight is held, by name: linears of one shape and layout take the same time."""
         if self._quantized is not None:
-            return f"{type(self._quantized).__name__}, rows of {self.row_bits} bits"
+            return f"{type(self._quantized).__name__}, rows that need {self.row_bits} bits"
         return "panels" if self._is_panels else "packed" if self._is_packed else "plain"
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:

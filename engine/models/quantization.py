@@ -2,8 +2,8 @@
 
 | scheme | weights                          | rows                                | on        |
 | ------ | -------------------------------- | ----------------------------------- | --------- |
-| int8   | int8, a scale for each output    | 8 bits in MLPs, 16 in attention and | CPU, in   |
-|        |                                  | head, a scale for each row          | float32   |
+| int8   | int8, a scale for each output    | 8 bits, a scale for each 64 values, | CPU, in   |
+|        |                                  | or what `int8_linear.py` says       | float32   |
 | fp8    | e4m3, a scale for each output;   | e4m3, a scale for each row          | GPU, in   |
 |        | the head stays float             |                                     | bfloat16  |
 | packed | 4 or 8 bits as a checkpoint has  | float                               | GPU       |
@@ -21,7 +21,7 @@ from typing import Protocol
 import torch
 
 from tokenmill.engine.models.fp8_linear import Fp8Packing, quantize_weight
-from tokenmill.engine.models.int8_linear import Int8Weight, sums_exactly
+from tokenmill.engine.models.int8_linear import int8_weight, sums_exactly
 from tokenmill.engine.models.shard import WHOLE, Shard
 from tokenmill.producer.errors import InvalidRequest
 
@@ -66,7 +66,7 @@ class Scheme:
     has_head: bool
 
 
-INT8 = Scheme("int8", Int8Weight, has_head=True)
+INT8 = Scheme("int8", int8_weight, has_head=True)
 FP8 = Scheme("fp8", quantize_weight, has_head=False)
 
 

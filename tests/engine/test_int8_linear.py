@@ -3,9 +3,16 @@
 import pytest
 import torch
 
-from tokenmill.engine.models.int8_linear import Int8Weight, quantize_rows, sums_exactly
+from tokenmill.engine.models.int8_linear import (
+    GroupedInt8Weight,
+    Int8Weight,
+    int8_weight,
+    quantize_rows,
+    sums_exactly,
+)
 from tokenmill.engine.models.linear import Linear
 from tokenmill.engine.models.quantization import INT8
+from tokenmill.kernels import compiler
 
 pytestmark = pytest.mark.skipif(not sums_exactly(), reason="this processor adds int8 inexactly")
 
@@ -86,3 +93,30 @@ def test_a_row_has_the_same_bits_alone_and_among_others(
     for count in (1, 2, 3, 4, 5, 7, 8, 15, 16, 17, 33, 64, 100, 255):
         for start in (0, 513 - count):
             assert torch.equal(weight(rows[start : start + count]), whole[start : start + count])
+
+
+@pytest.mark.skipif(not compiler.has_byte_products(), reason="no AVX-512 VNNI")
+def test_groups_of_eight_bits_stand_in_for_rows_of_sixteen() -> None:
+    """One channel 50 times the others costs its group its precision, not the row."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(192, 512, generator=generator)
+    rows = torch.randn(9, 512, generator=generator)
+    rows[:, 77] *= 50
+    plain = rows @ weight.T
+    errors = {
+        kind: (quantized(rows) - plain).norm().item()
+        for kind, quantized in (
+            ("groups", int8_weight(weight, 8)),
+            ("rows of 8", Int8Weight(weight, 8)),
+            ("rows of 16", Int8Weight(weight, 16)),
+        )
+    }
+    assert isinstance(int8_weight(weight, 8), GroupedInt8Weight)
+    assert errors["groups"] < 0.6 * errors["rows of 8"]
+    assert errors["rows of 16"] < errors["groups"]
+
+
+@pytest.mark.parametrize("shape", [(65, 128), (64, 100)], ids=str)
+def test_a_shape_without_whole_groups_is_a_product_of_the_library(shape: tuple[int, int]) -> None:
+    weight = torch.randn(shape)
+    assert isinstance(int8_weight(weight, 16), Int8Weight)
