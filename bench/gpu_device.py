@@ -1,6 +1,9 @@
 """What the GPU benches share: the device's provenance, and the shapes of the models."""
 
+import json
 import subprocess
+from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from workloads import provenance
@@ -64,3 +67,10 @@ def gpu_provenance() -> dict[str, object]:
         "driver": driver.stdout.strip() or None,
         "cuda": torch.version.cuda,
     }
+
+
+def write_gpu_result(out: Path, bench: str, content: Mapping[str, object]) -> None:
+    """Write OUT/`bench`.json: what was measured, and on what."""
+    whole = {"bench": bench, **content, "provenance": gpu_provenance()}
+    out.mkdir(parents=True, exist_ok=True)
+    (out / f"{bench}.json").write_text(json.dumps(whole, indent=2) + "\n")

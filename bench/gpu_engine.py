@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import torch
-from gpu_device import QWEN3_06B, gpu_provenance, tiny
+from gpu_device import QWEN3_06B, tiny, write_gpu_result
 from tokenizers import Tokenizer as Backend
 from tokenizers import models
 
@@ -110,7 +110,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--tiny", action="store_true")
     options = parser.parse_args()
-    origin = gpu_provenance()
     model = random_model(tiny(QWEN3_06B) if options.tiny else QWEN3_06B)
     config = EngineConfig(max_model_len=2304)
     requests, low, high = (8, 10, 40) if options.tiny else (256, 100, 1024)
@@ -120,10 +119,8 @@ def main() -> None:
     nano = nano_requests(requests, low, high, vocabulary)
     figures: dict[str, object] = {"nano": run_workload(engine, nano)}
     figures["profile"] = profile_steps(engine, high, 4 if options.tiny else 64)
-    result = {"bench": "gpu_engine", "is_tiny": options.tiny, **figures, "provenance": origin}
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "gpu_engine.json").write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps(result["nano"], indent=2))
+    write_gpu_result(options.out, "gpu_engine", {"is_tiny": options.tiny, **figures})
+    print(json.dumps(figures["nano"], indent=2))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ Qwen3's vocabulary; experts of Mixtral's shapes.
 """
 
 import argparse
-import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from gpu_device import gpu_provenance
+from gpu_device import write_gpu_result
 
 from tokenmill.kernels.batch_rows import build_step
 from tokenmill.kernels.decode_attention import decode_attention
@@ -363,13 +362,10 @@ def main() -> None:
     with torch.inference_mode():
         result = measure(scale, options.seconds)
     content = {
-        "bench": "gpu_kernels",
         "is_tiny": options.tiny,
         **result,
-        "provenance": gpu_provenance(),
     }
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "gpu_kernels.json").write_text(json.dumps(content, indent=2) + "\n")
+    write_gpu_result(options.out, "gpu_kernels", content)
 
 
 if __name__ == "__main__":

@@ -9,14 +9,13 @@ as the engine's caller sees it, from the schedule to the tokens on the host.
 """
 
 import argparse
-import json
 import random
 import statistics
 import time
 from pathlib import Path
 
 import torch
-from gpu_device import LLAMA_31_8B, gpu_provenance, tiny
+from gpu_device import LLAMA_31_8B, tiny, write_gpu_result
 from gpu_engine import random_model
 from gpu_kernels import TINY, Scale, ceilings
 
@@ -122,13 +121,10 @@ def main() -> None:
     model = random_model(tiny(LLAMA_31_8B) if options.tiny else LLAMA_31_8B)
     result = measure(model, scale, is_tiny=options.tiny)
     content = {
-        "bench": "gpu_steps",
         "is_tiny": options.tiny,
         **result,
-        "provenance": gpu_provenance(),
     }
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "gpu_steps.json").write_text(json.dumps(content, indent=2) + "\n")
+    write_gpu_result(options.out, "gpu_steps", content)
 
 
 if __name__ == "__main__":

@@ -7,13 +7,12 @@ takes a length for each request; CUDA graphs are captured before the clock start
 """
 
 import argparse
-import json
 import time
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from gpu_device import QWEN3_06B, gpu_provenance, tiny
+from gpu_device import QWEN3_06B, tiny, write_gpu_result
 from gpu_engine import nano_requests
 from transformers import AutoModelForCausalLM, GenerationConfig, Qwen3Config
 
@@ -52,7 +51,6 @@ def main() -> None:
     seconds = run(model, requests)
     tokens = sum(length for _, length in requests)
     content = {
-        "bench": "gpu_transformers",
         "is_tiny": options.tiny,
         "nano": {
             "seconds": seconds,
@@ -60,10 +58,8 @@ def main() -> None:
             "output_tokens_per_s": tokens / seconds,
         },
         "transformers": version("transformers"),
-        "provenance": gpu_provenance(),
     }
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "gpu_transformers.json").write_text(json.dumps(content, indent=2) + "\n")
+    write_gpu_result(options.out, "gpu_transformers", content)
 
 
 if __name__ == "__main__":

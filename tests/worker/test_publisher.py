@@ -11,27 +11,17 @@ from tokenmill.engine.engine import StepOutput
 from tokenmill.engine.sequence import FinishReason
 from tokenmill.producer.client import Client
 from tokenmill.producer.keys import Keys
-from tokenmill.producer.wire import chain_digest, unpack_token_ids
+from tokenmill.producer.wire import chain_digest
 from tokenmill.worker import publisher as publisher_module
 from tokenmill.worker.output import Output
 from tokenmill.worker.queue import Queue
+from written import entries, state
 
 pytestmark = pytest.mark.placed("")
 
 KEYS = Keys()
 MakeParts = Callable[..., Any]
 OutputOf = Callable[[str], Any]
-
-
-def entries(server: redis.Redis, request_id: str) -> list[tuple[str, tuple[int, ...], str]]:
-    """(entry id, tokens, text) of each."""
-    raw: Any = server.xrange(KEYS.output(request_id))
-    return [(key.decode(), unpack_token_ids(f[b"t"]), f[b"x"].decode()) for key, f in raw]
-
-
-def state(server: redis.Redis, request_id: str) -> str:
-    raw: Any = server.hget(KEYS.record(request_id), "state")
-    return str(raw.decode())
 
 
 def test_first_token_at_once_then_gathered(

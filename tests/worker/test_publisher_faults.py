@@ -12,26 +12,15 @@ from redis.exceptions import OutOfMemoryError, ResponseError
 from tokenmill.producer.client import Client
 from tokenmill.producer.keys import Keys
 from tokenmill.producer.params import SamplingParams
-from tokenmill.producer.wire import unpack_token_ids
 from tokenmill.worker import outage as outage_module
 from tokenmill.worker import publisher as publisher_module
+from written import entries, state
 
 pytestmark = pytest.mark.placed("")
 
 KEYS = Keys()
 MakeParts = Callable[..., Any]
 OutputOf = Callable[[str], Any]
-
-
-def entries(server: redis.Redis, request_id: str) -> list[tuple[str, tuple[int, ...], str]]:
-    """(entry id, tokens, text) of each."""
-    raw: Any = server.xrange(KEYS.output(request_id))
-    return [(key.decode(), unpack_token_ids(f[b"t"]), f[b"x"].decode()) for key, f in raw]
-
-
-def state(server: redis.Redis, request_id: str) -> str:
-    raw: Any = server.hget(KEYS.record(request_id), "state")
-    return str(raw.decode())
 
 
 def test_a_fenced_request_is_dropped_without_a_word(
