@@ -25,9 +25,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import redis
+from kept_result import kept_result
 from peer_engine import Peer, vllm_variables
 from peer_model import peer_model
-from workloads import RESULTS, WORKLOADS, write_result
+from workloads import RESULTS, WORKLOADS, in_turn, write_result
 
 from tokenmill.engine.tokenizer import tokenizer_from_directory
 from tokenmill.producer.connection import connect
@@ -150,11 +151,12 @@ def main() -> None:
     workload = replace(WORKLOADS["W1"], requests=options.requests)
     requests = workload.prompts(VOCABULARY)
     peer_model()  # written before anything is timed
-    starts = _kept() if options.resume else []
+    kept = kept_result(NAME, workload) if options.resume else {}
+    starts = [Start(**start) for start in kept.get("starts", [])]
     done = {(start.system, start.round) for start in starts}
     reference: list[str] = []
     for number in range(1, options.rounds + 1):
-        for system in options.system:
+        for system in in_turn(options.system, number):
             if (system, number) in done:
                 continue
             with tempfile.TemporaryDirectory() as place:
@@ -192,13 +194,6 @@ def _options() -> argparse.Namespace:
     if options.peers is None and set(options.system) != {OURS}:
         parser.error("--peers is needed for other systems than ours")
     return options
-
-
-def _kept() -> list[Start]:
-    path = RESULTS / f"{NAME}.json"
-    if not path.exists():
-        return []
-    return [Start(**start) for start in json.loads(path.read_text())["starts"]]
 
 
 def _plain(starts: Sequence[Start]) -> list[dict[str, object]]:

@@ -26,7 +26,7 @@ from peer_engine import PEERS, PeerEngine, end_in_order
 from peer_model import peer_model
 from roofline import Ceilings, measure_ceilings, need
 from step_profile import StepProfile
-from workloads import WORKLOADS, Workload
+from workloads import WORKLOADS, Workload, in_turn
 
 from tokenmill.engine.config import EngineConfig
 from tokenmill.engine.engine import Engine
@@ -166,7 +166,7 @@ def _round(
     ceilings = measure_ceilings()
     runs.about.setdefault("ceilings", []).append(asdict(ceilings))
     for workload in workloads:
-        for system, runner in runners.items():
+        for system, runner in in_turn(list(runners.items()), number):
             if (system, workload.name, number) in runs:
                 continue
             run = measured(system, runner, workload, number, ours.model.spec, ceilings)

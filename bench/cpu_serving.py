@@ -5,14 +5,13 @@ of its token budgets (r = 4), and the token gap P95 at 16 clients is under 0.25 
 1 to 16 clients, 64 requests of 260 prompt and 60 output tokens (normal, deviation 0.3 x mean),
 random token ids, ends ignored. tokenmill: a worker, the embedded server, `Client`. vLLM: its OpenAI
 server, streaming, chunked prefill, each of --budgets. All services take turns at each number of
-clients. First, greedy tokens of both are compared.
+clients, another one first each time. First, greedy tokens of both are compared.
 
     python bench/cpu_serving.py --peers DIRECTORY [--clients 1 2 4 8 16] [--requests 64]
         [--budgets 64 128 256 512] [--max-step-ms 150] [--dtype float32] [--resume]
 """
 
 import argparse
-import json
 import os
 import tempfile
 from collections.abc import Sequence
@@ -23,9 +22,10 @@ from typing import TYPE_CHECKING
 
 from closed_loop import RATES, Point, measure
 from cpu_engine import LEAST_AGREEMENT, agreement
+from kept_result import kept_result
 from peer_engine import end_in_order
 from peer_model import peer_model
-from workloads import RESULTS, Workload, write_result
+from workloads import Workload, in_turn, write_result
 
 if TYPE_CHECKING:
     from services import Service
@@ -39,15 +39,16 @@ def main() -> None:
     end_in_order()
     workload = Workload("closed loop", options.requests, 260, 60)
     requests = workload.prompts(VOCABULARY)
-    points = _kept() if options.resume else []
+    kept = kept_result(NAME, workload) if options.resume else {}
+    points = [Point(**point) for point in kept.get("points", [])]
     done = {(point.service, point.clients) for point in points}
     with tempfile.TemporaryDirectory() as state, ExitStack() as stack:
         os.environ["TOKENMILL_STATE_DIR"] = state
         os.environ.pop("TOKENMILL_REDIS_URL", None)
         services = _started(options, stack)
         _check(services)
-        for clients in options.clients:
-            for service in services:
+        for turn, clients in enumerate(options.clients):
+            for service in in_turn(services, turn):
                 if (service.name, clients) in done:
                     continue
                 with service.running():
@@ -106,14 +107,6 @@ def _check(services: Sequence["Service"]) -> None:
         print(f"{service.name}: {same:.1%} of the greedy tokens are ours", flush=True)
         if same < LEAST_AGREEMENT and "bfloat16" not in service.name:
             raise SystemExit(f"{service.name} does not compute what we do")
-
-
-def _kept() -> list[Point]:
-    path = RESULTS / f"{NAME}.json"
-    if not path.exists():
-        return []
-    points = json.loads(path.read_text())["points"]
-    return [Point(**point) for point in points]
 
 
 def _figures(points: Sequence[Point]) -> dict[str, object]:

@@ -1,10 +1,10 @@
 """`EngineRuns`: what was measured of several engines, kept after every run so that it can go on."""
 
-import json
 import statistics
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from kept_result import kept_result
 from workloads import RESULTS, write_result
 
 OURS = "tokenmill"
@@ -54,8 +54,7 @@ class EngineRuns:
         self._name = name
         self._runs: dict[tuple[str, str, int], Run] = {}
         self.path = RESULTS / f"{name}.json"
-        if resume and self.path.exists():
-            kept = json.loads(self.path.read_text())
+        if resume and (kept := kept_result(name)):
             self.about = kept["about"]
             for fields in kept["runs"]:
                 self._add(Run(**fields))

@@ -16,7 +16,8 @@ On each server in turn, with an append-only file (everysec):
 
 The peers run from virtual environments of their own, made of bench/peers/queue.txt and, as arq
 needs an older client library, bench/peers/queue_arq.txt. Each is set up for speed, in its file
-under bench/peers/queue, and none is asked for more than a result that its producer can read.
+under bench/peers/queue, and none is asked for more than a result that its producer can read. The
+systems take turns by the round, another one first each time; a ratio is one of a round.
 (The file is not called queue.py: beside it no other bench could import Python's `queue`.)
 """
 
@@ -27,7 +28,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,8 +36,9 @@ from typing import Any
 
 import queue_protocol as protocol
 from queue_servers import Server, running
-from workloads import write_result
+from workloads import in_turn, write_result
 
+OURS = "tokenmill, "
 APPS = Path(__file__).resolve().parent / "peers" / "queue"
 
 
@@ -54,7 +56,7 @@ class System:
 def systems(options: argparse.Namespace) -> list[System]:
     peer, arq = options.peer_python, options.arq_python
     chosen = [
-        System(f"tokenmill, {name}", "tokenmill_app.py", sys.executable, 8000, environment)
+        System(f"{OURS}{name}", "tokenmill_app.py", sys.executable, 8000, environment)
         for name in ("result", "stream")
         for environment in ((("PEER_DELIVERY", name),),)
     ]
@@ -125,16 +127,48 @@ def started(system: System, url: str) -> Iterator[Producer]:
                 worker.kill()
 
 
-def end_to_end(system: System, server: Server, options: argparse.Namespace) -> dict[str, Any]:
-    with started(system, server.url) as producer:
-        rounds = [producer.ask("round", system.jobs) for _ in range(options.rounds)]
-        probes = producer.ask("probe", options.probes)
-    server.clear()
+def end_to_end(server: Server, options: argparse.Namespace) -> dict[str, Any]:
+    """Every system started in each round, and ended before the next: only one runs at a time."""
+    chosen = systems(options)
+    rounds: list[dict[str, float]] = []
+    probes: dict[str, list[dict[str, list[float]]]] = {system.name: [] for system in chosen}
+    for number in range(options.rounds):
+        rates = {}
+        for system in in_turn(chosen, number):
+            with started(system, server.url) as producer:
+                seconds = producer.ask("round", system.jobs)["total_s"]
+                probes[system.name].append(
+                    producer.ask("probe", -(-options.probes // options.rounds))
+                )
+            server.clear()
+            rates[system.name] = system.jobs / seconds
+            print(f"  round {number + 1}, {system.name}: {rates[system.name]:,.0f}", flush=True)
+        rounds.append(rates)
     return {
-        "jobs_a_round": system.jobs,
-        "requests_per_s": spread([system.jobs / item["total_s"] for item in rounds]),
-        "started_ms": percentiles(probes["started_ms"]),
-        "finished_ms": percentiles(probes["finished_ms"]),
+        "systems": {
+            system.name: {
+                "jobs_a_round": system.jobs,
+                "requests_per_s": spread([rates[system.name] for rates in rounds]),
+                **{
+                    name: percentiles([ms for reply in probes[system.name] for ms in reply[name]])
+                    for name in ("started_ms", "finished_ms")
+                },
+            }
+            for system in chosen
+        },
+        "times_the_best_peer": ratios(rounds),
+    }
+
+
+def ratios(rounds: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    """Of each of ours: its rate over that of the best peer of the same round."""
+    own = [name for name in rounds[0] if name.startswith(OURS)]
+    if len(own) == len(rounds[0]):
+        return {}
+    best = [max(rate for name, rate in rates.items() if name not in own) for rates in rounds]
+    return {
+        name: spread([rates[name] / rate for rates, rate in zip(rounds, best, strict=True)])
+        for name in own
     }
 
 
@@ -164,10 +198,10 @@ def measure(server: Server, options: argparse.Namespace) -> dict[str, Any]:
         },
     }
     show_own(server.name, figures)
-    figures["no_op"] = {}
-    for system in systems(options):
-        figures["no_op"][system.name] = row = end_to_end(system, server, options)
-        show(system.name, row)
+    found = end_to_end(server, options)
+    figures["no_op"] = found["systems"]
+    figures["times_the_best_peer"] = found["times_the_best_peer"]
+    show_systems(found)
     return figures
 
 
@@ -185,8 +219,16 @@ def show_own(name: str, figures: dict[str, Any]) -> None:
         f"{submit['with_new_request']['median']:,.0f}"
     )
     sizes = ", ".join(f"{name} {value:,.0f}" for name, value in size.items())
-    print(f"  bytes a request of 260 + 60 tokens: {sizes}")
+    print(f"  bytes a request of 260 + 60 tokens: {sizes}", flush=True)
+
+
+def show_systems(found: Mapping[str, Any]) -> None:
     print("  no-op requests        req/s (all rounds)     began p50/p95 ms   result p50/p95 ms")
+    for name, row in found["systems"].items():
+        show(name, row)
+    for name, times in found["times_the_best_peer"].items():
+        every = " ".join(f"{value:.1f}" for value in times["all"])
+        print(f"  {name}: {times['median']:.1f} times the best peer of a round ({every})")
 
 
 def show(name: str, row: dict[str, Any]) -> None:
@@ -194,8 +236,7 @@ def show(name: str, row: dict[str, Any]) -> None:
     every = " ".join(f"{value:.0f}" for value in rate["all"])
     print(
         f"  {name:18s} {rate['median']:8,.0f} ({every})   {began['p50']:6.2f} {began['p95']:6.2f}"
-        f"   {done['p50']:6.2f} {done['p95']:6.2f}",
-        flush=True,
+        f"   {done['p50']:6.2f} {done['p95']:6.2f}"
     )
 
 

@@ -5,12 +5,13 @@ times lower, mean latency at equal load lower; and the planner says it within 10
 The paper's benchmark at a fifth of its lengths, on the CPU: closed loops of clients through Redis,
 one worker process for each policy. Cases of 240/12 and 520/26 tokens, and 100/100 and 100/200,
 which the paper's system lost. Each worker first runs a short load of other lengths: from its steps
-come the cost model and the predictions that stand beside the measurements.
+come the cost model and the predictions that stand beside the measurements. Then the policies take
+turns at each number of clients, another one first each time; who has no work only waits for it.
 
-    python bench/splitfuse.py [--case 240/12 ...] [--clients 1 2 4 8 16 32] [--try]
+    python bench/splitfuse.py [--case 240/12 ...] [--clients 1 2 4 8 16 32] [--quick] [--try]
 
-Writes bench/results/splitfuse.json, docs/figures/splitfuse-*.svg and .png, and the tables of
-docs/benchmarks.md.
+After each case it writes bench/results/splitfuse.json, docs/figures/splitfuse-*.svg and .png, and
+the tables of docs/benchmarks.md.
 """
 
 import argparse
@@ -20,16 +21,17 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from peer_engine import end_in_order
 from queue_clients import closed_loop
 from queue_servers import running
 from splitfuse_report import Load, write_page
-from workloads import ROOT, provenance, write_result
+from workloads import ROOT, in_turn, provenance, write_result
 
 from tokenmill.engine.cost_model import CostModel, Timing, kv_tokens_read
 from tokenmill.engine.planning.device import Device, EngineShape
@@ -47,8 +49,8 @@ CASES = {
     "100/100": (4, 16),
     "100/200": (4, 16),
 }
-#: Static batches, which nobody would choose, are measured at these alone.
-STATIC_CLIENTS = (4, 16)
+#: Static batches, which nobody would choose, are measured at these alone; so is all of --quick.
+FEW_CLIENTS = (4, 16)
 #: SLAs of the CPU's scale.
 SLAS = (Sla(128, 1), Sla(128, 2), Sla(128, 4))
 #: Of splitfuse: a fifth of the paper's 768, as a multiple of 64.
@@ -135,21 +137,43 @@ def requests_of(clients: int, options: argparse.Namespace) -> int:
     return max(int(options.least_requests), wanted)
 
 
-def run_case(serving: Worker, device: Device, case: str, options: argparse.Namespace) -> list[Load]:
-    prompt, output = map(int, case.split("/"))
-    loads = []
-    chosen = STATIC_CLIENTS if serving.policy is Policy.STATIC else CASES[case]
-    for clients in options.clients or chosen:
-        lengths = Lengths(
-            requests=requests_of(clients, options), mean_prompt=prompt, mean_output=output, seed=42
-        )
-        measured = figures_of(
-            closed_loop(serving.client, lengths.draw(), clients, seed=clients), SLAS
-        )
-        predicted = figures_of(simulate(device, lengths, ClosedLoop(clients)).records, SLAS)
-        loads.append(Load(clients, measured, predicted, serving.steps()))
-        show(serving.policy, case, loads[-1])
+def learn(serving: Worker) -> tuple[Device, float]:
+    """`device_of` a short load."""
+    closed_loop(serving.client, WARM_UP.draw()[:4], WARM_UP_CLIENTS)
+    serving.steps()  # the first run of anything is not what it is later
+    closed_loop(serving.client, WARM_UP.draw(), WARM_UP_CLIENTS)
+    return device_of(serving, serving.steps())
+
+
+def run_case(
+    workers: Sequence[tuple[Worker, Device]], case: str, options: argparse.Namespace
+) -> dict[str, list[Load]]:
+    """The loads of each policy, which take turns at each number of clients."""
+    loads: dict[str, list[Load]] = {serving.policy.value: [] for serving, _ in workers}
+    for turn, clients in enumerate(options.clients or CASES[case]):
+        for serving, device in in_turn(workers, turn):
+            if is_chosen(serving.policy, clients, options):
+                load = run_load(serving, device, case, clients, options)
+                loads[serving.policy.value].append(load)
+                show(serving.policy, case, load)
     return loads
+
+
+def is_chosen(policy: Policy, clients: int, options: argparse.Namespace) -> bool:
+    is_few = options.quick or (policy is Policy.STATIC and not options.clients)
+    return clients in FEW_CLIENTS or not is_few
+
+
+def run_load(
+    serving: Worker, device: Device, case: str, clients: int, options: argparse.Namespace
+) -> Load:
+    prompt, output = map(int, case.split("/"))
+    lengths = Lengths(
+        requests=requests_of(clients, options), mean_prompt=prompt, mean_output=output, seed=42
+    )
+    measured = figures_of(closed_loop(serving.client, lengths.draw(), clients, seed=clients), SLAS)
+    predicted = figures_of(simulate(device, lengths, ClosedLoop(clients)).records, SLAS)
+    return Load(clients, measured, predicted, serving.steps())
 
 
 def show(policy: Policy, case: str, load: Load) -> None:
@@ -172,6 +196,7 @@ def main() -> None:
     )
     parser.add_argument("--case", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--clients", nargs="+", type=int, help="instead of each case's own")
+    parser.add_argument("--quick", action="store_true", help=f"only {FEW_CLIENTS} clients")
     parser.add_argument("--policy", nargs="+", type=Policy, default=list(Policy))
     parser.add_argument("--requests-per-client", type=int, default=2)
     parser.add_argument("--least-requests", type=int, default=10)
@@ -181,28 +206,36 @@ def main() -> None:
     parser.add_argument("--save-device", type=Path, help="as JSON, for `tokenmill plan --device`")
     parser.add_argument("--try", dest="is_try", action="store_true", help="write nothing")
     options = parser.parse_args()
+    end_in_order()
     began = time.monotonic()
-    loads: dict[str, dict[str, list[Load]]] = {case: {} for case in options.case}
+    loads: dict[str, dict[str, list[Load]]] = {}
     engines: dict[str, Any] = {}
-    with running(options.server) as server:
+    with running(options.server) as server, ExitStack() as stack:
+        workers = []
         for policy in options.policy:
-            with worker(server.url, policy, options) as serving:
-                closed_loop(serving.client, WARM_UP.draw()[:4], WARM_UP_CLIENTS)
-                serving.steps()  # the first run of anything is not what it is later
-                closed_loop(serving.client, WARM_UP.draw(), WARM_UP_CLIENTS)
-                device, error = device_of(serving, serving.steps())
-                engines[policy.value] = {**device.to_mapping(), "fit_error": error}
-                if options.save_device and policy is Policy.SPLITFUSE:
-                    options.save_device.write_text(json.dumps(device.to_mapping(), indent=2) + "\n")
-                print(f"{policy.value}: {device.engine}, {device.cost}, error {error:.1%}")
-                for case in options.case:
-                    loads[case][policy.value] = run_case(serving, device, case, options)
-            server.clear()
-        name = server.name
-    content = {"server": name, "engines": engines, "slas": [str(sla) for sla in SLAS]}
-    figures = write_page(loads, SLAS, content, folder=None if options.is_try else ROOT / "docs")
-    print(f"{time.monotonic() - began:.0f} s")
-    if not options.is_try:
+            serving = stack.enter_context(worker(server.url, policy, options))
+            device, error = learn(serving)
+            workers.append((serving, device))
+            engines[policy.value] = {**device.to_mapping(), "fit_error": error}
+            if options.save_device and policy is Policy.SPLITFUSE:
+                options.save_device.write_text(json.dumps(device.to_mapping(), indent=2) + "\n")
+            print(f"{policy.value}: {device.engine}, {device.cost}, error {error:.1%}")
+        content = {"server": server.name, "engines": engines, "slas": [str(sla) for sla in SLAS]}
+        for case in options.case:
+            loads[case] = run_case(workers, case, options)
+            write(loads, content, is_try=options.is_try)
+            print(f"{time.monotonic() - began:.0f} s", flush=True)
+
+
+def write(
+    loads: Mapping[str, Mapping[str, Sequence[Load]]],
+    content: Mapping[str, Any],
+    *,
+    is_try: bool,
+) -> None:
+    """The page and the result of what there is."""
+    figures = write_page(loads, SLAS, content, folder=None if is_try else ROOT / "docs")
+    if not is_try:
         print(write_result("splitfuse", None, {**content, **figures}))
 
 

@@ -6,12 +6,16 @@ import os
 import platform
 import random
 import subprocess
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TypeVar
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,12 @@ WORKLOADS = {
 }
 
 
+def in_turn(items: Sequence[T], turn: int) -> list[T]:
+    """All items, another one first each turn: a machine that slows down slows all of them down."""
+    first = turn % len(items)
+    return [*items[first:], *items[:first]]
+
+
 def provenance() -> dict[str, object]:
     """Hardware, versions and commit: what a figure is worth nothing without."""
     cpu = next(
@@ -61,20 +71,30 @@ def provenance() -> dict[str, object]:
         ),
         platform.processor(),
     )
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    now = dt.datetime.now(dt.UTC)
     return {
-        "date": dt.datetime.now(dt.UTC).date().isoformat(),
+        "date": now.date().isoformat(),
+        "time": now.time().isoformat("minutes"),
         "cpu": f"{cpu}, {os.cpu_count()} cores",
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in ("torch", "triton", "redis", "tokenmill")},
-        "commit": commit.stdout.strip(),
+        "commit": commit(),
     }
+
+
+@cache
+def commit() -> str:
+    """The commit when this was first asked; "-dirty" where code differs from it."""
+    written = [f":!{path}" for path in ("bench/results", "docs", "engine/planning/devices")]
+    return _git("describe", "--always") + (
+        "-dirty" if _git("status", "--porcelain", "--", ".", *written) else ""
+    )
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    return done.stdout.strip()
 
 
 def _version(name: str) -> str | None:
