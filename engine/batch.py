@@ -1,11 +1,13 @@
 """`RaggedBatch`: the chunks of one step as tensors, concatenated without padding."""
 
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from tokenmill.engine.logprobs import prompt_positions
+from tokenmill.engine.models.linear import Adapted, Adapter
 from tokenmill.engine.scheduler import Chunk
 
 
@@ -25,9 +27,11 @@ class RaggedBatch:
     block_tables: torch.Tensor  # [S, B] int32: rows padded with 0, never read past context_lens
     logits_indices: torch.Tensor  # [L] int64
     max_query_len: int
+    #: What is added for adapters, which one rank alone may have.
+    adapted: Adapted = ()
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
-        """All of them, in the order above."""
+        """All of them, in the order above; without those of adapters."""
         return (
             self.input_ids,
             self.positions,
@@ -43,7 +47,8 @@ class RaggedBatch:
         if device.type == "cpu":
             return self
         sent = [t.pin_memory().to(device, non_blocking=True) for t in self.tensors()]
-        return RaggedBatch.of(sent, self.max_query_len)
+        adapted = [(adapter, rows.to(device)) for adapter, rows in self.adapted]
+        return replace(RaggedBatch.of(sent, self.max_query_len), adapted=adapted)
 
     @classmethod
     def of(cls, tensors: Seq[torch.Tensor], max_query_len: int) -> "RaggedBatch":
@@ -52,15 +57,20 @@ class RaggedBatch:
         return cls(ids, positions, slots, starts, contexts, tables, wanted, max_query_len)
 
 
-def build_batch(chunks: Seq[Chunk], block_size: int) -> RaggedBatch:
+def build_batch(
+    chunks: Seq[Chunk], block_size: int, adapters: Mapping[str, Adapter] | None = None
+) -> RaggedBatch:
     """Lay out one step on the host; a chunk that ends at its newest token is sampled from."""
     ids: list[int] = []
     positions: list[int] = []
     slots: list[int] = []
     starts, contexts, logits = [0], [], []
     prompt_logits: list[int] = []
+    adapted: dict[str, list[int]] = {}
     for chunk in chunks:
         table, end = chunk.seq.block_table, chunk.start + chunk.length
+        if adapter := chunk.seq.params.adapter:
+            adapted.setdefault(adapter, []).extend(range(len(ids), len(ids) + chunk.length))
         ids += chunk.seq.token_ids[chunk.start : end]
         positions += range(chunk.start, end)
         prompt_logits += [len(ids) - end + p for p in prompt_positions(chunk)]
@@ -82,4 +92,5 @@ def build_batch(chunks: Seq[Chunk], block_size: int) -> RaggedBatch:
         block_tables=torch.tensor(tables, dtype=torch.int32),
         logits_indices=torch.tensor(logits + prompt_logits, dtype=torch.int64),
         max_query_len=max(c.length for c in chunks),
+        adapted=[((adapters or {})[name], torch.tensor(rows)) for name, rows in adapted.items()],
     )

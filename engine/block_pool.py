@@ -2,9 +2,10 @@
 
 A block holds the keys and values of `block_size` consecutive tokens, in all layers. The pool knows
 numbers, never tensors. A full block is known by the hash of all tokens up to its end, so a block
-with the same hash holds the same keys and values, whoever computed them:
+with the same hash holds the same keys and values, whoever computed them. With an adapter
+they are others, so the adapter's name is where its chain begins:
 
-    hash 0 = H(tokens 0 .. 31)    hash 1 = H(hash 0, tokens 32 .. 63)    ...
+    hash 0 = H(adapter, tokens 0 .. 31)    hash 1 = H(hash 0, tokens 32 .. 63)    ...
 
 | a block is | referenced | known | goes next                                                    |
 | ---------- | ---------- | ----- | ------------------------------------------------------------ |
@@ -23,13 +24,19 @@ from itertools import takewhile
 HASH_BYTES = 16
 
 
-def extend_hashes(hashes: list[bytes], token_ids: Sequence[int], block_size: int) -> None:
+def extend_hashes(
+    hashes: list[bytes], token_ids: Sequence[int], block_size: int, adapter: str = ""
+) -> None:
     """Append to `hashes` those of the full blocks of `token_ids` that it does not have yet."""
-    parent = hashes[-1] if hashes else b""
+    parent = hashes[-1] if hashes else _digest(adapter.encode()) if adapter else b""
     for end in range((len(hashes) + 1) * block_size, len(token_ids) + 1, block_size):
         tokens = array("q", token_ids[end - block_size : end]).tobytes()
-        parent = blake2b(parent + tokens, digest_size=HASH_BYTES).digest()
+        parent = _digest(parent + tokens)
         hashes.append(parent)
+
+
+def _digest(data: bytes) -> bytes:
+    return blake2b(data, digest_size=HASH_BYTES).digest()
 
 
 class BlockPool:

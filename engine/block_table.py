@@ -25,7 +25,7 @@ class BlockTables:
         """Blocks that the cache knows of the sequence; never the one of its last token."""
         if not self._pool.is_caching:
             return []
-        extend_hashes(seq.block_hashes, seq.token_ids, self._pool.block_size)
+        self._extend_hashes(seq)
         hashes = islice(seq.block_hashes, self._num_skippable(seq))
         if self.window is None:
             return self._pool.match(hashes)
@@ -77,7 +77,7 @@ class BlockTables:
         seq.num_computed_tokens += length
         full = range(start // size, seq.num_computed_tokens // size)
         if full and self._pool.is_caching:
-            extend_hashes(seq.block_hashes, seq.token_ids, size)
+            self._extend_hashes(seq)
             for index in full:
                 self._pool.remember(seq.block_table[index], seq.block_hashes[index])
         self._drop(seq)
@@ -96,6 +96,10 @@ class BlockTables:
             return blocks
         # The window and the chunk, the block that its begin cuts, and the one that is kept.
         return min(blocks, self._pool.blocks_for(self.window + chunk) + 2)
+
+    def _extend_hashes(self, seq: Sequence) -> None:
+        size, adapter = self._pool.block_size, seq.params.adapter
+        extend_hashes(seq.block_hashes, seq.token_ids, size, adapter)
 
     def _drop(self, seq: Sequence) -> None:
         count, table = self._num_unreached(seq.num_computed_tokens), seq.block_table

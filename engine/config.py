@@ -1,9 +1,11 @@
 """`EngineConfig`: what a user may set of an engine, checked on construction."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from tokenmill.engine.scheduler import Policy
 from tokenmill.producer.errors import InvalidRequest
+from tokenmill.producer.params import MAX_ADAPTER_CHARS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +36,8 @@ class EngineConfig:
 
     #: Ranks that the model is divided among, each a process with a device of its own.
     tensor_parallel_size: int = 1
+    #: Adapters that requests may name: name -> directory (`engine/adapters.py`).
+    lora: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, low in (
@@ -52,6 +56,13 @@ class EngineConfig:
         if self.policy not in tuple(Policy):
             names = ", ".join(policy.value for policy in Policy)
             raise InvalidRequest("policy", f"a Policy: {names}", self.policy)
+        for adapter in self.lora:
+            if not adapter.isprintable() or not 1 <= len(adapter) <= MAX_ADAPTER_CHARS:
+                expected = f"names of 1 to {MAX_ADAPTER_CHARS} printable characters"
+                raise InvalidRequest("lora", expected, adapter)
+        if self.lora and self.tensor_parallel_size > 1:
+            expected = "not given where a model is divided among ranks"
+            raise InvalidRequest("lora", expected, sorted(self.lora), "merge it into the model")
         budget, seqs = self.token_budget, self.max_num_seqs
         if budget is not None and seqs is not None and seqs > budget:
             raise InvalidRequest(

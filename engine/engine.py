@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from tokenmill.engine.adapters import load_adapters
 from tokenmill.engine.batch import build_batch
 from tokenmill.engine.block_pool import BlockPool
 from tokenmill.engine.capacity import Capacity, capacity_of
@@ -67,6 +68,7 @@ class Engine:
         max_num_seqs = config.max_num_seqs or min(rows, config.token_budget or rows)
         self._group = model.group
         self._group.join()
+        self._adapters = load_adapters(model, config.lora)
         num_blocks = self._group.least(
             num_blocks_in(
                 config.kv_cache_memory or default_kv_memory(model.device),
@@ -124,6 +126,11 @@ class Engine:
     def vocab_size(self) -> int:
         return self._runner.vocab_size
 
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of the adapters that are loaded."""
+        return tuple(sorted(self._adapters))
+
     def add(
         self,
         seq_id: str,
@@ -138,7 +145,7 @@ class Engine:
 
         Raises:
             InvalidRequest: the id is taken, the prompt is empty, holds an unknown token id, or is
-                longer than the context.
+                longer than the context; its adapter is not loaded.
         """
         if seq_id in self._sequences:
             raise InvalidRequest("seq_id", "new to this engine", seq_id)
@@ -156,6 +163,11 @@ class Engine:
             raise InvalidRequest("logit_bias", f"token ids below {vocabulary}", bias)
         if not 0 <= min(prompt_ids) <= max(prompt_ids) < vocabulary:
             raise InvalidRequest("prompt", f"token ids below {vocabulary}", max(prompt_ids))
+        if params.adapter and params.adapter not in self._adapters:
+            loaded = ", ".join(self.adapters) or "none"
+            expected = f"one of those that are loaded here ({loaded})"
+            remedy = "load it with --lora NAME=DIRECTORY"
+            raise InvalidRequest("adapter", expected, params.adapter, remedy)
         seq = Sequence(
             seq_id=seq_id,
             token_ids=[*prompt_ids, *output_ids],
@@ -232,7 +244,8 @@ class Engine:
         plan = self.scheduler.schedule()
         if not plan.chunks:
             return outputs
-        self._runner.forward(build_batch(plan.chunks, self.scheduler.pool.block_size))
+        block_size = self.scheduler.pool.block_size
+        self._runner.forward(build_batch(plan.chunks, block_size, self._adapters))
         ready = [c.seq for c in plan.chunks if c.start + c.length == c.seq.num_tokens]
         outputs += self._tell_of_prompts(plan.chunks, len(ready))
         self.scheduler.mark_computed(plan.chunks)

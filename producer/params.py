@@ -20,6 +20,7 @@ MAX_STOP_TOKEN_IDS = 64
 MAX_LOGIT_BIAS = 1024
 MAX_LOGPROBS = 20
 MAX_CHOICES = 128
+MAX_ADAPTER_CHARS = 256
 MAX_SCHEMA_BYTES = 64 * 2**10
 MAX_SCHEMA_DEPTH = 32
 MAX_REGEX_CHARS = 4096
@@ -77,6 +78,8 @@ class SamplingParams:
     logprobs: int | None = None
     #: The same of the prompt's tokens, from the second on.
     prompt_logprobs: int | None = None
+    #: The LoRA adapter to answer with, by the name that the worker knows; "" for the model alone.
+    adapter: str = ""
 
     def __post_init__(self) -> None:
         _integer("max_tokens", self.max_tokens, 1, MAX_TOKENS)
@@ -89,6 +92,9 @@ class SamplingParams:
         _number("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         object.__setattr__(self, "logit_bias", _logit_bias(self.logit_bias))
+        if not isinstance(self.adapter, str) or len(self.adapter) > MAX_ADAPTER_CHARS:
+            expected = f"a name of up to {MAX_ADAPTER_CHARS} characters"
+            raise InvalidRequest("adapter", expected, self.adapter)
         if self.seed is not None:
             _integer("seed", self.seed, 0, MAX_SEED)
         if not isinstance(self.ignore_eos, bool):

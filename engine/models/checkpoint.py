@@ -32,6 +32,15 @@ def tensors_of_directory(directory: Path) -> NamedTensors:
         yield from _torch_file(file)
 
 
+def tensors_of_file(file: Path) -> NamedTensors:
+    """Every tensor of one weight file, mapped from disk.
+
+    Raises:
+        UnsupportedModel: it is broken.
+    """
+    yield from _safetensors(file) if file.suffix == ".safetensors" else _torch_file(file)
+
+
 def _shards(directory: Path, name: str, pattern: str) -> list[Path]:
     """The files that the index names, or the only file: others may hold the same weights again."""
     index = read_json(directory / f"{name}.index.json")

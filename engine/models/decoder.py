@@ -49,11 +49,11 @@ class Decoder:
             attended = self._attention(hidden, number, layer, batch, cache)
             if self.spec.parallel:
                 hidden = hidden if layer.mlp_norm is None else layer.mlp_norm(residual)
-                added = self._summed(attended + layer.mlp(hidden))
+                added = self._summed(attended + layer.mlp(hidden, batch.adapted))
             else:
                 attended = _norm(self._summed(attended), layer.attention_post_norm)
                 hidden, residual = _add_norm(attended, residual, layer.mlp_norm)
-                added = _norm(self._summed(layer.mlp(hidden)), layer.mlp_post_norm)
+                added = _norm(self._summed(layer.mlp(hidden, batch.adapted)), layer.mlp_post_norm)
         wanted = batch.logits_indices
         added = None if added is None else added[wanted]
         hidden, _ = _add_norm(added, residual[wanted], weights.final_norm)
@@ -107,7 +107,7 @@ class Decoder:
         cache: KVCache,
     ) -> torch.Tensor:
         spec, keys, values = self.spec, cache.keys[number], cache.values[number]
-        heads = layer.qkv(hidden).view(hidden.shape[0], -1, spec.head_dim)
+        heads = layer.qkv(hidden, batch.adapted).view(hidden.shape[0], -1, spec.head_dim)
         q, k, v = heads.split_with_sizes(
             [spec.num_heads, spec.num_kv_heads, spec.num_kv_heads], dim=1
         )
@@ -126,7 +126,7 @@ class Decoder:
             window=spec.windows[number],
             softcap=spec.attention_softcap,
         )
-        return layer.attention_out(attended.view(hidden.shape[0], -1))
+        return layer.attention_out(attended.view(hidden.shape[0], -1), batch.adapted)
 
     def _norm_heads(
         self, q: torch.Tensor, k: torch.Tensor, layer: LayerWeights

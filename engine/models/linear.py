@@ -4,7 +4,12 @@ On a CPU in float32 a packed weight is multiplied 1.3 to 4 times as fast as a pl
 few rows and for the language-model head: with AVX-512 by a kernel of ours, otherwise by oneDNN
 (docs/decisions/0005-cpu-linears.md). Elsewhere the weight stays as it is, for cuBLAS. A quantized
 linear is as its scheme says (`quantization.py`).
+
+An adapter adds to the rows of the sequences that ask for it: `Adapter`.
 """
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch.nn.functional import linear
@@ -88,7 +93,14 @@ class Linear:
             return f"{type(self._quantized).__name__}, rows that need {self.row_bits} bits"
         return "panels" if self._is_panels else "packed" if self._is_packed else "plain"
 
-    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+    def __call__(self, rows: torch.Tensor, adapted: "Adapted" = ()) -> torch.Tensor:
+        out = self._product(rows)
+        for adapter, places in adapted:
+            if pair := adapter.get(self):
+                out.index_add_(0, places, pair.up(pair.down(rows[places])))
+        return out
+
+    def _product(self, rows: torch.Tensor) -> torch.Tensor:
         if self._quantized is not None:
             return self._quantized(rows, self.bias)
         if self._is_panels:
@@ -102,3 +114,22 @@ class Linear:
             rows, self.weight, self.bias, "none", [], ""
         )
         return packed[:count]
+
+
+@dataclass(frozen=True, slots=True)
+class LowRank:
+    """What an adapter adds to the outputs of a linear: up(down(rows)), its scale in `up`."""
+
+    down: Linear  # [in] -> [ranks]
+    up: Linear  # [ranks] -> [out]
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of both."""
+        return self.down.nbytes + self.up.nbytes
+
+
+#: What an adapter adds, by linear.
+Adapter = Mapping[Linear, LowRank]
+#: The adapters of a step, each with the numbers of its rows, int64; no row is in two.
+Adapted = Sequence[tuple[Adapter, torch.Tensor]]

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import torch
 
-from tokenmill.engine.models.linear import Linear
+from tokenmill.engine.models.linear import Adapted, Linear
 from tokenmill.kernels import ops
 
 
@@ -17,10 +17,10 @@ class MLP:
         self.gated = gated
         self.activation = activation
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        inner = self.up(x)
+    def __call__(self, x: torch.Tensor, adapted: Adapted = ()) -> torch.Tensor:
+        inner = self.up(x, adapted)
         activate = ops.gated_activation if self.gated else ops.activation
-        return self.down(activate(inner, self.activation))
+        return self.down(activate(inner, self.activation), adapted)
 
     def linears(self) -> Iterator[Linear]:
         """All linears in it."""
@@ -29,6 +29,8 @@ class MLP:
 
 class MoE:
     """Each token goes through `top_k` of the experts, and through the shared one if there is one.
+
+    No adapter changes an expert, but the shared one.
 
     The experts run one after another on the tokens routed to them; a token's sum is in the order
     of the experts, whatever else is in the batch. Where their weights are `stacks` of up and down,
@@ -55,12 +57,12 @@ class MoE:
         self._top_k = top_k
         self._normalize = normalize
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, adapted: Adapted = ()) -> torch.Tensor:
         out = self._one_by_one(x) if self.stacks is None else self._at_once(x, *self.stacks)
         if self.shared is not None and self.shared_gate is not None:
             # Torch's own sigmoid rounds a tensor's last few elements differently.
             gate = torch.exp(-self.shared_gate(x)).add_(1).reciprocal_()
-            out += gate * self.shared(x)
+            out += gate * self.shared(x, adapted)
         return out
 
     def _one_by_one(self, x: torch.Tensor) -> torch.Tensor:

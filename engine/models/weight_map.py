@@ -107,7 +107,7 @@ def _parts(
         tensor = tensor.T
     layer, _, fused = place.rpartition(".")
     try:
-        for part, values in _split(fused, tensor, spec):
+        for part, values in split_fused(fused, tensor, spec):
             yield f"{layer}.{part}.{kind}".removeprefix("."), values
     except RuntimeError as error:
         raise UnsupportedModel(
@@ -126,7 +126,10 @@ def place_of(name: str, names: WeightMap) -> str | None:
     return ".".join(next(numbers) if step == "#" else step for step in place.split("."))
 
 
-def _split(fused: str, tensor: torch.Tensor, spec: ModelSpec) -> Iterator[tuple[str, torch.Tensor]]:
+def split_fused(
+    fused: str, tensor: torch.Tensor, spec: ModelSpec
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The rows of a stored tensor by the part of ours; RuntimeError where they do not fit."""
     if fused == "qkv":
         sizes = [spec.q_size, spec.kv_size, spec.kv_size]
         yield from zip("qkv", tensor.split_with_sizes(sizes), strict=True)
