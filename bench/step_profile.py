@@ -12,6 +12,7 @@ from typing import Any
 from unittest.mock import patch
 
 from tokenmill.engine import engine as engine_module
+from tokenmill.engine import executor as executor_module
 from tokenmill.engine.models.decoder import Decoder
 from tokenmill.engine.models.linear import Linear
 from tokenmill.engine.models.mlp import MLP
@@ -30,8 +31,8 @@ PARTS: tuple[tuple[Any, str, str], ...] = (
     (Norm, "add", "norms"),
     (ops, "paged_attention", "attention"),
     (ops, "rope_store_kv", "rope and KV write"),
-    (engine_module, "sample", "sampler"),
-    (engine_module, "build_batch", "batch"),
+    (executor_module, "sample", "sampler"),
+    (executor_module, "build_batch", "batch"),
     (Scheduler, "schedule", "scheduler"),
     (Scheduler, "mark_computed", "scheduler"),
 )

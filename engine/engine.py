@@ -1,6 +1,5 @@
 """`Engine`: sequences in, one forward pass at a time, tokens out. No queue, no text."""
 
-import math
 import time
 from collections.abc import Sequence as Seq
 from concurrent.futures import FIRST_COMPLETED, Future, wait
@@ -9,32 +8,26 @@ from dataclasses import dataclass, replace
 import torch
 
 from tokenmill.engine.adapters import load_adapters
-from tokenmill.engine.batch import build_batch
 from tokenmill.engine.block_pool import BlockPool
 from tokenmill.engine.capacity import Capacity, capacity_of
 from tokenmill.engine.config import EngineConfig
 from tokenmill.engine.constraint import Constraint, ConstraintCompiler
-from tokenmill.engine.cost_model import CostModel, Timing, kv_tokens_read
+from tokenmill.engine.cost_model import CostModel, Timing
+from tokenmill.engine.executor import HostExecutor, Ticket
 from tokenmill.engine.kv_cache import default_kv_memory, num_blocks_in
 from tokenmill.engine.loader import LoadedModel
-from tokenmill.engine.logprobs import prompt_logprobs
 from tokenmill.engine.messages import CacheSize
 from tokenmill.engine.probe import Probe
 from tokenmill.engine.runner import Runner
-from tokenmill.engine.sampler import sample
-from tokenmill.engine.scheduler import Chunk, Scheduler
+from tokenmill.engine.scheduler import Scheduler, SchedulerOutput
 from tokenmill.engine.sequence import FinishReason, Sequence
+from tokenmill.engine.sizing import DEFAULTS, best_budget, max_model_len, max_step_s
 from tokenmill.engine.stats import EngineStats
-from tokenmill.engine.step import MIN_CHUNK
 from tokenmill.engine.timings import kept_or_timed
 from tokenmill.producer.errors import InvalidRequest
 from tokenmill.producer.logprobs import TokenLogprobs
 from tokenmill.producer.params import SamplingParams
 
-#: Defaults by device: token budgets (smallest, largest, multiple of), sequences, block size.
-DEFAULTS = {"cpu": ((128, 512, 64), 64, 32), "cuda": ((512, 8192, 256), 256, 64)}
-#: The budget is where a step does this share of the tokens per second of an endless one.
-KNEE = 0.9
 #: An engine with nothing else to do waits this long for a constraint before it returns.
 COMPILE_WAIT_S = 1.0
 
@@ -79,7 +72,7 @@ class Engine:
         )
         self.model_name = model.name
         self.tokenizer = model.tokenizer
-        self.max_model_len = _max_model_len(config, model, num_blocks * block_size)
+        self.max_model_len = max_model_len(config, model, num_blocks * block_size)
         # Memory for every row at full length is all that can ever be used.
         num_blocks = min(num_blocks, max_num_seqs * -(-self.max_model_len // block_size))
         size = CacheSize(num_blocks, block_size, self.max_model_len)
@@ -101,7 +94,7 @@ class Engine:
             max_num_seqs=max_num_seqs,
             policy=config.policy,
             cost=cost,
-            max_step_s=_max_step_s(config, cost),
+            max_step_s=max_step_s(config, cost),
             window=model.spec.window,
         )
         self._constraints = ConstraintCompiler(
@@ -109,6 +102,7 @@ class Engine:
             vocab_size=model.spec.vocab_size,
             eos_token_ids=model.tokenizer.eos_token_ids,
         )
+        self._executor = HostExecutor(self._runner, model.tokenizer, self._adapters)
         self._sequences: dict[str, Sequence] = {}
         #: Constraints of blocked sequences, as they are compiled by a thread beside the steps.
         self._compiling: dict[str, Future[Constraint | None]] = {}
@@ -244,21 +238,7 @@ class Engine:
         plan = self.scheduler.schedule()
         if not plan.chunks:
             return outputs
-        block_size = self.scheduler.pool.block_size
-        self._runner.forward(build_batch(plan.chunks, block_size, self._adapters))
-        ready = [c.seq for c in plan.chunks if c.start + c.length == c.seq.num_tokens]
-        outputs += self._tell_of_prompts(plan.chunks, len(ready))
-        self.scheduler.mark_computed(plan.chunks)
-        self._num_steps += 1
-        self._num_computed_tokens += plan.num_tokens
-        if not ready:
-            return outputs
-        logits = self._runner.logits(0, len(ready))
-        chosen = zip(*sample(logits, ready, self.tokenizer.eos_token_ids), strict=True)
-        kv_tokens = sum(kv_tokens_read(c.start, c.length) for c in plan.chunks)
-        seconds = time.perf_counter() - started  # the tokens are on the host: it has ended
-        self.scheduler.cost.observe(Timing(plan.num_tokens, kv_tokens, seconds))
-        return outputs + [self._advance(s, *c) for s, c in zip(ready, chosen, strict=True)]
+        return outputs + self._collect(self._launch(plan, started))
 
     def close(self) -> None:
         """End the other ranks and what is being compiled; the engine is of no use after that."""
@@ -298,11 +278,20 @@ class Engine:
         self._complete = []
         return complete
 
-    def _tell_of_prompts(self, chunks: Seq[Chunk], num_ready: int) -> list[StepOutput]:
-        told = prompt_logprobs(
-            chunks, self._runner.logits, first=num_ready, vocabulary=self.vocab_size
-        )
-        return [StepOutput(seq.seq_id, (), prompt_logprobs=rows) for seq, rows in told]
+    def _launch(self, plan: SchedulerOutput, started: float) -> Ticket:
+        ticket = self._executor.launch(plan, started)
+        self.scheduler.mark_computed(plan.chunks)
+        self._num_steps += 1
+        self._num_computed_tokens += plan.num_tokens
+        return ticket
+
+    def _collect(self, ticket: Ticket) -> list[StepOutput]:
+        result = ticket.collect()
+        if ticket.sampled:  # the tokens are on the host: it has ended
+            seconds = time.perf_counter() - ticket.started
+            self.scheduler.cost.observe(Timing(ticket.num_tokens, ticket.kv_tokens, seconds))
+        outputs = [StepOutput(seq.seq_id, (), prompt_logprobs=rows) for seq, rows in result.told]
+        return outputs + [self._advance(*sampled) for sampled in result.sampled]
 
     def _advance(self, seq: Sequence, token: int, told: TokenLogprobs | None) -> StepOutput:
         ends = token in seq.params.stop_token_ids or (
@@ -340,39 +329,3 @@ def _reason(seq: Sequence) -> FinishReason:
 def _failed(seq: Sequence) -> str:
     field, _ = seq.params.constraint or ("", "")
     return f"{field} must be less costly: {seq.constraint and seq.constraint.error}"
-
-
-def best_budget(cost: CostModel, least: int, most: int, multiple: int) -> int:
-    """The token budget at the knee of the cost model, on a size that the device likes."""
-    knee = min(max(cost.knee(KNEE), least), most)
-    return math.ceil(knee / multiple) * multiple
-
-
-def _max_step_s(config: EngineConfig, cost: CostModel) -> float:
-    if config.max_step_ms is None:
-        return math.inf
-    least_ms = 1000 * (cost.fit.fixed_s + cost.seconds_of(0, MIN_CHUNK))
-    if config.max_step_ms < least_ms:
-        raise InvalidRequest(
-            "max_step_ms",
-            f"at least the {least_ms:.0f} ms that {MIN_CHUNK} tokens take here",
-            config.max_step_ms,
-        )
-    return config.max_step_ms / 1000
-
-
-def _max_model_len(config: EngineConfig, model: LoadedModel, cache_tokens: int) -> int:
-    """The context: what is asked for, what the model was trained for, what the cache holds."""
-    asked = config.max_model_len
-    if asked is not None and asked > model.spec.max_position:
-        raise InvalidRequest(
-            "max_model_len", f"at most the model's {model.spec.max_position}", asked
-        )
-    if asked is not None and asked > cache_tokens:
-        raise InvalidRequest(
-            "max_model_len",
-            f"at most the {cache_tokens} tokens that the KV cache holds",
-            asked,
-            "raise --kv-cache-memory",
-        )
-    return min(asked or model.spec.max_position, cache_tokens)

@@ -3,9 +3,10 @@
 import torch
 
 from tokenmill.engine.config import EngineConfig
-from tokenmill.engine.engine import DEFAULTS, Engine
+from tokenmill.engine.engine import Engine
 from tokenmill.engine.group import ALONE, Group
 from tokenmill.engine.loader import DTYPES, choose_device, choose_dtype, load
+from tokenmill.engine.sizing import DEFAULTS
 
 
 def start_engine(

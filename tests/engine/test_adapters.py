@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from family_cases import CASES
-from tokenmill.engine import engine as engine_module
+from tokenmill.engine import executor as executor_module
 from tokenmill.engine.config import EngineConfig
 from tokenmill.engine.engine import Engine
 from tokenmill.engine.loader import LoadedModel, load
@@ -59,7 +59,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Logits:
             assert torch.equal(row, logits.setdefault(key, row)), f"{key}: other logits"
         return sample(rows, seqs, *rest)
 
-    monkeypatch.setattr(engine_module, "sample", spy)
+    monkeypatch.setattr(executor_module, "sample", spy)
     return logits
 
 

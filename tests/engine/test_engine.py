@@ -13,12 +13,13 @@ import torch
 
 from tokenmill.engine.config import EngineConfig
 from tokenmill.engine.cost_model import CostModel
-from tokenmill.engine.engine import Engine, best_budget
+from tokenmill.engine.engine import Engine
 from tokenmill.engine.loader import LoadedModel
 from tokenmill.engine.models.families import spec_from_config
 from tokenmill.engine.models.weights import empty_weights, pack, random_weights
 from tokenmill.engine.probe import Probe
 from tokenmill.engine.sequence import FinishReason
+from tokenmill.engine.sizing import best_budget
 from tokenmill.engine.tokenizer import Tokenizer
 from tokenmill.producer.errors import InvalidRequest
 from tokenmill.producer.params import SamplingParams

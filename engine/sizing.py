@@ -1,0 +1,59 @@
+"""What an engine's limits are where the user leaves them open: budget, step time, context."""
+
+import math
+
+from tokenmill.engine.config import EngineConfig
+from tokenmill.engine.cost_model import CostModel
+from tokenmill.engine.loader import LoadedModel
+from tokenmill.engine.step import MIN_CHUNK
+from tokenmill.producer.errors import InvalidRequest
+
+#: Defaults by device: token budgets (smallest, largest, multiple of), sequences, block size.
+DEFAULTS = {"cpu": ((128, 512, 64), 64, 32), "cuda": ((512, 8192, 256), 256, 64)}
+#: The budget is where a step does this share of the tokens per second of an endless one.
+KNEE = 0.9
+
+
+def best_budget(cost: CostModel, least: int, most: int, multiple: int) -> int:
+    """The token budget at the knee of the cost model, on a size that the device likes."""
+    knee = min(max(cost.knee(KNEE), least), most)
+    return math.ceil(knee / multiple) * multiple
+
+
+def max_step_s(config: EngineConfig, cost: CostModel) -> float:
+    """Seconds that no step is to exceed.
+
+    Raises:
+        InvalidRequest: not even the shortest step is that quick here.
+    """
+    if config.max_step_ms is None:
+        return math.inf
+    least_ms = 1000 * (cost.fit.fixed_s + cost.seconds_of(0, MIN_CHUNK))
+    if config.max_step_ms < least_ms:
+        raise InvalidRequest(
+            "max_step_ms",
+            f"at least the {least_ms:.0f} ms that {MIN_CHUNK} tokens take here",
+            config.max_step_ms,
+        )
+    return config.max_step_ms / 1000
+
+
+def max_model_len(config: EngineConfig, model: LoadedModel, cache_tokens: int) -> int:
+    """The context: what is asked for, what the model was trained for, what the cache holds.
+
+    Raises:
+        InvalidRequest: more is asked for.
+    """
+    asked = config.max_model_len
+    if asked is not None and asked > model.spec.max_position:
+        raise InvalidRequest(
+            "max_model_len", f"at most the model's {model.spec.max_position}", asked
+        )
+    if asked is not None and asked > cache_tokens:
+        raise InvalidRequest(
+            "max_model_len",
+            f"at most the {cache_tokens} tokens that the KV cache holds",
+            asked,
+            "raise --kv-cache-memory",
+        )
+    return min(asked or model.spec.max_position, cache_tokens)
