@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -29,7 +30,7 @@ class WorkerEnded(TokenmillError):
 class LocalWorker:
     """A worker process for one model on one queue; its log is in the state directory."""
 
-    def __init__(self, model: str, *, url: str, queue: str) -> None:
+    def __init__(self, model: str, *, url: str, queue: str, quantization: str = "") -> None:
         self.model = model
         self.log = state_dir() / f"worker-{os.getpid()}.log"
         for old in self.log.parent.glob("worker-*.log"):
@@ -38,7 +39,7 @@ class LocalWorker:
         with self.log.open("wb") as output:
             # Its own process group: Ctrl-C reaches this process alone, which then ends it in order.
             self._process = subprocess.Popen(
-                _command(model, url, queue),
+                _command(worker_options(model, quantization), url, queue),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
@@ -111,9 +112,14 @@ def is_alive(worker: WorkerInfo) -> bool:
     return True
 
 
-def _command(model: str, url: str, queue: str) -> list[str]:
+def worker_options(model: str, quantization: str) -> list[str]:
+    """What `tokenmill worker` is started with for a model; "" is its own choice of weights."""
+    return ["--model", model, *(["--quantization", quantization] if quantization else [])]
+
+
+def _command(options: Sequence[str], url: str, queue: str) -> list[str]:
     command = [sys.executable, "-P", "-m", "tokenmill.producer.cli", "worker"]
-    return [*command, "--model", model, "--redis", url, "--queue", queue]
+    return [*command, *options, "--redis", url, "--queue", queue]
 
 
 def _last_lines(log: Path) -> list[str]:

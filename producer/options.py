@@ -19,6 +19,7 @@ _PLAN_FIELDS = (
     "input",
     "output",
     "model",
+    "quantization",
     "prompt_field",
     "answer_field",
     "raw",
@@ -98,6 +99,10 @@ def sampling_options(command: Command) -> Command:
     return command
 
 
+def _or_empty(_context: click.Context, _option: click.Parameter, value: str | None) -> str:
+    return value or ""
+
+
 def _text_of(_context: click.Context, _option: click.Parameter, file: TextIO | None) -> str | None:
     return None if file is None else file.read(MAX_SCHEMA_BYTES + 1)
 
@@ -133,6 +138,14 @@ def plan_options(command: Command) -> Command:
                 "--model", envvar="TOKENMILL_MODEL", default="", help="Default: what is served."
             ),
             option(
+                "--quantization",
+                envvar="TOKENMILL_QUANTIZATION",
+                type=click.Choice(["none", "int8", "fp8"]),
+                default=None,
+                callback=_or_empty,
+                help="Of the worker, where the run brings one along.",
+            ),
+            option(
                 "--prompt-field", default="prompt", help="Column of plain rows with the prompt."
             ),
             option("--answer-field", default="answer", help="Column of plain rows for the answer."),
@@ -143,7 +156,7 @@ def plan_options(command: Command) -> Command:
                 envvar="TOKENMILL_FORMAT",
                 type=click.Choice([item.value for item in Layout]),
                 default=None,
-                callback=lambda _context, _option, value: value or "",
+                callback=_or_empty,
                 help="Format of the rows; found out by default.",
             ),
             option(

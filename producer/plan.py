@@ -20,6 +20,8 @@ class Plan:
     output: str
     #: "" for what the queue serves, the input names, or the default.
     model: str = ""
+    #: How a worker that the run brings holds the weights; "" for the worker's own choice.
+    quantization: str = ""
     #: "" to look at the file, or a `Layout`.
     layout: str = ""
     prompt_field: str = "prompt"
@@ -69,5 +71,7 @@ class Plan:
         """What the answers depend on, beside the model: with others it would be another run."""
         names = ("layout", "prompt_field", "answer_field", "raw", "ignore_row_model")
         values = {name: getattr(self, name) for name in names} | {"sampling": dict(self.sampling)}
+        if self.quantization:
+            values["quantization"] = self.quantization
         plain: dict[str, Any] = json.loads(json.dumps(values))
         return plain

@@ -21,7 +21,7 @@ from tokenmill.producer.errors import (
 )
 from tokenmill.producer.follower import Follower
 from tokenmill.producer.journal import Answer, Journal, OutputError
-from tokenmill.producer.local_worker import LocalWorker, is_alive
+from tokenmill.producer.local_worker import LocalWorker, is_alive, worker_options
 from tokenmill.producer.output import json_line, write_lines
 from tokenmill.producer.plan import Plan
 from tokenmill.producer.progress import Outcome, Report
@@ -108,6 +108,12 @@ class Run:
         self._model = wanted or (serving[0] if serving else DEFAULT_MODEL)
         if self._embedded and not serving:
             check_model(self._model)
+        if self._plan.quantization and serving:
+            # A worker does not say how it computes: whoever started it has chosen.
+            self._report.note(
+                f"a worker serves {self._model} already: it computes as it was started, "
+                f"whatever --quantization {self._plan.quantization} says"
+            )
         for row in self._journal.superseded(self._plan.window):
             self._cancel(request_id(self._journal.superseded_run, row, self._client.num_shards))
         is_bulk = self._dataset.survey.rows > BULK_ROWS and not self._report.wants_text
@@ -366,11 +372,17 @@ class Run:
 
     def _need_worker(self) -> None:
         if self._embedded:
-            self._worker = LocalWorker(self._model, url=self._client.url, queue=self._plan.queue)
+            self._worker = LocalWorker(
+                self._model,
+                url=self._client.url,
+                queue=self._plan.queue,
+                quantization=self._plan.quantization,
+            )
             self._report.note(f"starting a worker for {self._model}")
         else:
             text = f"a worker for {self._model} on queue {self._plan.queue}"
-            self._wait_for(f"{text}; start one: tokenmill worker --model {self._model}", "worker")
+            options = " ".join(worker_options(self._model, self._plan.quantization))
+            self._wait_for(f"{text}; start one: tokenmill worker {options}", "worker")
 
     def _lost(self, error: TokenmillError) -> None:
         self._wait_for(f"the server: {error}; retrying", "server")

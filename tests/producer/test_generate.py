@@ -70,6 +70,20 @@ def test_openai_batch(plan: Any, server_url: str, fake_worker: Any, tmp_path: Pa
     assert worker.requests[0].model == "fake"
 
 
+def test_of_a_worker_that_serves_already_nobody_chooses_the_weights(
+    plan: Any, server_url: str, fake_worker: Any
+) -> None:
+    fake_worker()
+    told = Told()
+    made = plan(numbered(1), quantization="int8")
+    generate(made, told, url=server_url)
+    assert told.notes == [
+        "a worker serves fake already: it computes as it was started, "
+        "whatever --quantization int8 says"
+    ]
+    assert made.parameters() != plan(quantization="").parameters()
+
+
 def test_surrogates_are_refused_and_written(
     plan: Any, server_url: str, fake_worker: Any, tmp_path: Path
 ) -> None:
@@ -92,7 +106,8 @@ def test_the_embedded_server_and_its_own_worker(
     workers: list[Any] = []
 
     class StubWorker:
-        def __init__(self, model: str, *, url: str, queue: str) -> None:
+        def __init__(self, model: str, *, url: str, queue: str, quantization: str) -> None:
+            assert quantization == "int8"
             self.fake = fake_worker(model=model, url=url, limit=4 if not workers else 10**9)
             workers.append(self.fake)
 
@@ -113,7 +128,7 @@ def test_the_embedded_server_and_its_own_worker(
             workers[0] = fake_worker(model="smollm2", url=ensure_server())
 
     told.on_end = replace
-    outcome = generate(plan(numbered(30), window=8), told)
+    outcome = generate(plan(numbered(30), window=8, quantization="int8"), told)
     assert outcome.answered == 30
     assert told.notes[0] == "starting a worker for smollm2"
     for worker in workers:

@@ -48,6 +48,17 @@ def test_it_ends_with_its_parent_even_when_that_is_killed(state: Path) -> None:
         assert select.select([ended], [], [], 30)[0]
 
 
+def test_it_is_started_as_asked(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[list[str]] = []
+    monkeypatch.setattr(
+        "subprocess.Popen", lambda command, **_: started.append(command[command.index("--model") :])
+    )
+    LocalWorker("m", url="u", queue="q")
+    LocalWorker("m", url="u", queue="q", quantization="int8")
+    plain = ["--model", "m", "--redis", "u", "--queue", "q"]
+    assert started == [plain, [*plain[:2], "--quantization", "int8", *plain[2:]]]
+
+
 def test_stop_ends_it_and_takes_its_log_away(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(local_worker, "_command", lambda *_: [sys.executable, "-c", CHILD])
     with LocalWorker("m", url="u", queue="q") as worker:
