@@ -238,7 +238,7 @@ def _same_command() -> str:
 
 
 def _check_served(client: Client, model: str) -> None:
-    serving = sorted({worker.model for worker in client.workers()})
+    serving = sorted({name for worker in client.workers() for name in worker.models})
     if model and serving and model not in serving:
         expected = f"one that queue {client.queue} serves ({', '.join(serving)})"
         raise InvalidRequest("model", expected, model)

@@ -3,6 +3,7 @@
 `Client` performs them with blocking connections, `AsyncClient` with those of asyncio.
 """
 
+import json
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -333,4 +334,5 @@ def _worker(worker_id: str, row: Mapping[bytes, bytes]) -> WorkerInfo:
         pid=int(fields["pid"]),
         started_ms=int(fields["started_ms"]),
         version=fields.get("version", ""),
+        adapters=tuple(json.loads(fields.get("adapters", "[]"))),
     )

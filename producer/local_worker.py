@@ -28,9 +28,20 @@ class WorkerEnded(TokenmillError):
 
 
 class LocalWorker:
-    """A worker process for one model on one queue; its log is in the state directory."""
+    """A worker process for one model on one queue; its log is in the state directory.
 
-    def __init__(self, model: str, *, url: str, queue: str, quantization: str = "") -> None:
+    `lora`: its adapters, each as NAME=DIRECTORY.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        url: str,
+        queue: str,
+        quantization: str = "",
+        lora: Sequence[str] = (),
+    ) -> None:
         self.model = model
         self.log = state_dir() / f"worker-{os.getpid()}.log"
         for old in self.log.parent.glob("worker-*.log"):
@@ -39,7 +50,7 @@ class LocalWorker:
         with self.log.open("wb") as output:
             # Its own process group: Ctrl-C reaches this process alone, which then ends it in order.
             self._process = subprocess.Popen(
-                _command(worker_options(model, quantization), url, queue),
+                _command(worker_options(model, quantization, lora), url, queue),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
@@ -112,9 +123,11 @@ def is_alive(worker: WorkerInfo) -> bool:
     return True
 
 
-def worker_options(model: str, quantization: str) -> list[str]:
+def worker_options(model: str, quantization: str, lora: Sequence[str] = ()) -> list[str]:
     """What `tokenmill worker` is started with for a model; "" is its own choice of weights."""
-    return ["--model", model, *(["--quantization", quantization] if quantization else [])]
+    adapters = [word for text in lora for word in ("--lora", text)]
+    chosen = ["--quantization", quantization] if quantization else []
+    return ["--model", model, *chosen, *adapters]
 
 
 def _command(options: Sequence[str], url: str, queue: str) -> list[str]:

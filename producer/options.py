@@ -20,6 +20,7 @@ _PLAN_FIELDS = (
     "output",
     "model",
     "quantization",
+    "lora",
     "prompt_field",
     "answer_field",
     "raw",
@@ -75,6 +76,7 @@ def sampling_options(command: Command) -> Command:
             option("--repetition-penalty", type=float, help="Above 1 repeats less."),
             option("--presence-penalty", type=float, help="For tokens the answer has, once each."),
             option("--frequency-penalty", type=float, help="The same for each time."),
+            option("--adapter", metavar="NAME", help="LoRA adapter to answer with."),
             option("--seed", type=int, help="Makes sampling repeatable."),
             option(
                 "--json-schema",
@@ -136,6 +138,13 @@ def plan_options(command: Command) -> Command:
             option("--output", "-o", required=True, type=click.Path(), help="The file to write."),
             option(
                 "--model", envvar="TOKENMILL_MODEL", default="", help="Default: what is served."
+            ),
+            option(
+                "--lora",
+                envvar="TOKENMILL_LORA",
+                multiple=True,
+                metavar="NAME=DIRECTORY",
+                help="A LoRA adapter of a worker that is brought along; repeatable.",
             ),
             option(
                 "--quantization",

@@ -1,7 +1,7 @@
 """`Plan`: what a dataset run is told to do."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -22,6 +22,8 @@ class Plan:
     model: str = ""
     #: How a worker that the run brings holds the weights; "" for the worker's own choice.
     quantization: str = ""
+    #: LoRA adapters of a worker that is brought along, each as NAME=DIRECTORY.
+    lora: Sequence[str] = ()
     #: "" to look at the file, or a `Layout`.
     layout: str = ""
     prompt_field: str = "prompt"
@@ -73,5 +75,7 @@ class Plan:
         values = {name: getattr(self, name) for name in names} | {"sampling": dict(self.sampling)}
         if self.quantization:
             values["quantization"] = self.quantization
+        if self.lora:
+            values["lora"] = list(self.lora)
         plain: dict[str, Any] = json.loads(json.dumps(values))
         return plain

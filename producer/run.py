@@ -4,7 +4,7 @@ Longer than other files: what a lost server, worker or answer means for a row is
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Self
 
@@ -65,6 +65,8 @@ class Run:
         self._embedded = embedded
         self._worker: LocalWorker | None = None
         self._model = ""
+        #: What rows may name as their model; empty as long as no worker has told.
+        self._names: set[str] = set()
         self._reader: Follower | Replies = client.follower()
         #: Answers to rows that an earlier attempt sent, and this one has not come to.
         self._early: dict[str, Delta] = {}
@@ -92,8 +94,12 @@ class Run:
         Raises:
             TokenmillError: no worker can serve the model.
         """
-        serving = sorted({worker.model for worker in self._workers()})
-        named = "" if self._plan.ignore_row_model else self._dataset.survey.model
+        workers = self._workers()
+        serving = sorted({name for worker in workers for name in worker.models})
+        adapters = {text.partition("=")[0] for text in self._plan.lora}
+        named = self._dataset.survey.model
+        if self._plan.ignore_row_model or (named in adapters and not serving):
+            named = ""
         begun = self._journal.header.model
         if self._plan.model and begun not in ("", self._plan.model):
             raise OutputError(
@@ -105,9 +111,11 @@ class Run:
             expected = f"one that queue {self._plan.queue} serves ({', '.join(serving)})"
             remedy = "or use another --queue, or stop the worker that serves it"
             raise InvalidRequest("model", expected, wanted, remedy)
-        self._model = wanted or (serving[0] if serving else DEFAULT_MODEL)
+        self._model = wanted or min((worker.model for worker in workers), default=DEFAULT_MODEL)
+        self._learn(workers)
         if self._embedded and not serving:
             check_model(self._model)
+            self._names = {self._model, *adapters}
         if self._plan.quantization and serving:
             # A worker does not say how it computes: whoever started it has chosen.
             self._report.note(
@@ -186,16 +194,18 @@ class Run:
             return row
         run = self._journal.header.run
         try:
-            if row.model not in ("", self._model) and not self._plan.ignore_row_model:
-                remedy = "or answer all rows with it: --ignore-row-model"
-                raise InvalidRequest("model", f"{self._model!r}", row.model, remedy)
+            model = self._model_of(row)
+            if self._names and model not in self._names:
+                expected = " or ".join(map(repr, sorted(self._names)))
+                remedy = "or answer all rows alike: --ignore-row-model"
+                raise InvalidRequest("model", expected, model, remedy)
             request = Request.from_mapping(
                 {
                     "request_id": request_id(run, row.index, self._client.num_shards),
                     "prompt": row.prompt,
                     "params": row.params,
                     "tools": row.tools,
-                    "model": self._model,
+                    "model": model,
                     # A lane of its own: runs share the workers, rather than wait for each other.
                     "tenant": run,
                     "priority": self._plan.priority,
@@ -207,6 +217,15 @@ class Run:
         except InvalidRequest as error:
             return row.refused(error)
         return SentRow(row=row, request=request)
+
+    def _model_of(self, row: Row) -> str:
+        return self._model if self._plan.ignore_row_model else row.model or self._model
+
+    def _learn(self, workers: Iterable[WorkerInfo]) -> list[WorkerInfo]:
+        """The workers that serve the model; rows may name their adapters in its place."""
+        serving = [worker for worker in workers if self._model in worker.models]
+        self._names.update(name for worker in serving for name in worker.models)
+        return serving
 
     def _refuse(self, row: BadRow) -> None:
         answer = Answer(
@@ -329,7 +348,7 @@ class Run:
             self._worker.check()
         was_lost = self._waiting_for == "server"
         try:
-            serving = [worker for worker in self._workers() if worker.model == self._model]
+            serving = self._learn(self._workers())
         except ServerUnreachable as error:
             self._lost(error)
             return
@@ -377,11 +396,14 @@ class Run:
                 url=self._client.url,
                 queue=self._plan.queue,
                 quantization=self._plan.quantization,
+                lora=self._plan.lora,
             )
             self._report.note(f"starting a worker for {self._model}")
         else:
             text = f"a worker for {self._model} on queue {self._plan.queue}"
-            options = " ".join(worker_options(self._model, self._plan.quantization))
+            options = " ".join(
+                worker_options(self._model, self._plan.quantization, self._plan.lora)
+            )
             self._wait_for(f"{text}; start one: tokenmill worker {options}", "worker")
 
     def _lost(self, error: TokenmillError) -> None:
@@ -413,5 +435,6 @@ class Run:
             answer = self._journal.answer(row.index)
             if answer is None or answer.line != row.line:
                 raise OutputError(f"{self._plan.input} has changed during the run; start anew")
-            values = self._dataset.output_row(row, answer, run=header.run, model=header.model)
+            model = self._model_of(row) if isinstance(row, Row) else header.model
+            values = self._dataset.output_row(row, answer, run=header.run, model=model)
             yield json_line(values)

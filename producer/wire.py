@@ -300,6 +300,13 @@ class WorkerInfo:
     pid: int
     started_ms: int
     version: str = ""
+    #: Adapters of the model, which a request may name in its place.
+    adapters: tuple[str, ...] = ()
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """Every name that a request may give as its model."""
+        return (self.model, *self.adapters)
 
 
 def pack_token_ids(token_ids: Iterable[int]) -> bytes:

@@ -10,7 +10,7 @@ import click
 
 from tokenmill.engine.config import EngineConfig
 from tokenmill.engine.scheduler import Policy
-from tokenmill.worker.config import WorkerConfig, parse_bytes
+from tokenmill.worker.config import WorkerConfig, parse_bytes, parse_lora
 from tokenmill.worker.log import configure
 
 #: Turns that a thread of torch spins while it waits for its peers. libgomp's own choice spins for
@@ -73,6 +73,13 @@ def _auto(value: str) -> int | None:
     default="none",
     show_default=True,
     help="Compute linears in 8 bits: int8 on a CPU, fp8 on a GPU that has it.",
+)
+@_option(
+    "--lora",
+    envvar="TOKENMILL_LORA",
+    multiple=True,
+    metavar="NAME=DIRECTORY",
+    help="Load a LoRA adapter that requests may name; repeatable.",
 )
 @_option(
     "--tensor-parallel-size",
@@ -175,6 +182,7 @@ def worker(
     *,
     url: str | None,
     token_budget: int | None,
+    lora: tuple[str, ...],
     tensor_parallel_size: int,
     max_num_seqs: int | None,
     max_model_len: int | None,
@@ -202,6 +210,7 @@ def worker(
         engine=EngineConfig(
             token_budget=token_budget,
             tensor_parallel_size=tensor_parallel_size,
+            lora=parse_lora(lora),
             max_num_seqs=max_num_seqs,
             max_model_len=max_model_len,
             kv_cache_memory=None if kv_cache_memory is None else parse_bytes(kv_cache_memory),

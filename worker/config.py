@@ -1,6 +1,7 @@
 """`WorkerConfig`: what a user may set of a worker, checked on construction."""
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from tokenmill.engine.config import EngineConfig
@@ -9,6 +10,7 @@ from tokenmill.producer.wire import check_name
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _UNITS |= {f"{unit}i": 1024**power for power, unit in enumerate("KMGT", start=1)}
+_LORA = re.compile(r"([^=]+)=(.+)", re.DOTALL)
 _BYTES = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?([KMGT]i?)?B?", re.IGNORECASE | re.ASCII)
 
 
@@ -56,6 +58,21 @@ class WorkerConfig:
                 raise InvalidRequest(name, "above 0 and up to 86400 seconds", value)
         if self.health_port is not None and not 0 <= self.health_port < 2**16:
             raise InvalidRequest("health_port", "a port from 0 to 65535", self.health_port)
+
+
+def parse_lora(texts: Iterable[str]) -> dict[str, str]:
+    """Directories of adapters by name, of texts such as `sql=/models/sql`.
+
+    Raises:
+        InvalidRequest: one is of another form, or a name is given twice.
+    """
+    found: dict[str, str] = {}
+    for text in texts:
+        match = _LORA.fullmatch(text)
+        if match is None or match[1] in found:
+            raise InvalidRequest("lora", "NAME=DIRECTORY, each name once", text)
+        found[match[1]] = match[2]
+    return found
 
 
 def parse_bytes(text: str) -> int:

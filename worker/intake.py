@@ -14,7 +14,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from redis.exceptions import RedisError
@@ -93,6 +93,7 @@ class Intake:
         *,
         tokenizer: Tokenizes,
         model: str,
+        adapters: Sequence[str] = (),
         exit_when_idle_s: float | None = None,
         is_alive: Callable[[], bool] = lambda: True,
         clock: Callable[[], float] = time.monotonic,
@@ -103,6 +104,7 @@ class Intake:
         self._outage = outage
         self._tokenizer = tokenizer
         self._model = model
+        self._adapters = adapters
         self._exit_when_idle_s = exit_when_idle_s
         self._is_alive = is_alive
         self._clock = clock
@@ -279,6 +281,7 @@ class Intake:
         prompt_ids: list[int] = []
         params = claim.request.params
         try:
+            params = self._params(claim.request)
             prompt_ids = self._prompt_ids(claim.request)
             _check_told(params, len(prompt_ids))
         except InvalidRequest as error:
@@ -311,9 +314,20 @@ class Intake:
             )
         return output, None
 
+    def _params(self, request: Request) -> SamplingParams:
+        """With the adapter that the request names as its model, as clients of OpenAI's do."""
+        params, model = request.params, request.model
+        if model in ("", self._model):
+            return params
+        if model not in self._adapters:
+            others = f" or one of its adapters ({', '.join(self._adapters)})"
+            expected = f"{self._model!r}{others if self._adapters else ''}, as served here"
+            raise InvalidRequest("model", expected, model)
+        if params.adapter not in ("", model):
+            raise InvalidRequest("adapter", f"{model!r}, as the model is", params.adapter)
+        return replace(params, adapter=model)
+
     def _prompt_ids(self, request: Request) -> list[int]:
-        if request.model not in ("", self._model):
-            raise InvalidRequest("model", f"{self._model!r}, as served here", request.model)
         prompt = request.prompt
         if isinstance(prompt, str):
             return self._tokenizer.encode(prompt)

@@ -179,6 +179,7 @@ class Worker:
             is_partial=lambda: self.queue.is_reachable_in_part,
         )
         self._config = config
+        self._adapters = tuple(sorted(config.engine.lora))
         self._is_registered = False
         self._failure: BaseException | None = None
 
@@ -212,6 +213,7 @@ class Worker:
             self.outage,
             tokenizer=engine.tokenizer,
             model=engine.model_name,
+            adapters=self._adapters,
             exit_when_idle_s=self._config.exit_when_idle_s,
             is_alive=lambda: self.pulse.is_alive,
         )
@@ -246,6 +248,7 @@ class Worker:
             pid=os.getpid(),
             started_ms=int(time.time() * 1000),
             version=version("tokenmill"),
+            adapters=self._adapters,
         )
         while not self._try_register(info):
             pass

@@ -6,6 +6,7 @@ verdict of its next write and drops the request.
 """
 
 import enum
+import json
 import math
 import time
 from collections.abc import Callable, Collection, Sequence
@@ -347,6 +348,7 @@ class Queue:
         if self._info is not None:
             for name in ("model", "host", "pid", "started_ms", "version"):
                 fields += [name, str(getattr(self._info, name))]
+            fields += ["adapters", json.dumps(self._info.adapters)]
         self._run(_LEASE, self.worker_id, lease_ms, int(is_waking), *fields)
 
     def _verdicts(self, script: Script, arguments: list[str | bytes | int]) -> list[Verdict]:

@@ -49,10 +49,11 @@ def _no_share_left() -> Iterator[None]:
 class FakeWorker(threading.Thread):
     """Says what it was asked, reversed, a word a token; refuses a prompt with the word REFUSE."""
 
-    def __init__(self, url: str, *, model: str, limit: int) -> None:
+    def __init__(self, url: str, *, model: str, limit: int, adapters: tuple[str, ...] = ()) -> None:
         super().__init__(daemon=True)
         self.url = url
         self.model = model
+        self.adapters = adapters
         #: Answers that it still gives; then it only keeps its lease.
         self.limit = limit
         self.answered = 0
@@ -70,6 +71,7 @@ class FakeWorker(threading.Thread):
             host=socket.gethostname(),
             pid=os.getpid(),
             started_ms=1,
+            adapters=self.adapters,
         )
         queue.register(info)
         self.ready.set()
@@ -132,11 +134,17 @@ class FakeWorker(threading.Thread):
 
 @pytest.fixture
 def fake_worker(server_url: str) -> Iterator[Callable[..., FakeWorker]]:
-    """`fake_worker(model=, limit=, url=)`: a running FakeWorker, on the shared server at first."""
+    """`fake_worker(model=, limit=, url=, adapters=)`: running, on the shared server at first."""
     workers: list[FakeWorker] = []
 
-    def start(*, model: str = "fake", limit: int = 10**9, url: str = server_url) -> FakeWorker:
-        worker = FakeWorker(url, model=model, limit=limit)
+    def start(
+        *,
+        model: str = "fake",
+        limit: int = 10**9,
+        url: str = server_url,
+        adapters: tuple[str, ...] = (),
+    ) -> FakeWorker:
+        worker = FakeWorker(url, model=model, limit=limit, adapters=adapters)
         worker.start()
         assert worker.ready.wait(10)
         workers.append(worker)

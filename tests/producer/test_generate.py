@@ -82,6 +82,37 @@ def test_of_a_worker_that_serves_already_nobody_chooses_the_weights(
     assert made.parameters() != plan(quantization="").parameters()
 
 
+def test_a_row_may_name_an_adapter_as_its_model(
+    plan: Any, server_url: str, fake_worker: Any, tmp_path: Path
+) -> None:
+    worker = fake_worker(adapters=("sql", "french"))
+    models = ["sql", "fake", "french", "gpt"]
+    lines = [
+        {
+            "custom_id": model,
+            "method": "POST",
+            "url": "/v1/completions",
+            "body": {"model": model, "prompt": "x y"},
+        }
+        for model in models
+    ]
+    generate(plan(lines, model="fake"), Told(), url=server_url)
+    *answered, refused = read_rows(tmp_path / "out.jsonl")
+    assert [row["response"]["body"]["model"] for row in answered] == models[:3]
+    assert "model must be 'fake' or 'french' or 'sql', got 'gpt'" in refused["error"]["message"]
+    assert sorted(item.model for item in worker.requests) == sorted(models[:3])
+
+
+def test_a_whole_run_may_take_an_adapter(
+    plan: Any, server_url: str, fake_worker: Any, tmp_path: Path
+) -> None:
+    worker = fake_worker(adapters=("sql",))
+    rows = [{"prompt": "a"}, {"prompt": "b", "adapter": "french"}]
+    generate(plan(rows, model="sql"), Told(), url=server_url)
+    asked = sorted((item.model, item.params.adapter) for item in worker.requests)
+    assert asked == [("sql", ""), ("sql", "french")]
+
+
 def test_surrogates_are_refused_and_written(
     plan: Any, server_url: str, fake_worker: Any, tmp_path: Path
 ) -> None:
@@ -104,8 +135,10 @@ def test_the_embedded_server_and_its_own_worker(
     workers: list[Any] = []
 
     class StubWorker:
-        def __init__(self, model: str, *, url: str, queue: str, quantization: str) -> None:
-            assert quantization == "int8"
+        def __init__(
+            self, model: str, *, url: str, queue: str, quantization: str, lora: list[str]
+        ) -> None:
+            assert (quantization, lora) == ("int8", ["sql=adapters/sql"])
             self.fake = fake_worker(model=model, url=url, limit=4 if not workers else 10**9)
             workers.append(self.fake)
 
@@ -126,7 +159,8 @@ def test_the_embedded_server_and_its_own_worker(
             workers[0] = fake_worker(model="smollm2", url=ensure_server())
 
     told.on_end = replace
-    outcome = generate(plan(numbered(30), window=8, quantization="int8"), told)
+    made = plan(numbered(30), window=8, quantization="int8", lora=["sql=adapters/sql"])
+    outcome = generate(made, told)
     assert outcome.answered == 30
     assert told.notes[0] == "starting a worker for smollm2"
     for worker in workers:

@@ -54,9 +54,10 @@ def test_it_is_started_as_asked(state: Path, monkeypatch: pytest.MonkeyPatch) ->
         "subprocess.Popen", lambda command, **_: started.append(command[command.index("--model") :])
     )
     LocalWorker("m", url="u", queue="q")
-    LocalWorker("m", url="u", queue="q", quantization="int8")
+    LocalWorker("m", url="u", queue="q", quantization="int8", lora=["a=x", "b=y"])
     plain = ["--model", "m", "--redis", "u", "--queue", "q"]
-    assert started == [plain, [*plain[:2], "--quantization", "int8", *plain[2:]]]
+    more = ["--quantization", "int8", "--lora", "a=x", "--lora", "b=y"]
+    assert started == [plain, [*plain[:2], *more, *plain[2:]]]
 
 
 def test_stop_ends_it_and_takes_its_log_away(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:

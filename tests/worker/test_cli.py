@@ -130,6 +130,13 @@ def test_an_engine_that_fails_is_status_1(monkeypatch: pytest.MonkeyPatch) -> No
     assert result.output == "Error: 3 steps in a row failed\n"
 
 
+def test_adapters(started: list[WorkerConfig]) -> None:
+    given = ("--model", "m", "--redis", "redis://h/0")
+    assert invoke(*given, "--lora", "a=x", "--lora", "b=y").exit_code == 0
+    assert invoke(*given, TOKENMILL_LORA="a=x b=y").exit_code == 0
+    assert [config.engine.lora for config in started] == [{"a": "x", "b": "y"}] * 2
+
+
 def test_options_of_steps(started: list[WorkerConfig]) -> None:
     text = "--model m --redis redis://h/0 --max-step-ms 250 --deterministic --no-prefix-caching"
     assert invoke(*text.split()).exit_code == 0
