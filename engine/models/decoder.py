@@ -81,13 +81,21 @@ class Decoder:
         return torch.cat([p[:, :w] for p, w in zip(parts, widths, strict=True)], dim=1)
 
     def _token_rows(self, ids: torch.Tensor) -> torch.Tensor:
-        table, shard = self._weights.embedding, self._group.shard
+        shard = self._group.shard
         if shard.size == 1:
-            return embedding(ids, table)
-        ids = ids - shard.part(self.spec.vocab_size).start
-        is_elsewhere = (ids < 0) | (ids >= len(table))
-        rows = embedding(ids.masked_fill(is_elsewhere, 0), table)
+            return self._table_rows(ids)
+        part = shard.part(self.spec.vocab_size)
+        ids = ids - part.start
+        is_elsewhere = (ids < 0) | (ids >= len(part))
+        rows = self._table_rows(ids.masked_fill(is_elsewhere, 0))
         return self._summed(rows.masked_fill_(is_elsewhere[:, None], 0.0))
+
+    def _table_rows(self, ids: torch.Tensor) -> torch.Tensor:
+        table = self._weights.embedding
+        if table.dim() == 2:
+            return embedding(ids, table)
+        height = table.shape[1]  # of a panel of the head
+        return table[ids // height, ids % height]
 
     def _embed(self, batch: RaggedBatch) -> torch.Tensor:
         weights = self._weights

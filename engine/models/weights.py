@@ -50,9 +50,13 @@ class LayerWeights:
 
 @dataclass(slots=True)
 class ModelWeights:
-    """All weights of a shard; the head's weight is the embedding itself where they are tied."""
+    """All weights of a shard; the head's weight is the embedding itself where they are tied.
 
-    embedding: torch.Tensor  # [V, H]; V: the shard's part of the vocabulary
+    Packed, a tied embedding is a view of the panels of the head.
+    """
+
+    #: [V, H], V being the shard's part of the vocabulary; or [V / 64, 64, H], not contiguous.
+    embedding: torch.Tensor
     positions: torch.Tensor | None  # [P, H]
     layers: list[LayerWeights]
     final_norm: Norm
@@ -70,7 +74,7 @@ class ModelWeights:
         tables = [self.embedding, *([] if self.positions is None else [self.positions])]
         norms = [part for norm in self.norms() for part in (norm.weight, norm.bias)]
         plain = sum(part.nbytes for part in (*tables, *norms) if part is not None)
-        is_shared = self.lm_head.weight is self.embedding
+        is_shared = self.lm_head.weight is self.embedding or self.embedding.dim() == 3
         linears = sum(linear.nbytes for linear in self.linears())
         return plain + linears - (self.embedding.nbytes if is_shared else 0)
 
@@ -103,9 +107,12 @@ def empty_weights(
 
 def pack(weights: ModelWeights, scheme: Scheme | None = None) -> ModelWeights:
     """Lay out every linear for its device, in place; returns `weights`."""
+    is_tied = weights.lm_head.weight is weights.embedding
     for linear in weights.linears():
         is_left_out = linear is weights.lm_head and scheme is not None and not scheme.has_head
         linear.pack(None if is_left_out else scheme)
+    if is_tied and weights.lm_head.layout == "panels":
+        weights.embedding = weights.lm_head.weight.transpose(1, 2)  # so it is kept once
     for layer in weights.layers:
         if scheme is not None and isinstance(layer.mlp, MoE):
             layer.mlp.stacks = None  # the experts are elsewhere now

@@ -14,6 +14,7 @@ from tokenmill.engine.errors import OutOfMemory, UnsupportedModel
 from tokenmill.engine.kv_cache import allocate_kv_cache
 from tokenmill.engine.loader import choose_device, choose_dtype, load
 from tokenmill.engine.models.families import spec_from_config
+from tokenmill.engine.pipeline import Pipeline
 from tokenmill.producer.errors import InvalidRequest
 
 Checkpoint = Callable[..., tuple[Path, Any]]
@@ -175,3 +176,20 @@ def test_unknown_devices_and_types_are_refused() -> None:
         choose_device("tpu")
     with pytest.raises(InvalidRequest, match="dtype must be auto, float32"):
         choose_dtype("int4", torch.device("cpu"))
+
+
+def test_a_tied_head_is_kept_once_where_it_lies_in_panels(tiny_checkpoint: Checkpoint) -> None:
+    directory, reference = tiny_checkpoint("llama", vocab_size=384, tie_word_embeddings=True)
+    prompt = [7, 380, 64, 63, 128]
+    with torch.inference_mode():
+        expected = reference.generate(
+            torch.tensor([prompt]), max_new_tokens=8, do_sample=False, eos_token_id=None
+        )
+    (answer,) = Pipeline(str(directory), device="cpu")(prompt, max_tokens=8, ignore_eos=True)
+    assert list(answer.token_ids) == expected[0, len(prompt) :].tolist()
+    weights = load(str(directory), device="cpu").weights
+    if weights.lm_head.layout != "panels":
+        pytest.skip("this processor has no panels")
+    tables = {t.data_ptr(): t.nbytes for t in (weights.embedding, weights.lm_head.weight)}
+    assert list(tables.values()) == [384 * 48 * 4]
+    assert weights.nbytes == sum(p.nbytes for p in reference.parameters())
