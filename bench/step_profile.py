@@ -14,16 +14,20 @@ from unittest.mock import patch
 from tokenmill.engine import engine as engine_module
 from tokenmill.engine import executor as executor_module
 from tokenmill.engine.models.decoder import Decoder
+from tokenmill.engine.models.layer_program import LayerProgram
 from tokenmill.engine.models.linear import Linear
 from tokenmill.engine.models.mlp import MLP
 from tokenmill.engine.models.norm import Norm
 from tokenmill.engine.scheduler import Scheduler
 from tokenmill.kernels import ops
 
+#: Whose time is divided among the parts that it has itself.
+_PROGRAM = "program"
 #: (where, attribute, part).
 PARTS: tuple[tuple[Any, str, str], ...] = (
     (engine_module.Engine, "step", "rest of the step"),
     (Decoder, "forward", "between the ops"),
+    (LayerProgram, "run", _PROGRAM),
     (Decoder, "logits", "head"),
     (Linear, "__call__", "linears"),
     (MLP, "__call__", "MLP's activation"),
@@ -73,8 +77,10 @@ class StepProfile:
                 taken = time.perf_counter() - started
                 self._running.pop()
                 within[1].append(taken)
-                self.seconds[name] += taken - sum(inside)
-                self.calls[name] += 1
+                own = {name: 1.0} if name != _PROGRAM else args[0].part_shares()
+                for one, share in own.items():
+                    self.seconds[one] += share * (taken - sum(inside))
+                    self.calls[one] += 1
 
         return timed
 

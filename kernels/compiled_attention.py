@@ -13,13 +13,14 @@ a row's bits are the same whole, in chunks, alone or in a batch. Keys that a row
 """
 
 import threading
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from numba import carray, njit, types
 
 from tokenmill.kernels.compiler import compiled, has_wide_vectors
-from tokenmill.kernels.parallel import run
+from tokenmill.kernels.parallel import Call, run
 from tokenmill.kernels.vectors import (
     ROWS,
     WIDTH,
@@ -286,6 +287,25 @@ def paged_attention(
             "heads, contiguous caches and results, and no soft cap"
         )
     out = torch.empty_like(q, memory_format=torch.contiguous_format) if out is None else out
+    tables = block_tables.contiguous()  # kept while its address is used
+    values = step_values(q, k_cache, cu_seqlens_q, context_lens, tables)
+    call = attention_call(q, k_cache, v_cache, out, scale, window, list(values.values()))
+    run(call, q.shape[0] * k_cache.shape[2])  # no fewer than there are: a long chunk is several
+    return out
+
+
+#: The names of `step_values`.
+STEP_VALUES = ("sequences", "columns", "starts", "contexts", "tables", "scratch_size", "scratch")
+
+
+def step_values(
+    q: torch.Tensor,  # [R, Hq, D]
+    k_cache: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    context_lens: torch.Tensor,
+    block_tables: torch.Tensor,  # contiguous
+) -> dict[str, int]:
+    """What differs between calls with the same memory for rows, until the next call of this."""
     num_sequences, num_columns = block_tables.shape
     _, block_size, num_kv_heads, dim = k_cache.shape
     group = q.shape[1] // num_kv_heads
@@ -294,24 +314,36 @@ def paged_attention(
     size = _MOST_SCORES + (group + 2 * ROWS) * width + most_rows * (2 * dim + 1) + _TILE * dim
     size = -(-size // WIDTH) * WIDTH
     scratch = _scratch.of(size * torch.get_num_threads())
-    tables = block_tables.contiguous()
-    run(
+    addresses = [tensor.data_ptr() for tensor in (cu_seqlens_q, context_lens, block_tables)]
+    values = (num_sequences, num_columns, *addresses, size, scratch.data_ptr())
+    return dict(zip(STEP_VALUES, values, strict=True))
+
+
+def attention_call(
+    q: torch.Tensor,  # [R, Hq, D]
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    out: torch.Tensor,  # [R, Hq, D]
+    scale: float,
+    window: int | None,
+    step: Sequence[int] | Sequence[str] = STEP_VALUES,
+) -> Call:
+    """`paged_attention` of the first rows; `step`: the `step_values`, or their names."""
+    _, block_size, num_kv_heads, dim = k_cache.shape
+    *batch, scratch_size, scratch = step
+    return Call(
         _work,
         [
             *(tensor.data_ptr() for tensor in (q, k_cache, v_cache, out)),
-            num_sequences,
-            num_columns,
-            *(tensor.data_ptr() for tensor in (cu_seqlens_q, context_lens, tables)),
+            *batch,
             block_size,
             num_kv_heads,
             dim,
-            group,
+            q.shape[1] // num_kv_heads,
             q.stride(0),
             window or 1 << 40,
-            size,
-            scratch.data_ptr(),
+            scratch_size,
+            scratch,
             float(scale),
         ],
-        q.shape[0] * num_kv_heads,  # no fewer than there are: a long chunk is several
     )
-    return out

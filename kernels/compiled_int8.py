@@ -10,9 +10,10 @@ Work is divided as in `compiled_linear.py`: its bits depend on the row and the w
 import torch
 from numba import carray, types
 
+from tokenmill.kernels.compiled_linear import add_bias
 from tokenmill.kernels.compiler import compiled
 from tokenmill.kernels.int8_vectors import GROUP, OFFSET, QUAD, product, quantize
-from tokenmill.kernels.parallel import run
+from tokenmill.kernels.parallel import Call, run
 from tokenmill.kernels.vectors import ROWS, fetch_add, int64s
 
 _PANEL, _ITEM_ROWS = 64, 32
@@ -36,10 +37,10 @@ def _quantize_work(data):
 
 @compiled(types.void(types.int64))
 def _work(data):
-    given = carray(int64s(data), (12,))
+    given = carray(int64s(data), (13,))
     num_rows, groups, num_panels = given[3], given[4], given[5]
     codes, scales, totals = given[6], given[7], given[8]
-    packed, weight_scales, y = given[9], given[10], given[11]
+    packed, weight_scales, y, bias_at = given[9], given[10], given[11], given[12]
     width = num_panels * _PANEL
     parts = (num_rows + _ITEM_ROWS - 1) // _ITEM_ROWS
     item = fetch_add(data + 8, 1)
@@ -60,6 +61,8 @@ def _work(data):
                 width,
                 groups,
             )
+        if bias_at:
+            add_bias(bias_at, y, number, start, min(start + _ITEM_ROWS, num_rows), width)
         item = fetch_add(data + 8, 1)
 
 
@@ -77,22 +80,50 @@ def pack(codes: torch.Tensor) -> torch.Tensor:
     return quads.transpose(1, 2).contiguous()
 
 
-def linear(x: torch.Tensor, packed: torch.Tensor, weight_scales: torch.Tensor) -> torch.Tensor:
-    """Return x [T, K] @ weight.T [K, N], float32; `weight_scales` [N]."""
+def linear(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    weight_scales: torch.Tensor,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return x [T, K] @ weight.T [K, N] + bias [N], float32; `weight_scales` [N]."""
     num_rows, depth = x.shape
-    num_panels, groups = packed.shape[0], depth // GROUP
+    num_panels = packed.shape[0]
     if x.stride(-1) != 1:
         x = x.contiguous()
     filled = num_rows + -num_rows % ROWS  # what the last rows are filled up with goes nowhere
-    held = torch.empty(filled * (depth + 8 * groups), dtype=torch.uint8)
-    codes = held.data_ptr()
-    scales = codes + filled * depth
-    totals = scales + 4 * filled * groups
+    codes = torch.empty(code_bytes(filled, depth), dtype=torch.uint8)
     y = torch.empty(filled, num_panels * _PANEL)
     if num_rows:
-        quantized = [codes, scales, totals]
-        sizes = [num_rows, groups, x.data_ptr(), x.stride(0)]
-        run(_quantize_work, [*sizes, *quantized], -(-num_rows // _ROWS))
-        addresses = [packed.data_ptr(), weight_scales.data_ptr(), y.data_ptr()]
-        run(_work, [filled, groups, num_panels, *quantized, *addresses], num_panels)
+        weight = (packed, weight_scales, bias)
+        quantize_rows, multiply = linear_calls(x, *weight, y, codes, num_rows, filled)
+        run(quantize_rows, -(-num_rows // _ROWS))
+        run(multiply, num_panels)
     return y[:num_rows]
+
+
+def code_bytes(num_rows: int, depth: int) -> int:
+    """Memory of rows [num_rows, depth] when quantized."""
+    return num_rows * (depth + 8 * depth // GROUP)
+
+
+def linear_calls(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    weight_scales: torch.Tensor,
+    bias: torch.Tensor | None,
+    y: torch.Tensor,
+    codes: torch.Tensor,  # uint8, `code_bytes` of the rows of y
+    num_rows: int | str,
+    filled: int | str,  # that, up to a multiple of 4
+) -> tuple[Call, Call]:
+    """The first rows of y [R, N] = x [R, K] @ weight.T + bias: what quantizes, what multiplies."""
+    num_panels, groups = packed.shape[0], x.shape[1] // GROUP
+    scales = codes.data_ptr() + y.shape[0] * groups * GROUP
+    quantized = [codes.data_ptr(), scales, scales + 4 * y.shape[0] * groups]
+    bias_at = 0 if bias is None else bias.data_ptr()
+    addresses = [packed.data_ptr(), weight_scales.data_ptr(), y.data_ptr(), bias_at]
+    return (
+        Call(_quantize_work, [num_rows, groups, x.data_ptr(), x.stride(0), *quantized]),
+        Call(_work, [filled, groups, num_panels, *quantized, *addresses]),
+    )

@@ -9,7 +9,7 @@ import torch
 from numba import carray, types
 
 from tokenmill.kernels.compiler import compiled
-from tokenmill.kernels.parallel import run
+from tokenmill.kernels.parallel import Call, run
 from tokenmill.kernels.vectors import WIDTH, fetch_add, floats, gate_silu, int64s, sum_of_squares
 
 #: Rows that a thread takes at a time.
@@ -155,23 +155,39 @@ def _normed(
     x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float
 ) -> torch.Tensor:
     y = torch.empty(x.shape)
-    num_rows, width = x.shape
+    run(norm_call(x, residual, weight, eps, y, len(x)), -(-len(x) // _ROWS))
+    return y
+
+
+def norm_call(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor,
+    eps: float,
+    y: torch.Tensor,
+    num_rows: int | str,
+) -> Call:
+    """The first rows of y [R, H]: of `x` normed, or of what x is added to."""
     addresses = [
         x.data_ptr(),
         0 if residual is None else residual.data_ptr(),
         weight.data_ptr(),
         y.data_ptr(),
     ]
-    run(_norm_work, [num_rows, width, x.stride(0), *addresses, float(eps)], -(-num_rows // _ROWS))
-    return y
+    return Call(_norm_work, [num_rows, x.shape[1], x.stride(0), *addresses, float(eps)])
 
 
 def gated_activation(gate_up: torch.Tensor) -> torch.Tensor:
     """As `reference.gated_activation` of kind silu."""
     num_rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     y = torch.empty(num_rows, width)
-    run(_gate_work, [num_rows, width, gate_up.data_ptr(), y.data_ptr()], -(-num_rows // _ROWS))
+    run(gate_call(gate_up, y, num_rows), -(-num_rows // _ROWS))
     return y
+
+
+def gate_call(gate_up: torch.Tensor, y: torch.Tensor, num_rows: int | str) -> Call:
+    """The first rows of y [R, I] = silu(gate) * up, of gate_up [R, 2I]."""
+    return Call(_gate_work, [num_rows, y.shape[1], gate_up.data_ptr(), y.data_ptr()])
 
 
 def rope_store_kv(
@@ -189,10 +205,34 @@ def rope_store_kv(
     Raises:
         IndexError: a position that the table, or a slot that the cache lacks; such rows stay.
     """
-    num_rows, num_positions = q.shape[0], cos_sin.shape[0]
-    num_slots = k_cache.shape[0] * k_cache.shape[1]
-    addresses = [t.data_ptr() for t in (positions, slot_mapping, cos_sin, k_cache, v_cache)]
-    num_wrong = run(
+    num_rows = q.shape[0]
+    at = (num_rows, positions.data_ptr(), slot_mapping.data_ptr())
+    num_wrong = run(rope_call(q, k, v, cos_sin, k_cache, v_cache, *at), -(-num_rows // _ROWS))
+    if num_wrong:
+        raise IndexError(wrong_rows(num_wrong, num_rows, cos_sin, k_cache))
+
+
+def wrong_rows(num_wrong: int, num_rows: int, cos_sin: torch.Tensor, k_cache: torch.Tensor) -> str:
+    """What to say of rows that `rope_call` has counted in its first counter."""
+    return (
+        f"positions must be 0 to {len(cos_sin) - 1} and slots at most "
+        f"{k_cache.shape[0] * k_cache.shape[1] - 1}, got others in {num_wrong} of {num_rows} rows"
+    )
+
+
+def rope_call(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cos_sin: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    num_rows: int | str,
+    positions: int | str,
+    slots: int | str,
+) -> Call:
+    """`rope_store_kv` of the first rows; `positions`, `slots`: addresses of int64."""
+    return Call(
         _rope_work,
         [
             num_rows,
@@ -202,14 +242,10 @@ def rope_store_kv(
             cos_sin.shape[1] // 2,
             *(t.data_ptr() for t in (q, k, v)),
             *(t.stride(0) for t in (q, k, v)),
-            *addresses,
-            num_positions,
-            num_slots,
+            positions,
+            slots,
+            *(t.data_ptr() for t in (cos_sin, k_cache, v_cache)),
+            len(cos_sin),
+            k_cache.shape[0] * k_cache.shape[1],
         ],
-        -(-num_rows // _ROWS),
     )
-    if num_wrong:
-        raise IndexError(
-            f"positions must be 0 to {num_positions - 1} and slots at most {num_slots - 1}, "
-            f"got others in {num_wrong} of {num_rows} rows"
-        )

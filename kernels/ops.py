@@ -19,13 +19,19 @@ def load_compiled() -> None:
 
         del compiled_attention, compiled_rows
     if compiler.has_wide_vectors():
-        from tokenmill.kernels import compiled_linear
+        from tokenmill.kernels import compiled_linear, program
 
-        del compiled_linear
+        del compiled_linear, program
     if compiler.has_byte_products():
         from tokenmill.kernels import compiled_int8
 
         del compiled_int8
+
+
+def has_programs(weight: torch.Tensor) -> bool:
+    """Whether compiled kernels of models with such weights can be called as one `Program`."""
+    is_plain = weight.device.type == "cpu" and weight.dtype == torch.float32
+    return is_plain and compiler.has_wide_vectors()
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -214,12 +220,15 @@ def pack_int8(codes: torch.Tensor) -> torch.Tensor:
 
 
 def packed_int8_linear(
-    x: torch.Tensor, packed: torch.Tensor, weight_scales: torch.Tensor
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    weight_scales: torch.Tensor,
+    bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return x [T, K] @ weight.T, of codes that `pack_int8` has laid out and their scales [N]."""
+    """Return x [T, K] @ weight.T + bias, of codes that `pack_int8` laid out, and scales [N]."""
     from tokenmill.kernels import compiled_int8
 
-    return compiled_int8.linear(x, packed, weight_scales)
+    return compiled_int8.linear(x, packed, weight_scales, bias)
 
 
 def dequant_linear(

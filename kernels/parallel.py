@@ -1,4 +1,4 @@
-"""`run`: a compiled function on all of torch's threads.
+"""`Call`: a compiled function with its arguments, and `run`: on all of torch's threads.
 
 They are torch's own: libgomp starts a function on its pool for whoever asks, so no second pool
 fights with torch's for the cores.
@@ -8,6 +8,8 @@ import ctypes
 import functools
 import logging
 import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +19,20 @@ LOGGER = logging.getLogger(__name__)
 
 
 @functools.cache
-def _start() -> Any:
-    """GOMP_parallel of the libgomp that torch has loaded; None where there is none."""
+def _libgomp() -> Any:
+    """The libgomp that torch has loaded; None where there is none."""
     path = _torchs_libgomp(_loaded_libgomps())
     if path is None:
         return None
-    start = ctypes.CDLL(path).GOMP_parallel
-    start.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
-    start.restype = None
-    return start
+    libgomp = ctypes.CDLL(path)
+    libgomp.GOMP_parallel.argtypes = (
+        ctypes.c_void_p,
+        ctypes.c_void_p,
+        ctypes.c_uint,
+        ctypes.c_uint,
+    )
+    libgomp.GOMP_parallel.restype = None
+    return libgomp
 
 
 def _loaded_libgomps() -> set[str]:
@@ -46,21 +53,44 @@ def _torchs_libgomp(paths: set[str]) -> str | None:
     return None
 
 
-def run(function: Any, arguments: list[int | float], num_items: int) -> int:
-    """Call a cfunc of one pointer once on each thread; they share the items by themselves.
-
-    Returns the first of the counters, as the function has left it.
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A cfunc of one pointer, called once on each thread; they share the items by themselves.
 
     The pointer is to int64 or float64, 8 bytes each: two counters that are 0, of the threads that
-    have begun and of the items taken; the number of items; the arguments.
+    have begun and of the items taken; a 0; the arguments. A name stands for a number that a
+    `Program` is given at each run.
     """
-    kinds = "".join("d" if isinstance(value, float) else "q" for value in arguments)
-    packed = struct.pack(f"qqq{kinds}", 0, 0, num_items, *arguments)
+
+    function: Any
+    arguments: Sequence[int | float | str]
+
+    def packed(self) -> bytes:
+        """What the pointer is to, with 0 for names."""
+        values = [0 if isinstance(value, str) else value for value in self.arguments]
+        kinds = "".join("d" if isinstance(value, float) else "q" for value in values)
+        return struct.pack(f"qqq{kinds}", 0, 0, 0, *values)
+
+
+def run(call: Call, num_items: int) -> int:
+    """Run a call without names; returns the first of the counters, as the function has left it."""
+    packed = call.packed()
     data = ctypes.create_string_buffer(packed, len(packed))
-    num_threads = min(torch.get_num_threads(), num_items)
-    start = _start() if num_threads > 1 else None
-    if start is None:
-        function.ctypes(ctypes.addressof(data))
-    else:
-        start(function.address, ctypes.addressof(data), num_threads, 0)
+    start(call.function, ctypes.addressof(data), min(torch.get_num_threads(), num_items))
     return int(struct.unpack_from("q", data)[0])
+
+
+def start(function: Any, data: int, num_threads: int) -> None:
+    """Call a cfunc of one pointer on `num_threads` of torch's threads, or on fewer."""
+    begin = _libgomp().GOMP_parallel if num_threads > 1 and _libgomp() else None
+    if begin is None:
+        function.ctypes(data)
+    else:
+        begin(function.address, data, num_threads, 0)
+
+
+@functools.cache
+def count_threads() -> int:
+    """Address of the function that says how many threads `start` has started; 0: always one."""
+    libgomp = _libgomp()
+    return ctypes.cast(libgomp.omp_get_num_threads, ctypes.c_void_p).value or 0 if libgomp else 0

@@ -43,6 +43,15 @@ class Emitter:
     def store(self, vector: Any, address: Any, offset: int = 0) -> None:
         self.builder.store(vector, self.pointer(address, offset), align=4)
 
+    def ask_for(self, address: Any, offset: int = 0) -> None:
+        """Have the cache line at `address` brought to the second-level cache."""
+        module, name = self.builder.module, "llvm.prefetch.p0"
+        bytes_at = ir.IntType(8).as_pointer()
+        kind = ir.FunctionType(ir.VoidType(), [bytes_at, INT, INT, INT])
+        found = module.globals.get(name) or ir.Function(module, kind, name)
+        line = self.pointer(address, offset, kind=ir.IntType(8))
+        self.builder.call(found, [line, INT(0), INT(2), INT(1)])
+
     def spread(self, address: Any, offset: int = 0) -> Any:
         """The float at `address` in every element."""
         value = self.builder.load(self.pointer(address, offset, kind=FLOAT), align=4)
@@ -147,14 +156,24 @@ def as_function(emit: Callable[..., Any], result: Any, num_arguments: int) -> An
     return intrinsic(typed)
 
 
-def product(vectors: int, *, is_added: bool) -> Any:
+def product(vectors: int, *, is_added: bool, lines_ahead: int = 0) -> Any:
     """Of (a, a_stride, b, b_stride, c, c_stride, count): addresses, and strides in floats.
 
     c [4, 16 * vectors] = a [4, count] @ b [count, 16 * vectors], summed up in order; or += that.
+    `lines_ahead`: so many cache lines for each term, from an eighth argument on, are asked of
+    memory meanwhile.
     """
 
     def emit(
-        e: Emitter, a: Any, a_stride: Any, b: Any, b_stride: Any, c: Any, c_stride: Any, count: Any
+        e: Emitter,
+        a: Any,
+        a_stride: Any,
+        b: Any,
+        b_stride: Any,
+        c: Any,
+        c_stride: Any,
+        count: Any,
+        *ahead: Any,
     ) -> None:
         rows, outs = [a], [c]
         for _ in range(ROWS - 1):
@@ -168,6 +187,10 @@ def product(vectors: int, *, is_added: bool) -> Any:
 
         def add(number: Any, state: list[Any]) -> list[Any]:
             b_row, *sums = state
+            if lines_ahead:
+                line = e.step(ahead[0], e.builder.mul(number, INDEX(WIDTH * lines_ahead)))
+                for n in range(lines_ahead):
+                    e.ask_for(line, WIDTH * n)
             loaded = [e.load(b_row, WIDTH * n) for n in range(vectors)]
             new = [e.step(b_row, b_stride)]
             for row in range(ROWS):
@@ -179,7 +202,7 @@ def product(vectors: int, *, is_added: bool) -> Any:
         for place, value in enumerate(sums):
             e.store(value, outs[place // vectors], WIDTH * (place % vectors))
 
-    return as_function(emit, types.void, 7)
+    return as_function(emit, types.void, 8 if lines_ahead else 7)
 
 
 def _weigh(e: Emitter, row: Any, count: Any) -> Any:
@@ -280,3 +303,59 @@ def _fetch_add(e: Emitter, address: Any, number: Any) -> Any:
 
 #: Of (address, number): adds to the int64 there, for all threads at once; returns what it was.
 fetch_add = as_function(_fetch_add, types.int64, 2)
+
+
+def _call(e: Emitter, function: Any, data: Any) -> None:
+    kind = ir.FunctionType(ir.VoidType(), [INDEX]).as_pointer()
+    e.builder.call(e.builder.inttoptr(function, kind), [data])
+
+
+#: Of (function, data): calls the C function of one int64 at an address.
+call = as_function(_call, types.void, 2)
+
+
+def _ask(e: Emitter, function: Any) -> Any:
+    kind = ir.FunctionType(INT, []).as_pointer()
+    return e.builder.sext(e.builder.call(e.builder.inttoptr(function, kind), []), INDEX)
+
+
+#: Of (function): what the C function at an address returns, an int; it takes nothing.
+ask = as_function(_ask, types.int64, 1)
+
+
+def _arrive(e: Emitter, address: Any) -> None:
+    e.builder.atomic_rmw("add", e.pointer(address, kind=INDEX), INDEX(1), "release")
+
+
+#: Of (address): adds 1 to the int64 there; who sees it sees all that was written before.
+arrive = as_function(_arrive, types.void, 1)
+
+
+def _seen(e: Emitter, address: Any) -> Any:
+    return e.builder.load_atomic(e.pointer(address, kind=INDEX), "acquire", 8)
+
+
+#: Of (address): the int64 there, after what others wrote before they changed it.
+seen = as_function(_seen, types.int64, 1)
+
+
+def _pause(e: Emitter) -> None:
+    kind = ir.FunctionType(ir.VoidType(), [])
+    name = "llvm.x86.sse2.pause"
+    e.builder.call(
+        e.builder.module.globals.get(name) or ir.Function(e.builder.module, kind, name), []
+    )
+
+
+#: Of nothing: what a processor should do in a loop that waits for another.
+pause = as_function(_pause, types.void, 0)
+
+
+def _cycles(e: Emitter) -> Any:
+    module, name = e.builder.module, "llvm.readcyclecounter"
+    kind = ir.FunctionType(INDEX, [])
+    return e.builder.call(module.globals.get(name) or ir.Function(module, kind, name), [])
+
+
+#: Of nothing: the processor's counter of cycles, which goes at one speed.
+cycles = as_function(_cycles, types.int64, 0)

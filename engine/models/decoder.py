@@ -4,6 +4,8 @@ A step goes in as a `RaggedBatch`; keys and values are written to the cache; the
 wanted tokens come out. The language-model head is applied to those tokens alone.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch.nn.functional import embedding, pad
 
@@ -16,6 +18,9 @@ from tokenmill.engine.models.shard import Shard
 from tokenmill.engine.models.spec import ModelSpec
 from tokenmill.engine.models.weights import LayerWeights, ModelWeights
 from tokenmill.kernels import ops
+
+if TYPE_CHECKING:
+    from tokenmill.engine.models.layer_program import LayerProgram
 
 
 class Decoder:
@@ -37,14 +42,27 @@ class Decoder:
         device, dtype = weights.embedding.device, weights.embedding.dtype
         tables = {rope: rotary_table(rope, max_model_len).to(device) for rope in set(spec.ropes)}
         self._cos_sin = [tables[rope] for rope in spec.ropes]
+        self._program: tuple[KVCache, LayerProgram | None] | None = None
         # Rounded as the models were trained: they keep the scale in the dtype of the weights.
         self._embedding_scale = torch.tensor(spec.embedding_scale, dtype=dtype).item()
 
     def forward(self, batch: RaggedBatch, cache: KVCache) -> torch.Tensor:
         """Compute one step; returns the last hidden states [L, H] of the wanted tokens."""
-        weights = self._weights
-        added, residual = None, self._embed(batch)  # [T, H]
-        for number, layer in enumerate(weights.layers):
+        added, residual = self._layers(batch, cache)
+        wanted = batch.logits_indices
+        added = None if added is None else added[wanted]
+        hidden, _ = _add_norm(added, residual[wanted], self._weights.final_norm)
+        return hidden
+
+    def _layers(
+        self, batch: RaggedBatch, cache: KVCache
+    ) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """What the last layer adds, and its residual, both [T, H]."""
+        program = None if batch.adapted else self._program_for(cache)
+        if program is not None:
+            return program.run(batch, self._embed(batch))
+        added, residual = None, self._embed(batch)
+        for number, layer in enumerate(self._weights.layers):
             hidden, residual = _add_norm(added, residual, layer.attention_norm)
             attended = self._attention(hidden, number, layer, batch, cache)
             if self.spec.parallel:
@@ -54,10 +72,23 @@ class Decoder:
                 attended = _norm(self._summed(attended), layer.attention_post_norm)
                 hidden, residual = _add_norm(attended, residual, layer.mlp_norm)
                 added = _norm(self._summed(layer.mlp(hidden, batch.adapted)), layer.mlp_post_norm)
-        wanted = batch.logits_indices
-        added = None if added is None else added[wanted]
-        hidden, _ = _add_norm(added, residual[wanted], weights.final_norm)
-        return hidden
+        return added, residual
+
+    def _program_for(self, cache: KVCache) -> "LayerProgram | None":
+        if self._program is None or self._program[0] is not cache:
+            self._program = (cache, self._new_program(cache))
+        return self._program[1]
+
+    def _new_program(self, cache: KVCache) -> "LayerProgram | None":
+        """Where there is no program, layers are computed part by part."""
+        layers = self._weights.layers
+        if self._group.shard.size > 1 or not ops.has_programs(self._weights.embedding):
+            return None
+        from tokenmill.engine.models import layer_program
+
+        if not layer_program.can_run(self.spec, layers, cache):
+            return None
+        return layer_program.LayerProgram(self.spec, layers, self._cos_sin, cache)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits [L, V] float32 of last hidden states [L, H]; whole on rank 0 alone."""

@@ -16,10 +16,14 @@ its own: the product has the same bits whatever else is in the batch (docs/decis
 """
 
 from functools import cache
+from typing import TYPE_CHECKING
 
 import torch
 
 from tokenmill.kernels import ops
+
+if TYPE_CHECKING:
+    from tokenmill.kernels.parallel import Call
 
 #: The largest quantized value, and what makes it unsigned.
 _LEVELS, _OFFSET = 127, 128
@@ -43,8 +47,22 @@ class GroupedInt8Weight:
 
     def __call__(self, rows: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Rows [T, in] float32 to [T, out] float32, plus `bias`."""
-        product = ops.packed_int8_linear(rows, self._packed, self._scales)
-        return product if bias is None else product.add_(bias)
+        return ops.packed_int8_linear(rows, self._packed, self._scales, bias)
+
+    def calls(
+        self,
+        x: torch.Tensor,
+        bias: torch.Tensor | None,
+        y: torch.Tensor,
+        codes: torch.Tensor,
+        num_rows: str,
+        filled: str,
+    ) -> "list[Call]":
+        """As `Linear.calls`."""
+        from tokenmill.kernels import compiled_int8
+
+        weight = (self._packed, self._scales, bias)
+        return list(compiled_int8.linear_calls(x, *weight, y, codes, num_rows, filled))
 
 
 class Int8Weight:

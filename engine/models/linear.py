@@ -10,12 +10,17 @@ An adapter adds to the rows of the sequences that ask for it: `Adapter`.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch.nn.functional import linear
 
+from tokenmill.engine.models.int8_linear import GroupedInt8Weight
 from tokenmill.engine.models.quantization import Packing, Quantized, Scheme
 from tokenmill.kernels import ops
+
+if TYPE_CHECKING:
+    from tokenmill.kernels.parallel import Call
 
 #: Rows that the packed layout is chosen for; measured to be good from 1 to 256.
 _ROWS = 16
@@ -92,6 +97,30 @@ class Linear:
         if self._quantized is not None:
             return f"{type(self._quantized).__name__}, rows that need {self.row_bits} bits"
         return "panels" if self._is_panels else "packed" if self._is_packed else "plain"
+
+    @property
+    def has_calls(self) -> bool:
+        """Whether `calls` can be asked for."""
+        return self._is_panels or isinstance(self._quantized, GroupedInt8Weight)
+
+    def calls(
+        self,
+        x: torch.Tensor,
+        y: torch.Tensor,
+        codes: torch.Tensor,
+        num_rows: str,
+        filled: str,
+    ) -> "list[Call]":
+        """Compiled calls that compute the first rows of y [R, out] from those of x [R, in].
+
+        `codes`: memory that int8 needs; `num_rows`, `filled`: names of how many rows there are, and
+        of that up to a multiple of 4.
+        """
+        if isinstance(self._quantized, GroupedInt8Weight):
+            return self._quantized.calls(x, self.bias, y, codes, num_rows, filled)
+        from tokenmill.kernels import compiled_linear
+
+        return [compiled_linear.linear_call(x, self.weight, self.bias, y, filled)]
 
     def __call__(self, rows: torch.Tensor, adapted: "Adapted" = ()) -> torch.Tensor:
         out = self._product(rows)

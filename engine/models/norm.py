@@ -11,21 +11,21 @@ class Norm:
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, eps: float) -> None:
         self.weight = weight
         self.bias = bias
-        self._eps = eps
+        self.eps = eps
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if self.bias is None:
-            return ops.rms_norm(x, self.weight, self._eps)
-        return ops.layer_norm(x, self.weight, self.bias, self._eps)
+            return ops.rms_norm(x, self.weight, self.eps)
+        return ops.layer_norm(x, self.weight, self.bias, self.eps)
 
     def add(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the normed sum and the sum, both [T, H]; `residual` may have become the sum."""
         if self.bias is None:
-            return ops.add_rms_norm(x, residual, self.weight, self._eps)
+            return ops.add_rms_norm(x, residual, self.weight, self.eps)
         total = x + residual
         return self(total), total
 
     def scaled(self, x: torch.Tensor, mean_square: torch.Tensor) -> torch.Tensor:
         """RMSNorm of rows [T, W] that are parts of longer ones, whose mean square [T] is given."""
-        scale = torch.rsqrt(mean_square + self._eps)[:, None]
+        scale = torch.rsqrt(mean_square + self.eps)[:, None]
         return (x.float() * scale * self.weight).to(x.dtype)

@@ -1,0 +1,180 @@
+"""`LayerProgram`: the layers of a model as one program of compiled functions, for a CPU.
+
+Where every part of every layer has a compiled kernel, a step's layers are one start of all threads,
+in memory that stays. They are the kernels that the decoder calls one by one for other models, so
+the bits are the same; what falls away is Python between them, and the waking of threads.
+
+Imported only where there are such kernels, as it brings numba.
+"""
+
+from collections.abc import Iterator
+
+import torch
+
+from tokenmill.engine.batch import RaggedBatch
+from tokenmill.engine.kv_cache import KVCache
+from tokenmill.engine.models.linear import Linear
+from tokenmill.engine.models.mlp import MLP
+from tokenmill.engine.models.norm import Norm
+from tokenmill.engine.models.spec import ModelSpec
+from tokenmill.engine.models.weights import LayerWeights
+from tokenmill.kernels import compiled_attention, compiled_rows
+from tokenmill.kernels.compiled_int8 import code_bytes
+from tokenmill.kernels.parallel import Call
+from tokenmill.kernels.program import Program
+from tokenmill.kernels.vectors import WIDTH
+
+#: Rows that there is memory for at first; then twice as many, until a step fits.
+_FEWEST_ROWS = 64
+#: What rows are filled up to: those behind the last hold whatever numbers were there.
+_ROWS = 4
+#: The part that counts rows which are wrong.
+_ROTATION = "rope and KV write"
+
+
+class _Activations:
+    """The rows of a step, [R, width] each."""
+
+    def __init__(self, spec: ModelSpec, num_rows: int) -> None:
+        hidden, inner = spec.hidden_size, spec.intermediate_size
+        self.num_rows = num_rows
+        self.residual = torch.zeros(num_rows, hidden)
+        self.hidden = torch.zeros(num_rows, hidden)
+        self.qkv = torch.zeros(num_rows, spec.q_size + 2 * spec.kv_size)
+        self.attended = torch.zeros(num_rows, spec.q_size)
+        self.added = torch.zeros(num_rows, hidden)
+        self.gate_up = torch.zeros(num_rows, 2 * inner)
+        self.inner = torch.zeros(num_rows, inner)
+        widest = max(hidden, inner, spec.q_size)
+        self.codes = torch.zeros(code_bytes(num_rows, widest), dtype=torch.uint8)
+        heads = self.qkv.view(num_rows, -1, spec.head_dim)
+        sizes = [spec.num_heads, spec.num_kv_heads, spec.num_kv_heads]
+        self.q, self.k, self.v = heads.split_with_sizes(sizes, dim=1)
+
+
+class LayerProgram:
+    """Of one model and one cache, for layers of which `can_run` says yes."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        layers: list[LayerWeights],
+        cos_sin: list[torch.Tensor],
+        cache: KVCache,
+    ) -> None:
+        self.cache = cache
+        self._spec = spec
+        self._layers = layers
+        self._cos_sin = cos_sin
+        self._allocate(_FEWEST_ROWS)
+
+    def run(self, batch: RaggedBatch, embedded: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """From `embedded` [T, H] to what the last layer adds and its residual, both [T, H].
+
+        They are valid until the next run.
+
+        Raises:
+            IndexError: positions that the model lacks, or slots that the cache lacks.
+        """
+        count, num_rows = len(embedded), self._activations.num_rows
+        while num_rows < count:
+            num_rows *= 2
+        if num_rows > self._activations.num_rows:
+            self._allocate(num_rows)
+        rows, keys = self._activations, self.cache.keys[0]
+        rows.residual[:count] = embedded
+        tables = batch.block_tables.contiguous()  # kept while its address is used
+        starts, contexts = batch.cu_seqlens_q, batch.context_lens
+        values = compiled_attention.step_values(rows.q, keys, starts, contexts, tables)
+        values |= {
+            "rows": count,
+            "filled": count + -count % _ROWS,
+            "positions": batch.positions.data_ptr(),
+            "slots": batch.slot_mapping.data_ptr(),
+        }
+        self._program.run(values)
+        num_wrong = self._program.counted(self._rotation)
+        if num_wrong:
+            wrong = compiled_rows.wrong_rows(num_wrong, count, self._cos_sin[-1], keys)
+            raise IndexError(wrong)
+        return rows.added[:count], rows.residual[:count]
+
+    def part_shares(self) -> dict[str, float]:
+        """Of the last run's time, the share of each part."""
+        shares: dict[str, float] = dict.fromkeys(self._parts, 0.0)
+        for part, share in zip(self._parts, self._program.shares(), strict=True):
+            shares[part] += share
+        return shares
+
+    def _allocate(self, num_rows: int) -> None:
+        with torch.inference_mode(mode=False):
+            self._activations = _Activations(self._spec, num_rows)
+        named: list[tuple[str, Call]] = []
+        for number in range(len(self._layers)):
+            named += self._attention_calls(number)
+            named += self._mlp_calls(number)
+        self._parts = [part for part, _ in named]
+        self._program = Program([call for _, call in named])
+        #: The first of the calls that count the rows which are wrong; all find the same.
+        self._rotation = self._parts.index(_ROTATION)
+
+    def _attention_calls(self, number: int) -> Iterator[tuple[str, Call]]:
+        """Up to what attention adds to the residual of a layer."""
+        spec, layer, rows = self._spec, self._layers[number], self._activations
+        keys, values = self.cache.keys[number], self.cache.values[number]
+        yield "norms", self._norm_call(layer.attention_norm, is_added=number > 0)
+        yield from self._linear_calls(layer.qkv, rows.hidden, rows.qkv)
+        rotated = (rows.q, rows.k, rows.v, self._cos_sin[number], keys, values)
+        yield _ROTATION, compiled_rows.rope_call(*rotated, "rows", "positions", "slots")
+        attended = rows.attended.view(rows.q.shape)
+        scale, window = spec.attention_scale, spec.windows[number]
+        yield (
+            "attention",
+            compiled_attention.attention_call(rows.q, keys, values, attended, scale, window),
+        )
+        yield from self._linear_calls(layer.attention_out, rows.attended, rows.added)
+
+    def _mlp_calls(self, number: int) -> Iterator[tuple[str, Call]]:
+        """From there to what the MLP adds."""
+        layer, rows = self._layers[number], self._activations
+        mlp = layer.mlp
+        if not isinstance(mlp, MLP):
+            raise TypeError("layers of experts have no program")
+        yield "norms", self._norm_call(layer.mlp_norm, is_added=True)
+        yield from self._linear_calls(mlp.up, rows.hidden, rows.gate_up)
+        yield "MLP's activation", compiled_rows.gate_call(rows.gate_up, rows.inner, "rows")
+        yield from self._linear_calls(mlp.down, rows.inner, rows.added)
+
+    def _norm_call(self, norm: Norm | None, *, is_added: bool) -> Call:
+        rows = self._activations
+        if norm is None:
+            raise TypeError("layers without a norm have no program")
+        added, residual = (rows.added, rows.residual) if is_added else (rows.residual, None)
+        return compiled_rows.norm_call(added, residual, norm.weight, norm.eps, rows.hidden, "rows")
+
+    def _linear_calls(
+        self, linear: Linear, x: torch.Tensor, y: torch.Tensor
+    ) -> Iterator[tuple[str, Call]]:
+        for call in linear.calls(x, y, self._activations.codes, "rows", "filled"):
+            yield "linears", call
+
+
+def can_run(spec: ModelSpec, layers: list[LayerWeights], cache: KVCache) -> bool:
+    """Whether each part of each layer is one that `LayerProgram` has a compiled function for."""
+    is_plain = not (spec.parallel or spec.attention_softcap or spec.activation != "silu")
+    widths = (spec.head_dim, spec.hidden_size, spec.intermediate_size)
+    is_float = all(t.dtype == torch.float32 for t in (cache.keys[0], cache.values[0]))
+    fits = is_float and all(width % WIDTH == 0 for width in widths)
+    return is_plain and fits and all(_has_calls(layer) for layer in layers)
+
+
+def _has_calls(layer: LayerWeights) -> bool:
+    norms = layer.norms()
+    if norms.keys() != {"attention_norm", "mlp_norm"} or not isinstance(layer.mlp, MLP):
+        return False
+    linears = (layer.qkv, layer.attention_out, layer.mlp.up, layer.mlp.down)
+    return (
+        layer.mlp.gated
+        and all(norm.bias is None for norm in norms.values())
+        and all(linear.has_calls for linear in linears)
+    )

@@ -1,0 +1,146 @@
+"""A model whose layers are one program computes the same bits as part by part."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tokenmill.engine.batch import RaggedBatch
+from tokenmill.engine.group import ALONE
+from tokenmill.engine.kv_cache import KVCache, allocate_kv_cache
+from tokenmill.engine.loader import LoadedModel, load
+from tokenmill.engine.models import decoder
+from tokenmill.engine.models.decoder import Decoder
+from tokenmill.kernels import compiler, ops
+
+pytestmark = pytest.mark.skipif(
+    not compiler.has_byte_products(), reason="this processor has no AVX-512 VNNI"
+)
+TinyCheckpoint = Callable[..., tuple[Path, Any]]
+BLOCK, BLOCKS = 4, 64
+LLAMA = {
+    "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
+    "intermediate_size": 128,
+}  # fmt: skip
+
+
+@pytest.fixture(params=[1, 2], autouse=True)
+def _threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(params=["llama", "mistral", "qwen2"])
+def model(request: pytest.FixtureRequest, tiny_checkpoint: TinyCheckpoint) -> LoadedModel:
+    """Plain, with a window, and with biases."""
+    window = {"sliding_window": 9} if request.param == "mistral" else {}
+    return load(str(tiny_checkpoint(request.param, **LLAMA, **window)[0]), device="cpu")
+
+
+def cache_of(model: LoadedModel) -> KVCache:
+    cache = allocate_kv_cache(
+        model.spec, BLOCKS, block_size=BLOCK, dtype=torch.float32, device=torch.device("cpu")
+    )
+    for tensor in (*cache.keys, *cache.values):
+        tensor.fill_(float("nan"))
+    return cache
+
+
+def batch_of(*chunks: tuple[int, int]) -> RaggedBatch:
+    """(start, length) of sequences that each have a sixth of the cache."""
+    each = BLOCKS // 6
+    positions = [p for start, length in chunks for p in range(start, start + length)]
+    blocks = [[n * each + b for b in range(each)] for n in range(len(chunks))]
+    of_position = [n for n, (_, length) in enumerate(chunks) for _ in range(length)]
+    slots = [n * each * BLOCK + p for n, p in zip(of_position, positions, strict=True)]
+    starts = [0]
+    for _, length in chunks:
+        starts.append(starts[-1] + length)
+    return RaggedBatch(
+        input_ids=torch.tensor([5 + (31 * n + 37 * s) % 300 for n, s in enumerate(slots)]),
+        positions=torch.tensor(positions),
+        slot_mapping=torch.tensor(slots),
+        cu_seqlens_q=torch.tensor(starts, dtype=torch.int32),
+        context_lens=torch.tensor([s + n for s, n in chunks], dtype=torch.int32),
+        block_tables=torch.tensor(blocks, dtype=torch.int32),
+        logits_indices=torch.arange(starts[-1]),
+        max_query_len=max(length for _, length in chunks),
+    )
+
+
+#: Decodes, prompts, both; more rows than there is memory for at first, and few again.
+STEPS = [
+    [(0, 5)],
+    [(5, 1)],
+    [(6, 20), (0, 1), (0, 3)],
+    [(26, 1), (1, 1), (3, 1)],
+    [(27, 10), (2, 30), (4, 33), (0, 40)],
+    [(37, 1), (32, 2)],
+]
+
+
+@torch.inference_mode()
+def outputs(model: LoadedModel) -> list[torch.Tensor]:
+    cache = cache_of(model)
+    run = Decoder(model.spec, model.weights, 128, ALONE)
+    return [run.logits(run.forward(batch_of(*chunks), cache)) for chunks in STEPS]
+
+
+@pytest.fixture
+def programs(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether each cache that a decoder met has got a program."""
+    seen: list[bool] = []
+    make = decoder.Decoder._new_program
+
+    def spy(self: Decoder, cache: KVCache) -> Any:
+        made = make(self, cache)
+        seen.append(made is not None)
+        return made
+
+    monkeypatch.setattr(decoder.Decoder, "_new_program", spy)
+    return seen
+
+
+def test_the_bits_of_a_step(
+    model: LoadedModel, programs: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    together = outputs(model)
+    monkeypatch.setattr(ops, "has_programs", lambda _weight: False)
+    apart = outputs(model)
+    assert programs == [True, False]
+    assert all(torch.equal(*both) for both in zip(together, apart, strict=True))
+    assert not any(logits.isnan().any() for logits in together)
+
+
+def test_the_bits_of_int8(
+    tiny_checkpoint: TinyCheckpoint, programs: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load(str(tiny_checkpoint("llama", **LLAMA)[0]), device="cpu", quantization="int8")
+    together = outputs(model)
+    monkeypatch.setattr(ops, "has_programs", lambda _weight: False)
+    assert all(torch.equal(*both) for both in zip(together, outputs(model), strict=True))
+    assert programs == [True, False]
+
+
+@torch.inference_mode()
+def test_slots_that_the_cache_lacks(model: LoadedModel) -> None:
+    run, batch = Decoder(model.spec, model.weights, 128, ALONE), batch_of((0, 3))
+    batch.slot_mapping[1] = BLOCK * BLOCKS
+    with pytest.raises(IndexError, match=f"slots at most {BLOCK * BLOCKS - 1}, got others in 1 of"):
+        run.forward(batch, cache_of(model))
+
+
+@pytest.mark.parametrize(
+    ("family", "overrides"),
+    [("qwen3", LLAMA), ("gemma2", LLAMA), ("gpt_neox", {}), ("llama", {"hidden_size": 96})],
+)
+def test_models_that_have_none(
+    family: str, overrides: dict[str, Any], tiny_checkpoint: TinyCheckpoint, programs: list[bool]
+) -> None:
+    """Norms of heads, norms of outputs, layer norms, and widths that no kernel takes."""
+    outputs(load(str(tiny_checkpoint(family, **overrides)[0]), device="cpu"))
+    assert programs == [False]
