@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from tokenmill.engine.errors import OutOfMemory
 from tokenmill.engine.json_file import read_json
 from tokenmill.engine.loader import LoadedModel
 from tokenmill.engine.models.checkpoint import tensors_of_file
@@ -73,14 +74,18 @@ def load_adapters(model: LoadedModel, directories: Mapping[str, str]) -> dict[st
     Raises:
         InvalidRequest: one has another form, asks for what is not supported, or does not fit.
         UnsupportedModel: a file of one is damaged.
+        OutOfMemory: the device has no room for them.
     """
     if model.name in directories:
         raise InvalidRequest("lora", "named otherwise than the model", model.name)
     places = dict(_places(model.weights, model.spec)) if directories else {}
-    return {
-        name: _Loading(name, Path(directory).expanduser(), model, places).adapter()
-        for name, directory in directories.items()
-    }
+    try:
+        return {
+            name: _Loading(name, Path(directory).expanduser(), model, places).adapter()
+            for name, directory in directories.items()
+        }
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemory(f"the adapters do not fit {model.device}: {error}") from error
 
 
 @dataclass(frozen=True, slots=True)
