@@ -56,15 +56,37 @@ def compiled(signature: Any) -> Callable[[Callable[..., Any]], Any]:
     """Decorate a function that `parallel.run` calls; compiling takes seconds the first time."""
     from numba import cfunc
 
+    def kept(function: Callable[..., Any]) -> Any:
+        with _keeping():
+            return cfunc(signature, cache=True)(function)
+
     def decorate(function: Callable[..., Any]) -> Any:
         try:
-            with _keeping():
-                return cfunc(signature, cache=True)(function)
-        except Exception as error:  # noqa: BLE001 (unpickling what is damaged raises anything)
+            try:
+                return kept(function)
+            except OSError:  # there is no place: nothing to repair
+                raise
+            except Exception as error:  # noqa: BLE001 (unpickling what is damaged raises anything)
+                LOGGER.warning(
+                    "a kept kernel is damaged and is compiled anew: %s, %s: %s",
+                    function.__name__,
+                    type(error).__name__,
+                    error,
+                )
+                _remove(function)
+                return kept(function)
+        except Exception as error:  # noqa: BLE001 (a kernel that cannot be kept can still run)
             _tell(f"{type(error).__name__}: {error}")
         return cfunc(signature)(function)
 
     return decorate
+
+
+def _remove(function: Callable[..., Any]) -> None:
+    """What is kept of a function; numba names its files by the function and its first line."""
+    name = f"{function.__name__}-{function.__code__.co_firstlineno}"
+    for path in cache_directory().rglob(f"*{name}.*.nb[ci]"):
+        path.unlink(missing_ok=True)
 
 
 def cache_directory() -> Path:
