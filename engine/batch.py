@@ -29,6 +29,8 @@ class RaggedBatch:
     max_query_len: int
     #: What is added for adapters, which one rank alone may have.
     adapted: Adapted = ()
+    #: Whether tokens and sequences follow that are nobody's: of no length, stored nowhere.
+    is_padded: bool = False
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
         """All of them, in the order above; without those of adapters."""

@@ -57,6 +57,7 @@ class BlockTables:
         seq.block_table = cached
         seq.num_computed_tokens = len(cached) * self._pool.block_size
         seq.num_dropped_blocks = self._num_unreached(seq.num_computed_tokens)
+        seq.num_known_blocks = len(cached)
         self._pool.share(seq.held_blocks)
 
     def missing(self, seq: Sequence, length: int) -> int:
@@ -73,13 +74,9 @@ class BlockTables:
 
     def mark_computed(self, seq: Sequence, length: int) -> None:
         """The next `length` tokens are in the cache: make the blocks that they fill known."""
-        size, start = self._pool.block_size, seq.num_computed_tokens
         seq.num_computed_tokens += length
-        full = range(start // size, seq.num_computed_tokens // size)
-        if full and self._pool.is_caching:
-            self._extend_hashes(seq)
-            for index in full:
-                self._pool.remember(seq.block_table[index], seq.block_hashes[index])
+        if self._pool.is_caching:
+            self._remember(seq)
         self._drop(seq)
 
     def release(self, seq: Sequence) -> None:
@@ -87,6 +84,7 @@ class BlockTables:
         self._pool.free(seq.held_blocks)
         seq.block_table = []
         seq.num_dropped_blocks = 0
+        seq.num_known_blocks = 0
         seq.num_computed_tokens = 0
 
     def most_held(self, num_tokens: int, chunk: int) -> int:
@@ -96,6 +94,16 @@ class BlockTables:
             return blocks
         # The window and the chunk, the block that its begin cuts, and the one that is kept.
         return min(blocks, self._pool.blocks_for(self.window + chunk) + 2)
+
+    def _remember(self, seq: Sequence) -> None:
+        """Tell the pool of full blocks; one that ends with a pending token waits for it."""
+        count = min(seq.num_computed_tokens, len(seq.token_ids)) // self._pool.block_size
+        if count <= seq.num_known_blocks:
+            return
+        self._extend_hashes(seq)
+        for index in range(seq.num_known_blocks, count):
+            self._pool.remember(seq.block_table[index], seq.block_hashes[index])
+        seq.num_known_blocks = count
 
     def _extend_hashes(self, seq: Sequence) -> None:
         size, adapter = self._pool.block_size, seq.params.adapter

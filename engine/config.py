@@ -34,6 +34,8 @@ class EngineConfig:
     #: Refuse to start where a request's logits depend on what else is computed.
     deterministic: bool = False
 
+    #: Launch each step on a GPU before the tokens of the one before it are known.
+    async_scheduling: bool = False
     #: Ranks that the model is divided among, each a process with a device of its own.
     tensor_parallel_size: int = 1
     #: Adapters that requests may name: name -> directory (`engine/adapters.py`).
@@ -63,6 +65,9 @@ class EngineConfig:
         if self.lora and self.tensor_parallel_size > 1:
             expected = "not given where a model is divided among ranks"
             raise InvalidRequest("lora", expected, sorted(self.lora), "merge it into the model")
+        if self.async_scheduling and self.tensor_parallel_size > 1:
+            expected = "left out where a model is divided among ranks"
+            raise InvalidRequest("async_scheduling", expected, True)
         budget, seqs = self.token_budget, self.max_num_seqs
         if budget is not None and seqs is not None and seqs > budget:
             raise InvalidRequest(

@@ -1,6 +1,7 @@
 """`Engine`: sequences in, one forward pass at a time, tokens out. No queue, no text."""
 
 import time
+from collections import deque
 from collections.abc import Sequence as Seq
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, replace
@@ -13,7 +14,8 @@ from tokenmill.engine.capacity import Capacity, capacity_of
 from tokenmill.engine.config import EngineConfig
 from tokenmill.engine.constraint import Constraint, ConstraintCompiler
 from tokenmill.engine.cost_model import CostModel, Timing
-from tokenmill.engine.executor import HostExecutor, Ticket
+from tokenmill.engine.executor import Ticket
+from tokenmill.engine.executors import make_executor
 from tokenmill.engine.kv_cache import default_kv_memory, num_blocks_in
 from tokenmill.engine.loader import LoadedModel
 from tokenmill.engine.messages import CacheSize
@@ -102,7 +104,12 @@ class Engine:
             vocab_size=model.spec.vocab_size,
             eos_token_ids=model.tokenizer.eos_token_ids,
         )
-        self._executor = HostExecutor(self._runner, model.tokenizer, self._adapters)
+        self._executor = make_executor(self._runner, config, model, self._adapters, max_num_seqs)
+        #: Steps on their way, and how many there are while the next one is planned.
+        self._launched: deque[Ticket] = deque()
+        self._num_ahead = int(config.async_scheduling)
+        #: When the last step that drew tokens had ended.
+        self._ended = 0.0
         self._sequences: dict[str, Sequence] = {}
         #: Constraints of blocked sequences, as they are compiled by a thread beside the steps.
         self._compiling: dict[str, Future[Constraint | None]] = {}
@@ -229,16 +236,18 @@ class Engine:
     def step(self) -> list[StepOutput]:
         """Run one forward pass and return what it gave; an idle engine returns nothing.
 
+        With `async_scheduling` it is what the pass before gave, while this one is on its way.
+
         A constraint that is being compiled holds up its own sequence alone; its error is the
         output that ends that sequence.
         """
         outputs = self._take_compiled()
         outputs += [self._end(seq, _reason(seq)) for seq in self._take_complete()]
-        started = time.perf_counter()
-        plan = self.scheduler.schedule()
-        if not plan.chunks:
-            return outputs
-        return outputs + self._collect(self._launch(plan, started))
+        try:
+            return outputs + self._run()
+        except Exception:
+            self._forget_launched()
+            raise
 
     def close(self) -> None:
         """End the other ranks and what is being compiled; the engine is of no use after that."""
@@ -278,20 +287,54 @@ class Engine:
         self._complete = []
         return complete
 
+    def _run(self) -> list[StepOutput]:
+        """Launch a step, and collect what then is more than `num_ahead` steps behind it."""
+        started = time.perf_counter()
+        plan = self.scheduler.schedule()
+        if plan.chunks:
+            self._launched.append(self._launch(plan, started))
+        ahead = self._num_ahead if plan.chunks else 0
+        outputs: list[StepOutput] = []
+        while len(self._launched) > ahead:
+            outputs += self._collect(self._launched.popleft())
+        return outputs
+
     def _launch(self, plan: SchedulerOutput, started: float) -> Ticket:
         ticket = self._executor.launch(plan, started)
         self.scheduler.mark_computed(plan.chunks)
+        for seq in ticket.sampled:
+            seq.num_pending_tokens += 1
         self._num_steps += 1
         self._num_computed_tokens += plan.num_tokens
         return ticket
 
     def _collect(self, ticket: Ticket) -> list[StepOutput]:
+        """What a step gave those that have not ended since it was launched."""
         result = ticket.collect()
-        if ticket.sampled:  # the tokens are on the host: it has ended
-            seconds = time.perf_counter() - ticket.started
+        ended = time.perf_counter()
+        if ticket.sampled:  # the tokens are on the host: it has ended, and it began behind the last
+            seconds = ended - max(ticket.started, self._ended)
             self.scheduler.cost.observe(Timing(ticket.num_tokens, ticket.kv_tokens, seconds))
-        outputs = [StepOutput(seq.seq_id, (), prompt_logprobs=rows) for seq, rows in result.told]
-        return outputs + [self._advance(*sampled) for sampled in result.sampled]
+            self._ended = ended
+        outputs = [
+            StepOutput(seq.seq_id, (), prompt_logprobs=rows)
+            for seq, rows in result.told
+            if self._sequences.get(seq.seq_id) is seq
+        ]
+        for seq, token, logprobs in result.sampled:
+            if self._sequences.get(seq.seq_id) is seq:
+                seq.num_pending_tokens -= 1
+                outputs.append(self._advance(seq, token, logprobs))
+        return outputs
+
+    def _forget_launched(self) -> None:
+        """A step failed: what was on its way is lost, and computed again for whoever stays."""
+        self._executor.reset()
+        self._launched.clear()
+        if any(seq.num_pending_tokens for seq in self._sequences.values()):
+            for seq in self._sequences.values():
+                seq.num_pending_tokens = 0
+            self.scheduler.restart()
 
     def _advance(self, seq: Sequence, token: int, told: TokenLogprobs | None) -> StepOutput:
         ends = token in seq.params.stop_token_ids or (
@@ -303,7 +346,9 @@ class Engine:
             return replace(self._end(seq, FinishReason.ERROR), error=_failed(seq))
         seq.token_ids.append(token)
         logprobs = () if told is None else (told,)
-        if seq.num_tokens >= seq.max_num_tokens or (seq.constraint and seq.constraint.is_complete):
+        if len(seq.token_ids) >= seq.max_num_tokens or (
+            seq.constraint and seq.constraint.is_complete
+        ):
             return self._end(seq, _reason(seq), (token,), logprobs)
         return StepOutput(seq.seq_id, (token,), logprobs=logprobs)
 
@@ -315,6 +360,7 @@ class Engine:
         logprobs: tuple[TokenLogprobs, ...] = (),
     ) -> StepOutput:
         del self._sequences[seq.seq_id]
+        seq.num_pending_tokens = 0  # what is drawn for it from here on is dropped
         self._compiling.pop(seq.seq_id, None)
         self.scheduler.finish(seq)
         return StepOutput(seq.seq_id, tokens, reason, logprobs=logprobs)

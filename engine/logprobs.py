@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Seq
+from dataclasses import replace
 
 import torch
 
@@ -17,17 +18,42 @@ def logprobs_of(
     logits: torch.Tensor, token_ids: Seq[int], num_top: Seq[int]
 ) -> list[TokenLogprobs]:
     """Of `logits` [R, V] float32: row r's token `token_ids[r]` and its `num_top[r]` likeliest."""
-    total = logits.logsumexp(dim=-1, keepdim=True)
-    chosen = torch.tensor(token_ids, device=logits.device)[:, None]
-    values: list[float] = (logits.gather(1, chosen) - total).flatten().tolist()
-    best = logits.topk(max(num_top), dim=-1)
-    best_ids, best_values = best.indices.tolist(), (best.values - total).tolist()
+    chosen = torch.tensor(token_ids, device=logits.device)
+    rows = told_of(token_ids, *measure(logits, chosen, max(num_top)))
     return [
-        TokenLogprobs(token, value, tuple(zip(ids[:count], tops[:count], strict=True)))
-        for token, value, ids, tops, count in zip(
-            token_ids, values, best_ids, best_values, num_top, strict=True
-        )
+        row if len(row.top) == count else replace(row, top=row.top[:count])
+        for row, count in zip(rows, num_top, strict=True)
     ]
+
+
+def measure(
+    logits: torch.Tensor, chosen: torch.Tensor, num_top: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of `logits` [R, V]: how likely `chosen` [R] are, and which are likeliest, and how likely.
+
+    Shapes [R], [R, num_top] and [R, num_top]; nothing is read back.
+    """
+    total = logits.logsumexp(dim=-1, keepdim=True)
+    values = (logits.gather(1, chosen[:, None]) - total).flatten()
+    best = logits.topk(num_top, dim=-1)
+    return values, best.indices, best.values - total
+
+
+def told_of(
+    token_ids: Seq[int], values: torch.Tensor, top_ids: torch.Tensor, top_values: torch.Tensor
+) -> list[TokenLogprobs]:
+    """What `measure` found of these tokens."""
+    rows = zip(token_ids, values.tolist(), top_ids.tolist(), top_values.tolist(), strict=True)
+    return [
+        TokenLogprobs(token, value, tuple(zip(ids, tops, strict=True)))
+        for token, value, ids, tops in rows
+    ]
+
+
+def slices(count: int, vocabulary: int) -> Iterator[slice]:
+    """Rows 0 to `count` in parts whose logits fit `SLICE_ELEMENTS`."""
+    size = max(1, SLICE_ELEMENTS // vocabulary)
+    return (slice(start, min(start + size, count)) for start in range(0, count, size))
 
 
 def prompt_positions(chunk: Chunk) -> range:
@@ -51,12 +77,12 @@ def prompt_logprobs(
 
     The logits are made in slices, so that a long prompt takes no more memory than a short one.
     """
-    step, done = max(1, SLICE_ELEMENTS // vocabulary), first
+    done = first
     for chunk in chunks:
         positions, seq = prompt_positions(chunk), chunk.seq
         told: list[TokenLogprobs] = []
-        for start in range(0, len(positions), step):
-            part = positions[start : start + step]
+        for rows in slices(len(positions), vocabulary):
+            part = positions[rows]
             ids = [seq.token_ids[p + 1] for p in part]
             logits = logits_of(done, done + len(part))
             told += logprobs_of(logits, ids, [seq.params.prompt_logprobs or 0] * len(part))

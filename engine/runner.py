@@ -56,6 +56,14 @@ class Runner:
             self._group.send(encode(batch))
             self._hidden = self._decoder.forward(batch.to(self.device), self._cache)
 
+    def hidden(self, batch: RaggedBatch) -> torch.Tensor:
+        """Compute a step that is on the device of the one rank; last hidden states [L, H]."""
+        return self._decoder.forward(batch, self._cache)
+
+    def logits_of(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits [L, V] float32 of those."""
+        return self._decoder.logits(hidden)
+
     def logits(self, start: int, stop: int) -> torch.Tensor:
         """Logits [stop - start, V] float32 of wanted tokens of the last step."""
         with self._group.together():

@@ -48,10 +48,7 @@ def sample(
 
 
 def _choose(logits: torch.Tensor, seqs: Seq[Sequence], eos_token_ids: Collection[int]) -> list[int]:
-    apply_bias(logits, seqs)
-    apply_penalties(logits, seqs)
-    forbid_early_end(logits, seqs, eos_token_ids)
-    apply_constraints(logits, seqs)
+    edit(logits, seqs, eos_token_ids)
     if logits.is_cuda:
         return draw_by_kernel(logits, seqs)[0].tolist()
     rows = [row for row, seq in enumerate(seqs) if seq.params.temperature > 0]
@@ -64,6 +61,14 @@ def _choose(logits: torch.Tensor, seqs: Seq[Sequence], eos_token_ids: Collection
     return tokens
 
 
+def edit(logits: torch.Tensor, seqs: Seq[Sequence], eos_token_ids: Collection[int]) -> None:
+    """Change `logits` [R, V] in place as requests ask, before a token is drawn from them."""
+    apply_bias(logits, seqs)
+    apply_penalties(logits, seqs)
+    forbid_early_end(logits, seqs, eos_token_ids)
+    apply_constraints(logits, seqs)
+
+
 def draw_by_kernel(logits: torch.Tensor, seqs: Seq[Sequence]) -> tuple[torch.Tensor, torch.Tensor]:
     """Each sequence's token and its log probability among `logits` [R, V], [R] both, on the device.
 
@@ -74,7 +79,7 @@ def draw_by_kernel(logits: torch.Tensor, seqs: Seq[Sequence]) -> tuple[torch.Ten
     device, params = logits.device, [seq.params for seq in seqs]
     floats = torch.tensor([(p.temperature, p.top_p, p.min_p) for p in params]).T.contiguous()
     temperature, top_p, min_p = floats.to(device)
-    keys = torch.tensor([(_signed64(seq.seed), seq.num_tokens) for seq in seqs]).T.contiguous()
+    keys = torch.tensor([(signed64(seq.seed), seq.num_tokens) for seq in seqs]).T.contiguous()
     seeds, positions = keys.to(device)
     return draw(
         logits,
@@ -141,7 +146,7 @@ def _mix32(x: torch.Tensor) -> torch.Tensor:
     return x ^ ((x >> 16) & 0xFFFF)
 
 
-def _signed64(value: int) -> int:
+def signed64(value: int) -> int:
     """The 64 bits of `value`, as those of a signed number."""
     return ((value + (1 << 63)) & ((1 << 64) - 1)) - (1 << 63)
 

@@ -149,7 +149,10 @@ class Scheduler:
         return SchedulerOutput(chunks, sum(c.length for c in chunks), tuple(step.preempted))
 
     def mark_computed(self, chunks: Iterable[Chunk]) -> None:
-        """The chunks of a step are in the cache: count them, and make full blocks known."""
+        """The chunks of a step are in the cache, or on their way: count them.
+
+        Full blocks become known; a step that is launched later finds them computed.
+        """
         for chunk in chunks:
             self._tables.mark_computed(chunk.seq, chunk.length)
 
@@ -163,6 +166,12 @@ class Scheduler:
         (self.running if seq.status is SequenceStatus.RUNNING else self.waiting).remove(seq)
         seq.status = SequenceStatus.FINISHED
         self._tables.release(seq)
+
+    def restart(self) -> None:
+        """Take all running sequences back to the waiting ones: what they computed is lost."""
+        for seq in list(self.running):
+            seq.num_pending_tokens = 0
+            self._requeue(seq)
 
     @property
     def blocked(self) -> list[Sequence]:
@@ -201,7 +210,11 @@ class Scheduler:
         for seq in list(self.running):
             if step.left <= 0:
                 return
-            if seq.is_prefilling is prefilling and seq.status is SequenceStatus.RUNNING:
+            if (
+                seq.is_prefilling is prefilling
+                and seq.status is SequenceStatus.RUNNING
+                and not seq.is_awaited
+            ):
                 self._take(step, seq, step.most(seq, seq.num_computed_tokens))
 
     def fill_waiting(self, step: Step, *, whole: bool = False) -> None:
@@ -232,7 +245,7 @@ class Scheduler:
                 passed.append(seq)
 
     def _unblocked(self) -> list[Sequence]:
-        return [seq for seq in self.waiting if not seq.is_blocked]
+        return [seq for seq in self.waiting if not seq.is_blocked and not seq.num_pending_tokens]
 
     def admit_all(self) -> None:
         """Admit waiting sequences in order while rows and blocks allow, whatever the budget."""
@@ -271,6 +284,9 @@ class Scheduler:
     def _preempt(self, step: Step, seq: Sequence) -> None:
         step.drop(seq)
         self.num_preemptions += 1
+        self._requeue(seq)
+
+    def _requeue(self, seq: Sequence) -> None:
         self.running.remove(seq)
         seq.status = SequenceStatus.PREEMPTED
         self._tables.release(seq)

@@ -5,6 +5,9 @@
     KV cache    [ computed ............... | scheduled | ]
                 0            num_computed_tokens
 
+Tokens that a launched step draws are pending until they are on the host: they count in
+`num_tokens`, at its end, and are not in `token_ids`.
+
 There is no phase flag: a sequence catches up with its length inside the token budget, and
 "prefilling" is a property. Only `engine/` mutates a sequence.
 """
@@ -59,9 +62,13 @@ class Sequence:
     times_passed: int = 0
     #: Tokens whose KV is in the cache.
     num_computed_tokens: int = 0
+    #: Drawn by launched steps, and not known to the host yet.
+    num_pending_tokens: int = 0
     block_table: list[int] = field(default_factory=list)
     #: Blocks at the begin of the table that have been given back (`engine/block_table.py`).
     num_dropped_blocks: int = 0
+    #: Full blocks at the begin of the table whose contents the pool has been told of.
+    num_known_blocks: int = 0
     #: Of its full blocks, as far as they were needed (`block_pool.extend_hashes`).
     block_hashes: list[bytes] = field(default_factory=list)
     status: SequenceStatus = SequenceStatus.WAITING
@@ -76,15 +83,15 @@ class Sequence:
 
     @property
     def num_tokens(self) -> int:
-        return len(self.token_ids)
+        return len(self.token_ids) + self.num_pending_tokens
 
     @property
     def num_output_tokens(self) -> int:
-        return len(self.token_ids) - self.num_prompt_tokens
+        return self.num_tokens - self.num_prompt_tokens
 
     @property
     def num_uncomputed_tokens(self) -> int:
-        return len(self.token_ids) - self.num_computed_tokens
+        return self.num_tokens - self.num_computed_tokens
 
     @property
     def num_skippable_tokens(self) -> int:
@@ -103,3 +110,11 @@ class Sequence:
     def is_prefilling(self) -> bool:
         """More than its newest token is missing from the cache."""
         return self.num_uncomputed_tokens > 1
+
+    @property
+    def is_awaited(self) -> bool:
+        """Its next step waits for its pending token: it may have none, or must know the token."""
+        if not self.num_pending_tokens:
+            return False
+        needs_token = self.constraint is not None or self.params.has_penalties
+        return needs_token or self.num_tokens >= self.max_num_tokens

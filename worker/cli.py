@@ -139,6 +139,13 @@ def _auto(value: str) -> int | None:
     is_flag=True,
     help="Refuse to start where results depend on what else is computed.",
 )
+@_option(
+    "--async-scheduling/--no-async-scheduling",
+    envvar="TOKENMILL_ASYNC_SCHEDULING",
+    default=False,
+    show_default=True,
+    help="On a GPU, launch each step before the one before it has ended. Never run on one yet.",
+)
 @_option("--threads", envvar="TOKENMILL_THREADS", type=int, help="CPU threads of the model.")
 @_option(
     "--lease",
@@ -191,6 +198,7 @@ def worker(
     prefix_caching: bool,
     max_step_ms: float | None,
     deterministic: bool,
+    async_scheduling: bool,
     lease_s: float,
     verbose: bool,
     as_json: bool,
@@ -218,6 +226,7 @@ def worker(
             prefix_caching=prefix_caching,
             max_step_ms=max_step_ms,
             deterministic=deterministic,
+            async_scheduling=async_scheduling,
         ),
         **settings,
     )

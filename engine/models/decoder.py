@@ -164,6 +164,8 @@ class Decoder:
             scale=spec.attention_scale,
             window=spec.windows[number],
             softcap=spec.attention_softcap,
+            # Attention leaves padding as it is; what routes tokens must find numbers there.
+            out=q.new_zeros(q.shape) if batch.is_padded else None,
         )
         return layer.attention_out(attended.view(hidden.shape[0], -1), batch.adapted)
 

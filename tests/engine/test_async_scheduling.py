@@ -1,0 +1,324 @@
+"""One step ahead, from rows on the device: the tokens of an engine that waits for every step."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer as Backend
+from tokenizers import models
+
+import host_kernels
+from tokenmill.engine.config import EngineConfig
+from tokenmill.engine.device_executor import DeviceExecutor
+from tokenmill.engine.engine import Engine, StepOutput
+from tokenmill.engine.loader import LoadedModel
+from tokenmill.engine.models.families import spec_from_config
+from tokenmill.engine.models.weights import empty_weights, pack, random_weights
+from tokenmill.engine.scheduler import Policy
+from tokenmill.engine.tokenizer import Tokenizer
+from tokenmill.producer.errors import InvalidRequest
+from tokenmill.producer.params import SamplingParams
+
+# Read when a kernel is defined, that is when its module is first imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+EXAMPLES = int(os.environ.get("TOKENMILL_AHEAD", "25"))
+ROWS, BLOCK, LENGTH = 3, 4, 64
+SAMPLINGS: list[dict[str, Any]] = [
+    {"temperature": 0.0},
+    {"temperature": 1.0},
+    {"temperature": 0.8, "top_k": 9, "top_p": 0.9, "logprobs": 2},
+    {"temperature": 1.2, "min_tokens": 5, "stop_token_ids": (3, 4, 5, 6, 7, 8)},
+    {"temperature": 0.9, "repetition_penalty": 1.3, "frequency_penalty": 0.5, "logprobs": 0},
+    {"temperature": 0.5, "logit_bias": {7: 4.0, 9: 3.0}, "prompt_logprobs": 1},
+    {"temperature": 2.0, "min_p": 0.02, "stop_token_ids": tuple(range(10, 40))},
+]
+
+
+def make_model(window: int | None) -> LoadedModel:
+    config = {
+        "model_type": "mistral",
+        "vocab_size": 97,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": LENGTH,
+        "sliding_window": window,
+    }
+    spec = spec_from_config(config)
+    cpu = torch.device("cpu")
+    weights = empty_weights(spec, torch.float32, cpu)
+    random_weights(weights, seed=3)
+    backend = Backend(models.WordLevel({f"w{n}": n for n in range(97)}, unk_token="w0"))
+    tokenizer = Tokenizer(backend, eos_token_ids=[0, 1, 2])
+    return LoadedModel("tiny", spec, pack(weights), tokenizer, cpu, torch.float32)
+
+
+MODELS = {window: make_model(window) for window in (None, 9)}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Tiny operations are not worth handing to a second thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def _plain_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tokenmill.kernels import batch_rows, sampling
+
+    monkeypatch.setattr(batch_rows, "build_step", host_kernels.build_step)
+    monkeypatch.setattr(batch_rows, "advance", host_kernels.advance)
+    monkeypatch.setattr(sampling, "sample", host_kernels.sample)
+
+
+def make_engine(window: int | None, **config: Any) -> Engine:
+    sizes: dict[str, Any] = {"token_budget": 8, "max_num_seqs": ROWS, "block_size": BLOCK}
+    engine = Engine(MODELS[window], EngineConfig(**(sizes | config)))
+    engine.scheduler.output_lengths.record(1)  # admit all at once, so that some are preempted
+    return engine
+
+
+def ahead(engine: Engine) -> Engine:
+    """The same engine, one step ahead of a device that works when it is waited for."""
+    engine._executor = DeviceExecutor(
+        engine._runner,
+        engine.tokenizer,
+        engine._adapters,
+        max_num_seqs=ROWS,
+        stream=host_kernels.LateStream(),
+    )
+    engine._num_ahead = 1
+    return engine
+
+
+@dataclass(frozen=True)
+class Request:
+    """A sequence that comes before step `step`, and is aborted so many steps later; 0: never."""
+
+    step: int
+    prompt: int
+    content: int
+    output: int
+    sampling: int
+    abort_after: int
+
+    @property
+    def prompt_ids(self) -> list[int]:
+        return [(self.content * 17 + 7 * p) % 90 + 5 for p in range(self.prompt)]
+
+    @property
+    def params(self) -> SamplingParams:
+        sampling = dict(SAMPLINGS[self.sampling])
+        if "min_tokens" in sampling:
+            sampling["min_tokens"] = min(sampling["min_tokens"], self.output)
+        return SamplingParams(max_tokens=self.output, **sampling)
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Requests, and the engine they meet."""
+
+    requests: list[Request]
+    blocks: int
+    budget: int
+    window: int | None
+    is_caching: bool
+    policy: Policy
+
+
+REQUESTS = st.builds(
+    Request,
+    step=st.integers(0, 12),
+    prompt=st.integers(1, 24),
+    content=st.integers(0, 2),
+    output=st.integers(1, 14),
+    sampling=st.integers(0, len(SAMPLINGS) - 1),
+    abort_after=st.sampled_from([0, 0, 0, 1, 2, 5]),
+)
+TRAFFIC = st.builds(
+    Traffic,
+    requests=st.lists(REQUESTS, min_size=1, max_size=6),
+    blocks=st.sampled_from([10, 13, 40]),
+    budget=st.sampled_from([4, 8, 40]),
+    window=st.sampled_from([None, None, 9]),
+    is_caching=st.booleans(),
+    policy=st.sampled_from([Policy.SPLITFUSE, Policy.SPLITFUSE, *Policy]),
+)
+
+
+class Answer:
+    """All that an engine gave of a sequence."""
+
+    def __init__(self) -> None:
+        self.outputs: list[StepOutput] = []
+
+    @property
+    def token_ids(self) -> list[int]:
+        return [token for output in self.outputs for token in output.token_ids]
+
+    @property
+    def all(self) -> tuple[object, ...]:
+        logprobs = [row for output in self.outputs for row in output.logprobs]
+        told = [row for output in self.outputs for row in output.prompt_logprobs]
+        return self.token_ids, self.outputs[-1].finish_reason, logprobs, told
+
+
+def answers(engine: Engine, requests: list[Request], *, aborts: bool) -> dict[str, Answer]:
+    found = {str(number): Answer() for number in range(len(requests))}
+    step = 0
+    while engine.has_work or step <= max(r.step for r in requests):
+        for number, request in enumerate(requests):
+            if request.step == step:
+                engine.add(str(number), request.prompt_ids, request.params, seed=number + (1 << 63))
+            if aborts and request.abort_after and request.step + request.abort_after == step:
+                engine.abort(str(number))
+        for output in engine.step():
+            found[output.seq_id].outputs.append(output)
+        engine.check_integrity()
+        step += 1
+        assert step < 2000, "it does not end"
+    assert engine.scheduler.pool.num_free == engine.scheduler.pool.num_blocks
+    return found
+
+
+@pytest.mark.usefixtures("_plain_kernels")
+@settings(
+    max_examples=EXAMPLES,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(TRAFFIC)
+def test_whatever_comes_and_goes_the_answers_are_the_same(traffic: Traffic) -> None:
+    block_bytes = MODELS[None].spec.kv_token_elements * 4 * BLOCK
+    config = {
+        "token_budget": traffic.budget,
+        "prefix_caching": traffic.is_caching,
+        "policy": traffic.policy,
+    }
+    requests = [
+        replace(r, output=min(r.output, traffic.blocks * BLOCK - r.prompt))
+        for r in traffic.requests
+    ]
+    expected = answers(make_engine(traffic.window, **config), requests, aborts=False)
+    engine = ahead(
+        make_engine(traffic.window, kv_cache_memory=traffic.blocks * block_bytes, **config)
+    )
+    for seq_id, answer in answers(engine, requests, aborts=True).items():
+        if any(o.finish_reason is not None for o in answer.outputs):
+            assert answer.all == expected[seq_id].all
+        else:
+            length = len(answer.token_ids)
+            assert answer.token_ids == expected[seq_id].token_ids[:length]
+
+
+def steady(count: int) -> list[Request]:
+    """One request of each sampling, all at once."""
+    return [Request(0, 5 + n, n, 12, n % len(SAMPLINGS), 0) for n in range(count)]
+
+
+def test_the_kernels_give_the_same_answers() -> None:
+    """The kernels that build and advance rows and draw tokens, compiled or interpreted."""
+    requests = [replace(r, output=4) for r in steady(4)]
+    expected = answers(make_engine(None), requests, aborts=False)
+    found = answers(ahead(make_engine(None)), requests, aborts=False)
+    assert {key: a.token_ids for key, a in found.items()} == {
+        key: a.token_ids for key, a in expected.items()
+    }
+
+
+@pytest.mark.usefixtures("_plain_kernels")
+def test_a_step_is_launched_before_the_last_one_is_known() -> None:
+    """One token more is on its way than is known, and none behind the last."""
+    engine = ahead(make_engine(None))
+    engine.add("a", [5, 6, 7], SamplingParams(max_tokens=3, ignore_eos=True), seed=0)
+    assert engine.step() == []
+    outputs, (seq,) = [], engine.scheduler.running
+    for num_tokens in (5, 6):
+        outputs += engine.step()
+        assert (seq.num_tokens, len(seq.token_ids)) == (num_tokens, num_tokens - 1)
+    outputs += engine.step()
+    assert engine.stats().num_steps == 3
+    assert [len(output.token_ids) for output in outputs] == [1, 1, 1]
+    assert not engine.has_work
+
+
+@pytest.mark.usefixtures("_plain_kernels")
+@pytest.mark.parametrize("failing", ["build_step", "advance"])
+def test_a_step_that_fails_leaves_an_engine_that_can_go_on(
+    monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    """Whoever stays is computed again; what was on its way fails nobody that comes later."""
+    from tokenmill.kernels import batch_rows
+
+    requests = [replace(r, sampling=1) for r in steady(4)]
+    expected = answers(make_engine(None), requests, aborts=False)
+    engine = ahead(make_engine(None))
+    found = {str(number): Answer() for number in range(4)}
+    for number, request in enumerate(requests):
+        engine.add(str(number), request.prompt_ids, request.params, seed=number + (1 << 63))
+    for count in range(200):
+        with monkeypatch.context() as patch:
+            if count in (4, 9):
+                patch.delattr(batch_rows, failing)
+            try:
+                outputs = engine.step()
+            except AttributeError:
+                continue
+        for output in outputs:
+            found[output.seq_id].outputs.append(output)
+    assert not engine.has_work
+    engine.check_integrity()
+    assert {key: a.token_ids for key, a in found.items()} == {
+        key: a.token_ids for key, a in expected.items()
+    }
+
+
+def test_constraints_wait_for_their_token(smollm2: LoadedModel) -> None:
+    """A constraint and penalties know every token before the next one is drawn."""
+    from tokenmill.kernels import batch_rows, sampling
+
+    samplings: list[dict[str, Any]] = [
+        {"regex": "[a-c]{2}[0-9]{3}", "temperature": 0.9},
+        {"temperature": 0.9, "frequency_penalty": 0.9, "logprobs": 1},
+        {},
+    ]
+
+    def tokens(engine: Engine) -> dict[str, list[int]]:
+        found: dict[str, list[int]] = {str(number): [] for number in range(len(samplings))}
+        for number, sampling_params in enumerate(samplings):
+            params = SamplingParams(max_tokens=8, **sampling_params)
+            engine.compile(params)
+            engine.add(str(number), [5, 6, 7 + number], params, seed=3)
+        while engine.has_work:
+            for output in engine.step():
+                found[output.seq_id] += output.token_ids
+        engine.check_integrity()
+        return found
+
+    config = EngineConfig(token_budget=64, max_num_seqs=ROWS)
+    expected = tokens(Engine(smollm2, config))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(batch_rows, "build_step", host_kernels.build_step)
+        patch.setattr(batch_rows, "advance", host_kernels.advance)
+        patch.setattr(sampling, "sample", host_kernels.sample)
+        assert tokens(ahead(Engine(smollm2, config))) == expected
+
+
+def test_it_is_refused_where_it_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InvalidRequest, match="async_scheduling must be left out where a model"):
+        EngineConfig(async_scheduling=True, tensor_parallel_size=2)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(InvalidRequest, match="async_scheduling must be left out on a CPU"):
+        make_engine(None, async_scheduling=True)

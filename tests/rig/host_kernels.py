@@ -1,0 +1,109 @@
+"""Plain stand-ins for the kernels of a step, and a stream that runs work when it is waited for."""
+
+from collections.abc import Callable
+
+import torch
+
+from tokenmill.engine import sampler
+from tokenmill.engine.copies import Tensors, Wait
+from tokenmill.engine.sequence import Sequence
+from tokenmill.producer.params import SamplingParams
+
+
+class LateStream:
+    """Runs nothing before somebody waits: who reads a launched step's results too early fails."""
+
+    def __init__(self) -> None:
+        self._work: list[Callable[[], None]] = []
+
+    def submit(self, work: Callable[[], Tensors]) -> Wait:
+        found: list[Tensors] = []
+        self._work.append(lambda: found.append(work()))
+
+        def wait() -> Tensors:
+            while not found:
+                self._work.pop(0)()
+            return tuple(tensor.clone() for tensor in found[0])
+
+        return wait
+
+
+def build_step(
+    rows: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    *,
+    tokens: torch.Tensor,
+    computed: torch.Tensor,
+    tables: torch.Tensor,
+    block_size: int,
+    ids: torch.Tensor,
+    positions: torch.Tensor,
+    slots: torch.Tensor,
+    context_lens: torch.Tensor,
+    block_tables: torch.Tensor,
+    last_tokens: torch.Tensor,
+) -> None:
+    """As `kernels/batch_rows.py` says."""
+    for padded, value in ((ids, 0), (positions, 0), (slots, -1), (context_lens, 0)):
+        padded.fill_(value)
+    block_tables.fill_(0)
+    last_tokens.fill_(0)
+    starts = cu_seqlens_q.tolist()
+    for place, row in enumerate(rows.tolist()):
+        if row < 0:
+            continue
+        begin, end = starts[place], starts[place + 1]
+        first = int(computed[row])
+        seen = torch.arange(first, first + end - begin)
+        ids[begin:end] = tokens[row, seen].long()
+        positions[begin:end] = seen
+        slots[begin:end] = tables[row, seen // block_size].long() * block_size + seen % block_size
+        context_lens[place] = first + end - begin
+        block_tables[place] = tables[row]
+        last_tokens[place] = end - 1
+
+
+def advance(
+    rows: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    is_sampled: torch.Tensor,
+    sampled: torch.Tensor,
+    *,
+    tokens: torch.Tensor,
+    computed: torch.Tensor,
+) -> None:
+    """As `kernels/batch_rows.py` says."""
+    for place, row in enumerate(rows.tolist()):
+        if row >= 0:
+            computed[row] += cu_seqlens_q[place + 1] - cu_seqlens_q[place]
+            if is_sampled[place] and computed[row] < tokens.shape[1]:
+                tokens[row, computed[row]] = sampled[place].int()
+
+
+def sample(
+    logits: torch.Tensor,
+    *,
+    temperature: torch.Tensor,
+    top_k: torch.Tensor,
+    top_p: torch.Tensor,
+    min_p: torch.Tensor,
+    seeds: torch.Tensor,
+    positions: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `kernels/sampling.py` says, by the sampler of a CPU."""
+    columns = (temperature, top_k, top_p, min_p, seeds, positions)
+    seqs = [
+        Sequence(
+            seq_id="",
+            token_ids=[0] * position,
+            num_prompt_tokens=position,
+            params=SamplingParams(
+                temperature=round(heat, 4), top_k=k, top_p=round(p, 4), min_p=round(least, 4)
+            ),
+            seed=seed % (1 << 64),
+            max_num_tokens=position + 1,
+        )
+        for heat, k, p, least, seed, position in zip(*(c.tolist() for c in columns), strict=True)
+    ]
+    chosen, _ = sampler.sample(logits.clone(), seqs, ())
+    return torch.tensor(chosen), torch.zeros(len(chosen))
