@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from numba import carray, njit, types
 
+from tokenmill.kernels.cache_vectors import transpose_half, widen
+from tokenmill.kernels.compiled_decode import attend_few
 from tokenmill.kernels.compiler import compiled, has_wide_vectors
 from tokenmill.kernels.parallel import Call, run
 from tokenmill.kernels.vectors import (
@@ -68,23 +70,27 @@ def _add_product(a, a_stride, b, b_stride, c, c_stride, count, width):
 
 
 @njit(nogil=True)
-def _turn(keys, table, block_size, stride, first, last, dim, turned):
+def _turn(keys, size, table, block_size, stride, first, last, dim, turned):
     """Transpose the keys from `first` on to [D, 64]; columns from `last` on may hold anything."""
     if block_size % WIDTH == 0:
         for position in range(first, min(first + _TILE, last), WIDTH):
             slot = table[position // block_size] * block_size + position % block_size
             for channel in range(0, dim, WIDTH):
-                transpose(
-                    keys + 4 * (slot * stride + channel),
-                    stride,
-                    turned + 4 * (channel * _TILE + position - first),
-                    _TILE,
-                )
+                source = keys + size * (slot * stride + channel)
+                target = turned + 4 * (channel * _TILE + position - first)
+                if size == 2:
+                    transpose_half(source, stride, target, _TILE)
+                else:
+                    transpose(source, stride, target, _TILE)
         return
-    columns = carray(floats(turned), (dim, _TILE))
+    columns, widened = carray(floats(turned), (dim, _TILE)), turned + 4 * dim * _TILE
     for position in range(first, min(first + _TILE, last)):
         slot = table[position // block_size] * block_size + position % block_size
-        key = carray(floats(keys + 4 * slot * stride), (dim,))
+        source = keys + size * slot * stride
+        if size == 2:
+            widen(source, widened, dim // WIDTH)
+            source = widened
+        key = carray(floats(source), (dim,))
         for channel in range(dim):
             columns[channel, position - first] = key[channel]
 
@@ -101,10 +107,11 @@ def _weigh_row(row, low, high, width):
 
 
 @njit(nogil=True)
-def _attend(q, keys, values, out, table, scratch, shape, before, num_tokens, window, scale):
+def _attend(q, keys, values, out, table, scratch, shape, size, before, num_tokens, window, scale):
     """One item: `num_tokens` behind the first `before` of a sequence; q and out are at its head.
 
     `shape`: block size, KV heads, channels, query heads that share one, strides of q and out.
+    `size`: bytes of an element of the cache, 4 or 2.
     """
     block_size, num_kv_heads, dim, group, q_stride, out_stride = shape
     stride = num_kv_heads * dim
@@ -114,7 +121,7 @@ def _attend(q, keys, values, out, table, scratch, shape, before, num_tokens, win
     base = max(0, before - window + 1) // _TILE * _TILE
     width = _padded(last - base, _TILE)
     rows, turned = scratch, scratch + 4 * all_rows * dim
-    sums = turned + 4 * dim * _TILE
+    sums = turned + 4 * dim * (_TILE + 1)
     scores = sums + 4 * all_rows * dim
 
     queries = carray(floats(rows), (all_rows, dim))
@@ -128,7 +135,7 @@ def _attend(q, keys, values, out, table, scratch, shape, before, num_tokens, win
     totals = carray(floats(scores + 4 * all_rows * width), (all_rows,))
 
     for first in range(base, last, _TILE):
-        _turn(keys, table, block_size, stride, first, last, dim, turned)
+        _turn(keys, size, table, block_size, stride, first, last, dim, turned)
         for row in range(0, all_rows, ROWS):
             if first <= before + (row + ROWS - 1) // group:  # else no row sees it
                 target = scores + 4 * (row * width + first - base)
@@ -150,13 +157,19 @@ def _attend(q, keys, values, out, table, scratch, shape, before, num_tokens, win
 
     first = base
     while first < last:
-        count = min(block_size - first % block_size, last - first)
+        count = min(block_size - first % block_size, last - first, _TILE)
         slot = table[first // block_size] * block_size + first % block_size
+        block, block_stride = values + size * slot * stride, stride
+        if size == 2:
+            for number in range(count):
+                source = block + size * number * stride
+                widen(source, turned + 4 * number * dim, dim // WIDTH)
+            block, block_stride = turned, dim
         for row in range(0, all_rows, ROWS):
             if first <= before + (row + ROWS - 1) // group:
                 weights = scores + 4 * (row * width + first - base)
-                block = values + 4 * slot * stride
-                _add_product(weights, width, block, stride, sums + 4 * row * dim, dim, count, dim)
+                target = sums + 4 * row * dim
+                _add_product(weights, width, block, block_stride, target, dim, count, dim)
         first += count
 
     attended = carray(floats(sums), (all_rows, dim))
@@ -169,7 +182,7 @@ def _attend(q, keys, values, out, table, scratch, shape, before, num_tokens, win
 
 @compiled(types.void(types.int64))
 def _work(data):
-    given = carray(int64s(data), (20,))
+    given = carray(int64s(data), (22,))
     q, keys, values, out = given[3], given[4], given[5], given[6]
     num_sequences, num_columns = given[7], given[8]
     starts = carray(int32s(given[9]), (num_sequences + 1,))
@@ -181,29 +194,61 @@ def _work(data):
     shape = (block_size, num_kv_heads, dim, group, q_stride, out_stride)
     window, scratch_size = given[17], given[18]
     scratch = given[19] + 4 * scratch_size * fetch_add(data, 1)
-    scale = np.float32(carray(int64s(data), (21,)).view(np.float64)[20])
+    size = given[20]
+    scale = np.float32(carray(int64s(data), (23,)).view(np.float64)[22])
+    together = given[21]
     mine, index = fetch_add(data + 8, 1), 0
     for number in range(num_sequences):
         context, start = np.int64(contexts[number]), np.int64(starts[number])
         length = starts[number + 1] - start
         most = _tokens_of_item(context, group)
-        end = index + (length + most - 1) // most * num_kv_heads
+        heads = 1
+        if length * group <= ROWS and block_size % WIDTH == 0:
+            heads = together
+        parts = num_kv_heads // heads
+        end = index + (length + most - 1) // most * parts
         while mine < end:
-            head, skipped = (mine - index) % num_kv_heads, (mine - index) // num_kv_heads * most
+            head, skipped = (mine - index) % parts * heads, (mine - index) // parts * most
             row, channel = start + skipped, head * group * dim
-            _attend(
+            num_tokens = min(most, length - skipped)
+            at = (
                 q + 4 * (row * q_stride + channel),
-                keys + 4 * head * dim,
-                values + 4 * head * dim,
+                keys + size * head * dim,
+                values + size * head * dim,
                 out + 4 * (row * out_stride + channel),
-                tables[number],
-                scratch,
-                shape,
-                context - length + skipped,
-                min(most, length - skipped),
-                window,
-                scale,
             )
+            before = context - length + skipped
+            if num_tokens * group <= ROWS and block_size % WIDTH == 0:
+                attend_few(
+                    at[0],
+                    at[1],
+                    at[2],
+                    at[3],
+                    tables[number],
+                    scratch,
+                    shape,
+                    size,
+                    heads,
+                    before,
+                    num_tokens,
+                    window,
+                    scale,
+                )
+            else:
+                _attend(
+                    at[0],
+                    at[1],
+                    at[2],
+                    at[3],
+                    tables[number],
+                    scratch,
+                    shape,
+                    size,
+                    before,
+                    num_tokens,
+                    window,
+                    scale,
+                )
             mine = fetch_add(data + 8, 1)
         index = end
 
@@ -223,6 +268,8 @@ class _Scratch(threading.local):
 
 
 _scratch = _Scratch()
+#: What a cache may hold.
+_CACHES = (torch.float32, torch.bfloat16)
 
 
 def can_attend(
@@ -242,7 +289,9 @@ def can_attend(
         not softcap
         and q.shape[-1] % WIDTH == 0
         and q.stride()[1:] == (q.shape[2], 1)
-        and q.dtype == k_cache.dtype == v_cache.dtype == torch.float32
+        and q.dtype == torch.float32
+        and k_cache.dtype == v_cache.dtype
+        and k_cache.dtype in _CACHES
         and cu_seqlens_q.dtype == context_lens.dtype == block_tables.dtype == torch.int32
         and k_cache.is_contiguous()
         and v_cache.is_contiguous()
@@ -254,8 +303,8 @@ def can_attend(
 
 def paged_attention(
     q: torch.Tensor,  # [T, Hq, D] float32, D a multiple of 16
-    k_cache: torch.Tensor,  # [num_blocks, block_size, Hkv, D] float32
-    v_cache: torch.Tensor,  # [num_blocks, block_size, Hkv, D] float32
+    k_cache: torch.Tensor,  # [num_blocks, block_size, Hkv, D] float32 or bfloat16
+    v_cache: torch.Tensor,  # [num_blocks, block_size, Hkv, D], the same
     *,
     cu_seqlens_q: torch.Tensor,  # [S + 1] int32
     context_lens: torch.Tensor,  # [S] int32
@@ -283,7 +332,7 @@ def paged_attention(
         out=out,
     ):
         raise ValueError(
-            "compiled attention needs float32 and int32, channels that are a multiple of 16, whole "
+            "compiled attention needs float32 rows, caches of float32 or bfloat16, int32, channels that are a multiple of 16, whole "
             "heads, contiguous caches and results, and no soft cap"
         )
     out = torch.empty_like(q, memory_format=torch.contiguous_format) if out is None else out
@@ -295,7 +344,16 @@ def paged_attention(
 
 
 #: The names of `step_values`.
-STEP_VALUES = ("sequences", "columns", "starts", "contexts", "tables", "scratch_size", "scratch")
+STEP_VALUES = (
+    "sequences",
+    "columns",
+    "starts",
+    "contexts",
+    "tables",
+    "scratch_size",
+    "scratch",
+    "together",
+)
 
 
 def step_values(
@@ -311,11 +369,13 @@ def step_values(
     group = q.shape[1] // num_kv_heads
     width = num_columns * block_size + _TILE
     most_rows = max(_MOST_ROWS, group) + ROWS
-    size = _MOST_SCORES + (group + 2 * ROWS) * width + most_rows * (2 * dim + 1) + _TILE * dim
+    size = _MOST_SCORES + (group + 2 * ROWS) * width + most_rows * (2 * dim + 1) + (_TILE + 1) * dim
+    together = num_kv_heads if num_sequences >= 4 * torch.get_num_threads() else 1
+    size += together * ROWS * (2 * dim + width + 1)
     size = -(-size // WIDTH) * WIDTH
     scratch = _scratch.of(size * torch.get_num_threads())
     addresses = [tensor.data_ptr() for tensor in (cu_seqlens_q, context_lens, block_tables)]
-    values = (num_sequences, num_columns, *addresses, size, scratch.data_ptr())
+    values = (num_sequences, num_columns, *addresses, size, scratch.data_ptr(), together)
     return dict(zip(STEP_VALUES, values, strict=True))
 
 
@@ -330,7 +390,7 @@ def attention_call(
 ) -> Call:
     """`paged_attention` of the first rows; `step`: the `step_values`, or their names."""
     _, block_size, num_kv_heads, dim = k_cache.shape
-    *batch, scratch_size, scratch = step
+    *batch, scratch_size, scratch, together = step
     return Call(
         _work,
         [
@@ -344,6 +404,8 @@ def attention_call(
             window or 1 << 40,
             scratch_size,
             scratch,
+            k_cache.element_size(),
+            together,
             float(scale),
         ],
     )

@@ -257,11 +257,8 @@ def _sum_of_squares(e: Emitter, row: Any, count: Any) -> Any:
 sum_of_squares = as_function(_sum_of_squares, types.float32, 2)
 
 
-def _transpose(e: Emitter, source: Any, stride: Any, target: Any, target_stride: Any) -> None:
-    rows = []
-    for _ in range(WIDTH):
-        rows.append(e.load(source))
-        source = e.step(source, stride)
+def turned(e: Emitter, rows: list[Any]) -> list[Any]:
+    """The columns of a matrix [16, 16] of its rows."""
     half = WIDTH // 2
     # Four times: interleaving the halves of a matrix's rows turns the bits of (row, column) by one.
     low = ir.Constant(INTS, [n // 2 + (n % 2) * WIDTH for n in range(WIDTH)])
@@ -272,7 +269,15 @@ def _transpose(e: Emitter, source: Any, stride: Any, target: Any, target_stride:
             for n in range(half)
             for mask in (low, high)
         ]
-    for row in rows:
+    return rows
+
+
+def _transpose(e: Emitter, source: Any, stride: Any, target: Any, target_stride: Any) -> None:
+    rows = []
+    for _ in range(WIDTH):
+        rows.append(e.load(source))
+        source = e.step(source, stride)
+    for row in turned(e, rows):
         e.store(row, target)
         target = e.step(target, target_stride)
 

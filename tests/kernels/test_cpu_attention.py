@@ -105,9 +105,21 @@ def test_writes_into_out_and_leaves_padding_rows(
     assert (out[4:] == 7.0).all()
 
 
-def test_a_bfloat16_cache_serves_float32_queries(attention_case: BuildCase) -> None:
-    case = attention_case([(1, 40), (5, 9)])
-    rounded = attention_case([(1, 40), (5, 9)])
+@pytest.mark.parametrize("block_size", [16, 8])
+@pytest.mark.parametrize("heads", [(4, 2), (9, 3), (8, 1), (2, 2), (4, 1)], ids=str)
+@pytest.mark.parametrize("head_dim", [32, 80, 128])
+def test_a_bfloat16_cache_serves_float32_queries(
+    attention_case: BuildCase,
+    attend: Attend,
+    heads: tuple[int, int],
+    head_dim: int,
+    block_size: int,
+) -> None:
+    chunks = [(1, 40), (5, 9), (1, 3), (33, 100), (1, 150)]
+    case, rounded = (
+        attention_case(chunks, heads=heads, head_dim=head_dim, block_size=block_size)
+        for _ in range(2)
+    )
     expected = reference.paged_attention(
         case.q,
         case.k_cache.bfloat16(),
@@ -115,17 +127,17 @@ def test_a_bfloat16_cache_serves_float32_queries(attention_case: BuildCase) -> N
         cu_seqlens_q=case.cu_seqlens_q,
         context_lens=case.context_lens,
         block_tables=case.block_tables,
-        max_query_len=5,
+        max_query_len=33,
         scale=case.scale,
     )
-    actual = cpu_attention.paged_attention(
+    actual = attend(
         rounded.q,
         rounded.k_cache.bfloat16(),
         rounded.v_cache.bfloat16(),
         cu_seqlens_q=rounded.cu_seqlens_q,
         context_lens=rounded.context_lens,
         block_tables=rounded.block_tables,
-        max_query_len=5,
+        max_query_len=33,
         scale=rounded.scale,
     )
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
@@ -151,8 +163,13 @@ def test_windows_and_soft_caps(
 @pytest.mark.parametrize("window", [None, 40, 600])
 @pytest.mark.parametrize("softcap", [None, 20.0])
 @pytest.mark.parametrize("heads", [(9, 3), (4, 4), (5, 1)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_row_has_the_same_bits_whole_in_chunks_or_alone(
-    heads: tuple[int, int], softcap: float | None, window: int | None, attend: Attend
+    dtype: torch.dtype,
+    heads: tuple[int, int],
+    softcap: float | None,
+    window: int | None,
+    attend: Attend,
 ) -> None:
     """Against decoding every position in one batch, across the sizes at which BLAS changes."""
     torch.manual_seed(0)
@@ -163,8 +180,9 @@ def test_a_row_has_the_same_bits_whole_in_chunks_or_alone(
     q = torch.randn(length, hq, dim)
     table = torch.randperm(60)[:44].to(torch.int32)
     keys, values = (torch.full((60, block_size, hkv, dim), torch.nan) for _ in range(2))
+    keys, values = keys.to(dtype), values.to(dtype)
     for cache in (keys, values):
-        cache[table.long()] = torch.randn(44, block_size, hkv, dim)
+        cache[table.long()] = torch.randn(44, block_size, hkv, dim).to(dtype)
 
     def attended(chunks: list[tuple[int, int]]) -> torch.Tensor:
         sizes = torch.tensor([0, *(end - start for start, end in chunks)])

@@ -1,0 +1,187 @@
+"""Attention of up to four rows, as of a decoding token: bound by the reading of keys and values.
+
+Keys are turned in registers, sixteen at a time, and not written anywhere. What is read next is
+asked for well before: blocks lie anywhere, and their rows of one head are not next to each other,
+which the processor does not foresee. The sums are those of `compiled_attention.py`, in its order.
+"""
+
+import numpy as np
+from numba import carray, njit
+
+from tokenmill.kernels.cache_vectors import LINE, add_values, dots, prefetch
+from tokenmill.kernels.compiler import has_wide_vectors
+from tokenmill.kernels.vectors import WIDTH, floats, weigh
+
+#: Keys, or values, that lie between what is computed and what is asked for.
+_AHEAD = 128
+#: Channels of values at a time: as many as registers can hold the sums of.
+_STRIP = 4 * WIDTH if has_wide_vectors() else WIDTH
+
+_dots = [dots(rows, is_half=False) for rows in range(1, 5)]
+_half_dots = [dots(rows, is_half=True) for rows in range(1, 5)]
+_dots_1, _dots_2, _dots_3, _dots_4 = _dots
+_half_dots_1, _half_dots_2, _half_dots_3, _half_dots_4 = _half_dots
+_strip_1, _strip_2, _strip_3, _strip_4 = (
+    add_values(rows, _STRIP // WIDTH, is_half=False) for rows in range(1, 5)
+)
+_half_strip_1, _half_strip_2, _half_strip_3, _half_strip_4 = (
+    add_values(rows, _STRIP // WIDTH, is_half=True) for rows in range(1, 5)
+)
+_vector, _half_vector = add_values(4, 1, is_half=False), add_values(4, 1, is_half=True)
+
+
+@njit(nogil=True)
+def _score(size, rows, q, dim, keys, stride, scores, width):
+    count = dim // WIDTH
+    if size == 2:
+        if rows == 1:
+            _half_dots_1(q, dim, keys, stride, scores, width, count)
+        elif rows == 2:
+            _half_dots_2(q, dim, keys, stride, scores, width, count)
+        elif rows == 3:
+            _half_dots_3(q, dim, keys, stride, scores, width, count)
+        else:
+            _half_dots_4(q, dim, keys, stride, scores, width, count)
+    elif rows == 1:
+        _dots_1(q, dim, keys, stride, scores, width, count)
+    elif rows == 2:
+        _dots_2(q, dim, keys, stride, scores, width, count)
+    elif rows == 3:
+        _dots_3(q, dim, keys, stride, scores, width, count)
+    else:
+        _dots_4(q, dim, keys, stride, scores, width, count)
+
+
+@njit(nogil=True)
+def _add_strip(size, rows, weights, width, values, stride, sums, dim, count):
+    if size == 2:
+        if rows == 1:
+            _half_strip_1(weights, width, values, stride, sums, dim, count)
+        elif rows == 2:
+            _half_strip_2(weights, width, values, stride, sums, dim, count)
+        elif rows == 3:
+            _half_strip_3(weights, width, values, stride, sums, dim, count)
+        else:
+            _half_strip_4(weights, width, values, stride, sums, dim, count)
+    elif rows == 1:
+        _strip_1(weights, width, values, stride, sums, dim, count)
+    elif rows == 2:
+        _strip_2(weights, width, values, stride, sums, dim, count)
+    elif rows == 3:
+        _strip_3(weights, width, values, stride, sums, dim, count)
+    else:
+        _strip_4(weights, width, values, stride, sums, dim, count)
+
+
+@njit(nogil=True)
+def _add(size, rows, weights, width, values, stride, sums, dim, count):
+    done = 0
+    while done + _STRIP <= dim:
+        at, to = values + size * done, sums + 4 * done
+        _add_strip(size, rows, weights, width, at, stride, to, dim, count)
+        done += _STRIP
+    while done < dim:
+        at, to = values + size * done, sums + 4 * done
+        if size == 2:
+            _half_vector(weights, width, at, stride, to, dim, count)
+        else:
+            _vector(weights, width, at, stride, to, dim, count)
+        done += WIDTH
+
+
+@njit(nogil=True)
+def _ask_for(cache, row_bytes, table, block_size, position, last, length):
+    """The rows of sixteen positions from `position` on, which is a multiple of sixteen."""
+    if position < last:
+        slot = table[position // block_size] * block_size + position % block_size
+        first = cache + slot * row_bytes
+        if length == row_bytes:
+            for byte in range(0, WIDTH * row_bytes, LINE):
+                prefetch(first + byte)
+            return
+        for row in range(first, first + WIDTH * row_bytes, row_bytes):
+            for byte in range(0, length, LINE):
+                prefetch(row + byte)
+
+
+@njit(nogil=True)
+def attend_few(
+    q, keys, values, out, table, scratch, shape, size, heads, before, num_tokens, window, scale
+):
+    """As `_attend` for `heads` KV heads, of at most four rows each, in blocks of whole vectors."""
+    block_size, num_kv_heads, dim, group, q_stride, out_stride = shape
+    stride = num_kv_heads * dim
+    row_bytes, length = size * stride, size * heads * dim
+    rows, last = num_tokens * group, before + num_tokens
+    base = max(0, before - window + 1) // WIDTH * WIDTH
+    width = (last - base + WIDTH - 1) // WIDTH * WIDTH
+    sums = scratch + 16 * heads * dim
+    scores = sums + 16 * heads * dim
+
+    for first in range(base, min(base + _AHEAD, last), WIDTH):
+        _ask_for(keys, row_bytes, table, block_size, first, last, length)
+    queries = carray(floats(scratch), (heads, 4, dim))
+    for head in range(heads):
+        for row in range(rows):
+            source = q + 4 * (row // group * q_stride + (head * group + row % group) * dim)
+            query = carray(floats(source), (dim,))
+            for channel in range(dim):
+                queries[head, row, channel] = query[channel] * scale
+    carray(floats(sums), (4 * heads * dim,))[:] = 0
+
+    for first in range(base, last, WIDTH):
+        ahead = first + _AHEAD
+        if ahead < last:
+            _ask_for(keys, row_bytes, table, block_size, ahead, last, length)
+        else:
+            ahead = base + (ahead - last) // WIDTH * WIDTH
+            _ask_for(values, row_bytes, table, block_size, ahead, last, length)
+        slot = table[first // block_size] * block_size + first % block_size
+        at, to = keys + slot * row_bytes, scores + 4 * (first - base)
+        for head in range(heads):
+            _score(
+                size,
+                rows,
+                scratch + 16 * head * dim,
+                dim,
+                at + size * head * dim,
+                stride,
+                to + 16 * head * width,
+                width,
+            )
+
+    totals = carray(floats(scores + 16 * heads * width), (heads, 4))
+    for head in range(heads):
+        for row in range(rows):
+            position = before + row // group
+            low, high = max(0, position - window + 1 - base), position + 1 - base
+            row_at = scores + 4 * (4 * head + row) * width
+            row_scores = carray(floats(row_at), (width,))
+            row_scores[:low] = -np.inf
+            row_scores[high:] = -np.inf
+            totals[head, row] = weigh(row_at, width // WIDTH)
+
+    for first in range(base, last, WIDTH):
+        _ask_for(values, row_bytes, table, block_size, first + _AHEAD, last, length)
+        slot = table[first // block_size] * block_size + first % block_size
+        at, to = values + slot * row_bytes, scores + 4 * (first - base)
+        for head in range(heads):
+            _add(
+                size,
+                rows,
+                to + 16 * head * width,
+                width,
+                at + size * head * dim,
+                stride,
+                sums + 16 * head * dim,
+                dim,
+                min(WIDTH, last - first),
+            )
+
+    attended = carray(floats(sums), (heads, 4, dim))
+    for head in range(heads):
+        for row in range(rows):
+            target = out + 4 * (row // group * out_stride + (head * group + row % group) * dim)
+            result = carray(floats(target), (dim,))
+            for channel in range(dim):
+                result[channel] = attended[head, row, channel] / totals[head, row]
