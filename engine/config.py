@@ -7,6 +7,8 @@ from tokenmill.engine.scheduler import Policy
 from tokenmill.producer.errors import InvalidRequest
 from tokenmill.producer.params import MAX_ADAPTER_CHARS
 
+KV_CACHE_DTYPES = ("auto", "float32", "bfloat16")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
@@ -26,6 +28,8 @@ class EngineConfig:
     block_size: int | None = None
     #: Bytes for the KV cache, of each rank.
     kv_cache_memory: int | None = None
+    #: What the KV cache holds: auto, float32 or bfloat16 (`kv_cache.choose_kv_cache_dtype`).
+    kv_cache_dtype: str = "auto"
     policy: Policy = Policy.SPLITFUSE
     #: Whether the KV cache keeps the blocks of prefixes that have been computed, for others.
     prefix_caching: bool = True
@@ -58,6 +62,9 @@ class EngineConfig:
         if self.policy not in tuple(Policy):
             names = ", ".join(policy.value for policy in Policy)
             raise InvalidRequest("policy", f"a Policy: {names}", self.policy)
+        if self.kv_cache_dtype not in KV_CACHE_DTYPES:
+            names = ", ".join(KV_CACHE_DTYPES)
+            raise InvalidRequest("kv_cache_dtype", names, self.kv_cache_dtype)
         for adapter in self.lora:
             if not adapter.isprintable() or not 1 <= len(adapter) <= MAX_ADAPTER_CHARS:
                 expected = f"names of 1 to {MAX_ADAPTER_CHARS} printable characters"

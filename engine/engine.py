@@ -16,7 +16,7 @@ from tokenmill.engine.constraint import Constraint, ConstraintCompiler
 from tokenmill.engine.cost_model import CostModel, Timing
 from tokenmill.engine.executor import Ticket
 from tokenmill.engine.executors import make_executor
-from tokenmill.engine.kv_cache import default_kv_memory, num_blocks_in
+from tokenmill.engine.kv_cache import choose_kv_cache_dtype, default_kv_memory, num_blocks_in
 from tokenmill.engine.loader import LoadedModel
 from tokenmill.engine.messages import CacheSize
 from tokenmill.engine.probe import Probe
@@ -64,12 +64,15 @@ class Engine:
         self._group = model.group
         self._group.join()
         self._adapters = load_adapters(model, config.lora)
+        kv_dtype = choose_kv_cache_dtype(
+            config.kv_cache_dtype, model.device, model.dtype, model.quantization
+        )
         num_blocks = self._group.least(
             num_blocks_in(
                 config.kv_cache_memory or default_kv_memory(model.device),
                 model.spec,
                 block_size=block_size,
-                dtype=model.dtype,
+                dtype=kv_dtype,
             )
         )
         self.model_name = model.name
@@ -77,7 +80,7 @@ class Engine:
         self.max_model_len = max_model_len(config, model, num_blocks * block_size)
         # Memory for every row at full length is all that can ever be used.
         num_blocks = min(num_blocks, max_num_seqs * -(-self.max_model_len // block_size))
-        size = CacheSize(num_blocks, block_size, self.max_model_len)
+        size = CacheSize(num_blocks, block_size, self.max_model_len, kv_dtype)
         self._runner = Runner(model.spec, model.weights, size, model.group)
         probe = Probe(self._runner)
         cost = CostModel()

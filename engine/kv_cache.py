@@ -4,8 +4,10 @@ from dataclasses import dataclass
 
 import torch
 
+from tokenmill.engine.config import KV_CACHE_DTYPES
 from tokenmill.engine.errors import OutOfMemory
 from tokenmill.engine.models.spec import ModelSpec
+from tokenmill.producer.errors import InvalidRequest
 
 #: Share of the device memory left by the weights that the KV cache takes on a GPU.
 GPU_KV_SHARE = 0.85
@@ -26,6 +28,30 @@ def default_kv_memory(device: torch.device) -> int:
         free, _total = torch.cuda.mem_get_info(device)
         return int(free * GPU_KV_SHARE)
     return CPU_KV_BYTES
+
+
+def choose_kv_cache_dtype(
+    name: str, device: torch.device, dtype: torch.dtype, quantization: str = "none"
+) -> torch.dtype:
+    """What the cache of a model in `dtype` holds.
+
+    `auto` is the model's dtype, and bfloat16 beside linears in int8, whose loss is larger.
+
+    Raises:
+        InvalidRequest: not of `KV_CACHE_DTYPES`, or nothing that this model can use.
+    """
+    if name == "auto":
+        return torch.bfloat16 if quantization == "int8" else dtype
+    chosen = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(name)
+    if chosen is None:
+        raise InvalidRequest("kv_cache_dtype", f"one of {', '.join(KV_CACHE_DTYPES)}", name)
+    is_narrower = device.type == "cpu" and dtype == torch.float32
+    if chosen != dtype and not is_narrower:
+        where = "on a GPU" if device.type == "cuda" else "in 16 bits"
+        model = str(dtype).removeprefix("torch.")
+        expected = f"auto for a model {where}, whose cache is {model} as it is"
+        raise InvalidRequest("kv_cache_dtype", expected, name, "leave out --kv-cache-dtype")
+    return chosen
 
 
 def num_blocks_in(memory: int, spec: ModelSpec, *, block_size: int, dtype: torch.dtype) -> int:

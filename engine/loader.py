@@ -43,6 +43,8 @@ class LoadedModel:
     group: Group = ALONE
     #: The format of linears that the checkpoint has quantized; "" where it has floats.
     stored_as: str = ""
+    #: What its linears are computed by, of `quantization.QUANTIZATIONS`.
+    quantization: str = "none"
 
 
 def load(
@@ -87,6 +89,7 @@ def load(
             kind,
             group,
             stored.name if stored else "",
+            quantization,
         )
 
 

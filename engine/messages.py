@@ -3,7 +3,7 @@
 A step is the batch as it is uploaded to a device, so that the others need no scheduler, no
 sequences and no tokenizer: 24 bytes a token, 4 a block. Little-endian:
 
-    size   1 num_blocks block_size max_model_len        as int64
+    size   1 num_blocks block_size max_model_len dtype  as int64
     step   2 T S B L max_query_len                      as int64, then the tensors' bytes in order
     rows   3 start stop                                 as int64
 """
@@ -16,6 +16,8 @@ import torch
 from tokenmill.engine.batch import RaggedBatch
 
 _SIZE, _STEP, _ROWS = 1, 2, 3
+#: Of a cache, by their numbers in a message.
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +27,7 @@ class CacheSize:
     num_blocks: int
     block_size: int
     max_model_len: int
+    dtype: torch.dtype = torch.float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +44,8 @@ Message = CacheSize | RaggedBatch | Rows
 def encode(message: Message) -> bytes:
     """A message as bytes; a batch must be on the host."""
     if isinstance(message, CacheSize):
-        return _head(_SIZE, message.num_blocks, message.block_size, message.max_model_len)
+        held = _DTYPES.index(message.dtype)
+        return _head(_SIZE, message.num_blocks, message.block_size, message.max_model_len, held)
     if isinstance(message, Rows):
         return _head(_ROWS, message.start, message.stop)
     sizes = (
@@ -61,7 +65,8 @@ def decode(data: bytes) -> Message:
     """
     kind = data[0] if data else 0
     if kind == _SIZE:
-        return CacheSize(*struct.unpack_from("<3q", data, 1))
+        num_blocks, block_size, longest, held = struct.unpack_from("<4q", data, 1)
+        return CacheSize(num_blocks, block_size, longest, _DTYPES[held])
     if kind == _ROWS:
         return Rows(*struct.unpack_from("<2q", data, 1))
     if kind != _STEP:

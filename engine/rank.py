@@ -51,7 +51,7 @@ def _serve(
 ) -> None:
     import torch
 
-    from tokenmill.engine.kv_cache import default_kv_memory, num_blocks_in
+    from tokenmill.engine.kv_cache import choose_kv_cache_dtype, default_kv_memory, num_blocks_in
     from tokenmill.engine.loader import DTYPES, choose_device, load_shard
     from tokenmill.engine.models.shard import Shard
     from tokenmill.engine.ranks import Ranks
@@ -67,7 +67,8 @@ def _serve(
     group = Ranks(shard, device, Path(settings["rendezvous"]))
     group.join()
     memory = settings["kv_cache_memory"] or default_kv_memory(device)
-    group.least(num_blocks_in(memory, spec, block_size=settings["block_size"], dtype=dtype))
+    held = choose_kv_cache_dtype(settings["kv_cache_dtype"], device, dtype)
+    group.least(num_blocks_in(memory, spec, block_size=settings["block_size"], dtype=held))
     with torch.inference_mode():
         follow(spec, weights, group, messages)
 

@@ -46,7 +46,7 @@ class Runner:
                 spec,
                 size.num_blocks,
                 block_size=size.block_size,
-                dtype=weights.embedding.dtype,
+                dtype=size.dtype,
                 device=self.device,
             )
 

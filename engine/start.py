@@ -5,6 +5,7 @@ import torch
 from tokenmill.engine.config import EngineConfig
 from tokenmill.engine.engine import Engine
 from tokenmill.engine.group import ALONE, Group
+from tokenmill.engine.kv_cache import choose_kv_cache_dtype
 from tokenmill.engine.loader import DTYPES, choose_device, choose_dtype, load
 from tokenmill.engine.sizing import DEFAULTS
 
@@ -47,6 +48,7 @@ def _start_group(
 
     place = choose_device(device)
     kind = choose_dtype(dtype, place)
+    choose_kv_cache_dtype(config.kv_cache_dtype, place, kind)  # refused before ranks are started
     if threads is None and place.type == "cpu":
         torch.set_num_threads(max(torch.get_num_threads() // size, 1))
     *_, block_size = DEFAULTS[place.type]
@@ -57,5 +59,6 @@ def _start_group(
         "threads": torch.get_num_threads(),
         "block_size": config.block_size or block_size,
         "kv_cache_memory": config.kv_cache_memory,
+        "kv_cache_dtype": config.kv_cache_dtype,
     }
     return Leader(size, place, settings)

@@ -148,14 +148,5 @@ def _narrow(e: Emitter, source: Any, target: Any, count: Any) -> None:
 narrow = as_function(_narrow, types.void, 3)
 
 
-def _prefetch(e: Emitter, address: Any) -> None:
-    byte, number = ir.IntType(8).as_pointer(), ir.IntType(32)
-    kind = ir.FunctionType(ir.VoidType(), [byte, number, number, number])
-    module, name = e.builder.module, "llvm.prefetch.p0"
-    found = module.globals.get(name) or ir.Function(module, kind, name)
-    place = e.builder.inttoptr(address, byte)
-    e.builder.call(found, [place, number(0), number(2), number(1)])
-
-
 #: Of an address: have its cache line read; one that is not mapped does no harm.
-prefetch = as_function(_prefetch, types.void, 1)
+prefetch = as_function(Emitter.ask_for, types.void, 1)

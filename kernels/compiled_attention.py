@@ -107,13 +107,15 @@ def _weigh_row(row, low, high, width):
 
 
 @njit(nogil=True)
-def _attend(q, keys, values, out, table, scratch, shape, size, before, num_tokens, window, scale):
-    """One item: `num_tokens` behind the first `before` of a sequence; q and out are at its head.
+def _attend(at, table, scratch, shape, before, num_tokens, window, scale):
+    """One item: `num_tokens` behind the first `before` of a sequence.
 
-    `shape`: block size, KV heads, channels, query heads that share one, strides of q and out.
-    `size`: bytes of an element of the cache, 4 or 2.
+    `at`: addresses of queries, keys, values and result, at the KV head of the item.
+    `shape`: bytes of an element of the cache (4 or 2), block size, KV heads, channels, query heads
+    that share one, strides of queries and result.
     """
-    block_size, num_kv_heads, dim, group, q_stride, out_stride = shape
+    q, keys, values, out = at
+    size, block_size, num_kv_heads, dim, group, q_stride, out_stride = shape
     stride = num_kv_heads * dim
     num_rows = num_tokens * group
     all_rows = _padded(num_rows, ROWS)
@@ -188,67 +190,37 @@ def _work(data):
     starts = carray(int32s(given[9]), (num_sequences + 1,))
     contexts = carray(int32s(given[10]), (num_sequences,))
     tables = carray(int32s(given[11]), (num_sequences, num_columns))
-    block_size, num_kv_heads, dim = given[12], given[13], given[14]
+    size, block_size, num_kv_heads, dim = given[20], given[12], given[13], given[14]
     group, q_stride = given[15], given[16]
     out_stride = num_kv_heads * group * dim
-    shape = (block_size, num_kv_heads, dim, group, q_stride, out_stride)
+    shape = (size, block_size, num_kv_heads, dim, group, q_stride, out_stride)
     window, scratch_size = given[17], given[18]
-    scratch = given[19] + 4 * scratch_size * fetch_add(data, 1)
-    size = given[20]
+    scratch, together = given[19] + 4 * scratch_size * fetch_add(data, 1), given[21]
     scale = np.float32(carray(int64s(data), (23,)).view(np.float64)[22])
-    together = given[21]
     mine, index = fetch_add(data + 8, 1), 0
     for number in range(num_sequences):
         context, start = np.int64(contexts[number]), np.int64(starts[number])
         length = starts[number + 1] - start
         most = _tokens_of_item(context, group)
-        heads = 1
-        if length * group <= ROWS and block_size % WIDTH == 0:
-            heads = together
+        is_whole = block_size % WIDTH == 0
+        heads = together if is_whole and length * group <= ROWS else 1
         parts = num_kv_heads // heads
         end = index + (length + most - 1) // most * parts
         while mine < end:
             head, skipped = (mine - index) % parts * heads, (mine - index) // parts * most
             row, channel = start + skipped, head * group * dim
-            num_tokens = min(most, length - skipped)
+            before, num_tokens = context - length + skipped, min(most, length - skipped)
             at = (
                 q + 4 * (row * q_stride + channel),
                 keys + size * head * dim,
                 values + size * head * dim,
                 out + 4 * (row * out_stride + channel),
             )
-            before = context - length + skipped
-            if num_tokens * group <= ROWS and block_size % WIDTH == 0:
-                attend_few(
-                    at[0],
-                    at[1],
-                    at[2],
-                    at[3],
-                    tables[number],
-                    scratch,
-                    shape,
-                    size,
-                    heads,
-                    before,
-                    num_tokens,
-                    window,
-                    scale,
-                )
+            table = tables[number]
+            if is_whole and num_tokens * group <= ROWS:
+                attend_few(at, table, scratch, shape, heads, before, num_tokens, window, scale)
             else:
-                _attend(
-                    at[0],
-                    at[1],
-                    at[2],
-                    at[3],
-                    tables[number],
-                    scratch,
-                    shape,
-                    size,
-                    before,
-                    num_tokens,
-                    window,
-                    scale,
-                )
+                _attend(at, table, scratch, shape, before, num_tokens, window, scale)
             mine = fetch_add(data + 8, 1)
         index = end
 
@@ -332,8 +304,9 @@ def paged_attention(
         out=out,
     ):
         raise ValueError(
-            "compiled attention needs float32 rows, caches of float32 or bfloat16, int32, channels that are a multiple of 16, whole "
-            "heads, contiguous caches and results, and no soft cap"
+            "compiled attention needs float32 rows, caches of float32 or bfloat16, int32 numbers, "
+            "channels that are a multiple of 16, whole heads, contiguous caches and results, and "
+            "no soft cap"
         )
     out = torch.empty_like(q, memory_format=torch.contiguous_format) if out is None else out
     tables = block_tables.contiguous()  # kept while its address is used

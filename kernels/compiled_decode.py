@@ -17,10 +17,11 @@ _AHEAD = 128
 #: Channels of values at a time: as many as registers can hold the sums of.
 _STRIP = 4 * WIDTH if has_wide_vectors() else WIDTH
 
-_dots = [dots(rows, is_half=False) for rows in range(1, 5)]
-_half_dots = [dots(rows, is_half=True) for rows in range(1, 5)]
-_dots_1, _dots_2, _dots_3, _dots_4 = _dots
-_half_dots_1, _half_dots_2, _half_dots_3, _half_dots_4 = _half_dots
+#: By how many rows there are; numba calls no function of a list.
+_dots_1, _dots_2, _dots_3, _dots_4 = (dots(rows, is_half=False) for rows in range(1, 5))
+_half_dots_1, _half_dots_2, _half_dots_3, _half_dots_4 = (
+    dots(rows, is_half=True) for rows in range(1, 5)
+)
 _strip_1, _strip_2, _strip_3, _strip_4 = (
     add_values(rows, _STRIP // WIDTH, is_half=False) for rows in range(1, 5)
 )
@@ -105,11 +106,10 @@ def _ask_for(cache, row_bytes, table, block_size, position, last, length):
 
 
 @njit(nogil=True)
-def attend_few(
-    q, keys, values, out, table, scratch, shape, size, heads, before, num_tokens, window, scale
-):
+def attend_few(at, table, scratch, shape, heads, before, num_tokens, window, scale):
     """As `_attend` for `heads` KV heads, of at most four rows each, in blocks of whole vectors."""
-    block_size, num_kv_heads, dim, group, q_stride, out_stride = shape
+    q, keys, values, out = at
+    size, block_size, num_kv_heads, dim, group, q_stride, out_stride = shape
     stride = num_kv_heads * dim
     row_bytes, length = size * stride, size * heads * dim
     rows, last = num_tokens * group, before + num_tokens
@@ -137,14 +137,14 @@ def attend_few(
             ahead = base + (ahead - last) // WIDTH * WIDTH
             _ask_for(values, row_bytes, table, block_size, ahead, last, length)
         slot = table[first // block_size] * block_size + first % block_size
-        at, to = keys + slot * row_bytes, scores + 4 * (first - base)
+        block, to = keys + slot * row_bytes, scores + 4 * (first - base)
         for head in range(heads):
             _score(
                 size,
                 rows,
                 scratch + 16 * head * dim,
                 dim,
-                at + size * head * dim,
+                block + size * head * dim,
                 stride,
                 to + 16 * head * width,
                 width,
@@ -164,14 +164,14 @@ def attend_few(
     for first in range(base, last, WIDTH):
         _ask_for(values, row_bytes, table, block_size, first + _AHEAD, last, length)
         slot = table[first // block_size] * block_size + first % block_size
-        at, to = values + slot * row_bytes, scores + 4 * (first - base)
+        block, to = values + slot * row_bytes, scores + 4 * (first - base)
         for head in range(heads):
             _add(
                 size,
                 rows,
                 to + 16 * head * width,
                 width,
-                at + size * head * dim,
+                block + size * head * dim,
                 stride,
                 sums + 16 * head * dim,
                 dim,

@@ -1,13 +1,15 @@
 """Norms, gated SiLU, rotation and KV write for the CPU, compiled: each reads its rows once.
 
 Threads take `_ROWS` rows at a time. What is computed of a row depends on that row alone, and the
-order of its sums on its width alone. All tensors are float32; widths are multiples of 16.
+order of its sums on its width alone. All tensors are float32, but for a cache, which may be
+bfloat16; widths are multiples of 16.
 """
 
 import numpy as np
 import torch
 from numba import carray, types
 
+from tokenmill.kernels.cache_vectors import narrow
 from tokenmill.kernels.compiler import compiled
 from tokenmill.kernels.parallel import Call, run
 from tokenmill.kernels.vectors import WIDTH, fetch_add, floats, gate_silu, int64s, sum_of_squares
@@ -56,7 +58,7 @@ def _gate_work(data):
 
 @compiled(types.void(types.int64))
 def _rope_work(data):
-    given = carray(int64s(data), (21,))
+    given = carray(int64s(data), (22,))
     num_rows, num_q_heads, num_kv_heads, dim, half = (
         given[3],
         given[4],
@@ -72,7 +74,7 @@ def _rope_work(data):
         carray(int64s(given[15]), (num_rows,)),
     )
     table_at, k_cache_at, v_cache_at = given[16], given[17], given[18]
-    num_positions, num_slots = given[19], given[20]
+    num_positions, num_slots, size = given[19], given[20], given[21]
     width = num_kv_heads * dim
     first = fetch_add(data + 8, 1) * _ROWS
     while first < num_rows:
@@ -96,7 +98,11 @@ def _rope_work(data):
                     one[channel] = a * c - b * s
                     two[channel] = b * c + a * s
             if slots[row] >= 0:
-                place = 4 * slots[row] * width
+                place = size * slots[row] * width
+                if size == 2:
+                    narrow(k_at + 4 * row * k_stride, k_cache_at + place, width // WIDTH)
+                    narrow(v_at + 4 * row * v_stride, v_cache_at + place, width // WIDTH)
+                    continue
                 k = carray(floats(k_at + 4 * row * k_stride), (width,))
                 v = carray(floats(v_at + 4 * row * v_stride), (width,))
                 carray(floats(k_cache_at + place), (width,))[:] = k
@@ -128,7 +134,11 @@ def can_rotate(
     """Whether `rope_store_kv` takes these."""
     return (  # no loops: it is asked in every layer
         q.dtype == k.dtype == v.dtype == cos_sin.dtype == torch.float32
-        and k_cache.dtype == v_cache.dtype == torch.float32
+        and k_cache.dtype == v_cache.dtype
+        and (
+            k_cache.dtype == torch.float32
+            or (k_cache.dtype == torch.bfloat16 and k.shape[1] * k.shape[2] % WIDTH == 0)
+        )
         and positions.dtype == slot_mapping.dtype == torch.int64
         and q.stride()[1:] == k.stride()[1:] == v.stride()[1:] == (q.shape[2], 1)
         and cos_sin.is_contiguous()
@@ -247,5 +257,6 @@ def rope_call(
             *(t.data_ptr() for t in (cos_sin, k_cache, v_cache)),
             len(cos_sin),
             k_cache.shape[0] * k_cache.shape[1],
+            k_cache.element_size(),
         ],
     )

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from tokenmill.engine.config import EngineConfig
+from tokenmill.engine.config import KV_CACHE_DTYPES, EngineConfig
 from tokenmill.engine.scheduler import Policy
 from tokenmill.worker.config import WorkerConfig, parse_bytes, parse_lora
 from tokenmill.worker.log import configure
@@ -113,6 +113,13 @@ def _auto(value: str) -> int | None:
     help="Memory for the KV cache, such as 2GiB.",
 )
 @_option(
+    "--kv-cache-dtype",
+    envvar="TOKENMILL_KV_CACHE_DTYPE",
+    type=click.Choice(KV_CACHE_DTYPES),
+    default="auto",
+    help="auto is the model's, and bfloat16 with int8.",
+)
+@_option(
     "--policy",
     envvar="TOKENMILL_POLICY",
     type=click.Choice([policy.value for policy in Policy]),
@@ -194,6 +201,7 @@ def worker(
     max_num_seqs: int | None,
     max_model_len: int | None,
     kv_cache_memory: str | None,
+    kv_cache_dtype: str,
     policy: str,
     prefix_caching: bool,
     max_step_ms: float | None,
@@ -221,6 +229,7 @@ def worker(
             lora=parse_lora(lora),
             max_num_seqs=max_num_seqs,
             max_model_len=max_model_len,
+            kv_cache_dtype=kv_cache_dtype,
             kv_cache_memory=None if kv_cache_memory is None else parse_bytes(kv_cache_memory),
             policy=Policy(policy),
             prefix_caching=prefix_caching,

@@ -163,8 +163,8 @@ def can_run(spec: ModelSpec, layers: list[LayerWeights], cache: KVCache) -> bool
     """Whether each part of each layer is one that `LayerProgram` has a compiled function for."""
     is_plain = not (spec.parallel or spec.attention_softcap or spec.activation != "silu")
     widths = (spec.head_dim, spec.hidden_size, spec.intermediate_size)
-    is_float = all(t.dtype == torch.float32 for t in (cache.keys[0], cache.values[0]))
-    fits = is_float and all(width % WIDTH == 0 for width in widths)
+    is_held = cache.keys[0].dtype in (torch.float32, torch.bfloat16)
+    fits = is_held and all(width % WIDTH == 0 for width in widths)
     return is_plain and fits and all(_has_calls(layer) for layer in layers)
 
 

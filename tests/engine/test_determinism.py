@@ -79,31 +79,35 @@ def answer(model: LoadedModel, *names: str, temperature: float = 0.0, **config: 
     return engine
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize(
+    ("temperature", "cache"), [(0.0, "float32"), (0.0, "bfloat16"), (1.0, "float32")]
+)
 def test_alone_in_a_batch_in_chunks_or_preempted(
-    model: LoadedModel, seen: Logits, temperature: float
+    model: LoadedModel, seen: Logits, temperature: float, cache: str
 ) -> None:
-    answer(model, "a", temperature=temperature)
+    settings: dict[str, Any] = {"temperature": temperature, "kv_cache_dtype": cache}
+    answer(model, "a", **settings)
     assert len(seen) == 24
     for budget in (6, 7, 64, 256):
-        answer(model, *"abcdef", temperature=temperature, token_budget=budget)
-    answer(model, "a", temperature=temperature, token_budget=1, max_num_seqs=1)
-    block_bytes = model.spec.kv_token_elements * 4 * 4
-    small = answer(model, *"abcdef", temperature=temperature, kv_cache_memory=80 * block_bytes)
+        answer(model, *"abcdef", **settings, token_budget=budget)
+    answer(model, "a", **settings, token_budget=1, max_num_seqs=1)
+    block_bytes = model.spec.kv_token_elements * 4 * (4 if cache == "float32" else 2)
+    small = answer(model, *"abcdef", **settings, kv_cache_memory=80 * block_bytes)
     assert small.stats().num_preemptions > 0
     assert len(seen) == 6 * 24
 
 
-def test_cached_or_not(model: LoadedModel, seen: Logits) -> None:
+@pytest.mark.parametrize("cache", ["float32", "bfloat16"])
+def test_cached_or_not(model: LoadedModel, seen: Logits, cache: str) -> None:
     """The same prompts again, in an engine that knows their blocks, and in one that must not."""
-    engine = answer(model, "a", "b")
+    engine = answer(model, "a", "b", kv_cache_dtype=cache)
     for name, length in (("a", 230), ("b", 189)):
         params = SamplingParams(max_tokens=24, ignore_eos=True)
         engine.add(name, prompt_of(name, length), params, seed=int(name, 36))
     while engine.has_work:
         engine.step()
     assert engine.stats().num_cached_tokens == 228 + 188
-    answer(model, "a", "b", prefix_caching=False, block_size=16)
+    answer(model, "a", "b", kv_cache_dtype=cache, prefix_caching=False, block_size=16)
 
 
 #: Experts and a shared one; layer norm, biases and a parallel block..

@@ -42,7 +42,10 @@ def test_gated_silu(count: int, scale: float, assert_close: Compare, poisoned: N
 
 @pytest.mark.parametrize("count", [1, 9, 40])
 @pytest.mark.parametrize("rotated", [2, 24, 32])
-def test_rotation_and_write(count: int, rotated: int, assert_close: Compare) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rotation_and_write(
+    dtype: torch.dtype, count: int, rotated: int, assert_close: Compare
+) -> None:
     """Slots below zero are padding; channels behind the rotated ones stay."""
     heads = torch.randn(count, 8, 32)
     table, positions = torch.randn(50, rotated), torch.randint(50, (count,))
@@ -50,11 +53,27 @@ def test_rotation_and_write(count: int, rotated: int, assert_close: Compare) -> 
     slots[-1] = -1
     results = []
     for form in (reference.rope_store_kv, compiled_rows.rope_store_kv):
-        own, caches = heads.clone(), torch.zeros(2, 6, 8, 2, 32)
+        own, caches = heads.clone(), torch.zeros(2, 6, 8, 2, 32, dtype=dtype)
         form(own[:, :4], own[:, 4:6], own[:, 6:], positions, table, slots, caches[0], caches[1])
         results.append((own, caches))
     for expected, actual in zip(*results, strict=True):
         assert_close(actual, expected)
+
+
+def test_a_bfloat16_cache_is_rounded_to_the_nearest_even() -> None:
+    """Every upper half, with lower halves below, at and above the middle; NaN and infinity too."""
+    upper = torch.arange(1 << 16) << 16
+    for lower in (0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF):
+        values = (upper + lower).to(torch.int32).view(torch.float32).view(-1, 1, 32)
+        count, slots = len(values), torch.arange(len(values))
+        caches = torch.zeros(2, count // 16, 16, 1, 32, dtype=torch.bfloat16)
+        q, k = torch.zeros(2, count, 1, 32)
+        table = torch.zeros(count, 2)
+        compiled_rows.rope_store_kv(q, k, values, slots, table, slots, caches[0], caches[1])
+        expected, actual = values.bfloat16().view(-1), caches[1].view(-1)
+        assert torch.equal(actual.isnan(), expected.isnan())
+        kept = ~expected.isnan()
+        assert torch.equal(actual.view(torch.int16)[kept], expected.view(torch.int16)[kept])
 
 
 @pytest.mark.parametrize(("position", "slot"), [(50, 0), (-1, 0), (1 << 40, 0), (0, 48)])

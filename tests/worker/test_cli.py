@@ -38,7 +38,8 @@ def test_options(started: list[WorkerConfig]) -> None:
     text = (
         "--model m --redis redis://h/0 --queue q --token-budget 512 --device cpu --dtype bfloat16 "
         "--quantization int8 "
-        "--max-num-seqs 32 --max-model-len 2048 --kv-cache-memory 2GiB --policy prefill_first "
+        "--max-num-seqs 32 --max-model-len 2048 --kv-cache-memory 2GiB --kv-cache-dtype bfloat16 "
+        "--policy prefill_first "
         "--threads 3 --tensor-parallel-size 2 --lease 2.5 --stall-limit 9 --exit-when-idle 5 "
         "--health-port 8000"
     )
@@ -61,6 +62,7 @@ def test_options(started: list[WorkerConfig]) -> None:
             max_num_seqs=32,
             max_model_len=2048,
             kv_cache_memory=2**31,
+            kv_cache_dtype="bfloat16",
             policy=Policy.PREFILL_FIRST,
             tensor_parallel_size=2,
         ),
