@@ -20,6 +20,7 @@ from tokenmill.engine.models.spec import ModelSpec
 from tokenmill.engine.models.weights import LayerWeights
 from tokenmill.kernels import compiled_attention, compiled_rows
 from tokenmill.kernels.compiled_int8 import code_bytes
+from tokenmill.kernels.pages import bring_in
 from tokenmill.kernels.parallel import Call
 from tokenmill.kernels.program import Program
 from tokenmill.kernels.vectors import WIDTH
@@ -28,6 +29,8 @@ from tokenmill.kernels.vectors import WIDTH
 _FEWEST_ROWS = 64
 #: What rows are filled up to: those behind the last hold whatever numbers were there.
 _ROWS = 4
+#: Blocks of the cache that are brought to memory together, before they are used.
+_BLOCKS = 16
 #: The part that counts rows which are wrong.
 _ROTATION = "rope and KV write"
 
@@ -66,6 +69,7 @@ class LayerProgram:
         self._spec = spec
         self._layers = layers
         self._cos_sin = cos_sin
+        self._num_blocks_used = 0
         self._allocate(_FEWEST_ROWS)
 
     def run(self, batch: RaggedBatch, embedded: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -84,6 +88,7 @@ class LayerProgram:
         rows, keys = self._activations, self.cache.keys[0]
         rows.residual[:count] = embedded
         tables = batch.block_tables.contiguous()  # kept while its address is used
+        self._use_blocks(int(tables.max()) + 1)
         starts, contexts = batch.cu_seqlens_q, batch.context_lens
         values = compiled_attention.step_values(rows.q, keys, starts, contexts, tables)
         values |= {
@@ -98,6 +103,14 @@ class LayerProgram:
             wrong = compiled_rows.wrong_rows(num_wrong, count, self._cos_sin[-1], keys)
             raise IndexError(wrong)
         return rows.added[:count], rows.residual[:count]
+
+    def _use_blocks(self, count: int) -> None:
+        """Have at least the first `count` blocks in memory: the cache's pages are fresh."""
+        if count > self._num_blocks_used:
+            new = slice(self._num_blocks_used, count + _BLOCKS)
+            for tensor in (*self.cache.keys, *self.cache.values):
+                bring_in(tensor[new])
+            self._num_blocks_used = count + _BLOCKS
 
     def part_shares(self) -> dict[str, float]:
         """Of the last run's time, the share of each part."""
