@@ -40,6 +40,8 @@ class EngineConfig:
 
     #: Launch each step on a GPU before the tokens of the one before it are known.
     async_scheduling: bool = False
+    #: Run steps on a GPU as CUDA graphs, padded to few sizes.
+    cuda_graphs: bool = False
     #: Ranks that the model is divided among, each a process with a device of its own.
     tensor_parallel_size: int = 1
     #: Adapters that requests may name: name -> directory (`engine/adapters.py`).
@@ -72,9 +74,9 @@ class EngineConfig:
         if self.lora and self.tensor_parallel_size > 1:
             expected = "not given where a model is divided among ranks"
             raise InvalidRequest("lora", expected, sorted(self.lora), "merge it into the model")
-        if self.async_scheduling and self.tensor_parallel_size > 1:
-            expected = "left out where a model is divided among ranks"
-            raise InvalidRequest("async_scheduling", expected, True)
+        for name in ("async_scheduling", "cuda_graphs"):
+            if getattr(self, name) and self.tensor_parallel_size > 1:
+                raise InvalidRequest(name, "left out where a model is divided among ranks", True)
         budget, seqs = self.token_budget, self.max_num_seqs
         if budget is not None and seqs is not None and seqs > budget:
             raise InvalidRequest(

@@ -25,6 +25,7 @@ from tokenmill.engine.runner import Runner
 from tokenmill.engine.sampler import edit
 from tokenmill.engine.scheduler import Chunk, SchedulerOutput
 from tokenmill.engine.sequence import Sequence
+from tokenmill.engine.step_graphs import StepGraphs
 from tokenmill.engine.token_counts import TokenCounts
 from tokenmill.engine.tokenizer import Tokenizer
 from tokenmill.producer.logprobs import TokenLogprobs
@@ -45,11 +46,12 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """All that a step needs of the host; `rows` are places among its sequences."""
+    """All that a step needs of the host; with `graphs` it is padded to `shape` and captured."""
 
     message: RowMessage
     shape: StepShape
     num_seqs: int
+    graphs: StepGraphs | None
     #: Those a token is drawn for, and of these: copies of whose logits are changed before.
     sampled: list[int]
     edited: list[tuple[int, Sequence]]
@@ -70,6 +72,7 @@ class DeviceExecutor:
         adapters: Mapping[str, Adapter],
         *,
         max_num_seqs: int,
+        is_captured: bool = False,
         stream: Stream | None = None,
     ) -> None:
         self._runner = runner
@@ -78,6 +81,7 @@ class DeviceExecutor:
         self._stream = stream or DeviceStream()
         size = runner.size
         self._rows = DeviceRows(max_num_seqs, size.max_model_len, size.block_size, runner.device)
+        self._graphs = StepGraphs(runner, self._rows, max_num_seqs) if is_captured else None
 
     def reset(self) -> None:
         """Forget what was sent: all of it is sent again."""
@@ -102,16 +106,21 @@ class DeviceExecutor:
             width=max(len(c.seq.block_table) for c in chunks),
             max_query_len=max(c.length for c in chunks),
         )
+        prompts, adapted = _prompts(chunks), self._adapted(chunks)
+        graphs = None if prompts or adapted else self._graphs
+        padded = None if graphs is None else graphs.padded(shape)
+        shape = padded or shape
         return Launch(
             message=self._rows.lay_out(chunks, shape.num_seqs),
             shape=shape,
             num_seqs=len(chunks),
+            graphs=graphs if padded else None,
             sampled=sampled,
             edited=[(n, _copied(chunks[n].seq)) for n in sampled if _is_edited(chunks[n].seq)],
             asked=asked,
             num_top=max((chunks[n].seq.params.logprobs or 0 for n in asked), default=0),
-            prompts=_prompts(chunks),
-            adapted=self._adapted(chunks),
+            prompts=prompts,
+            adapted=adapted,
         )
 
     def _adapted(self, chunks: Seq[Chunk]) -> list[tuple[Adapter, list[int]]]:
@@ -151,6 +160,8 @@ class DeviceExecutor:
     ) -> tuple[StepBuffers, torch.Tensor]:
         """The step's tensors, and its last hidden states: of sequences, then of prompts."""
         shape = launch.shape
+        if launch.graphs is not None:
+            return launch.graphs.run(shape, rows, starts)
         buffers = StepBuffers(self._rows, shape.num_seqs, shape.num_tokens)
         buffers.rows.copy_(rows)
         buffers.starts.copy_(starts)

@@ -8,6 +8,7 @@ from tokenmill.engine.device_executor import DeviceExecutor
 from tokenmill.engine.executor import Executor, HostExecutor
 from tokenmill.engine.loader import LoadedModel
 from tokenmill.engine.models.linear import Adapter
+from tokenmill.engine.models.mlp import MoE
 from tokenmill.engine.runner import Runner
 from tokenmill.producer.errors import InvalidRequest
 
@@ -24,8 +25,19 @@ def make_executor(
     Raises:
         InvalidRequest: what is asked for needs a GPU.
     """
-    if not config.async_scheduling:
+    asked = [name for name in ("async_scheduling", "cuda_graphs") if getattr(config, name)]
+    if not asked:
         return HostExecutor(runner, model.tokenizer, adapters)
     if runner.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise InvalidRequest("async_scheduling", "left out on a CPU", True)
-    return DeviceExecutor(runner, model.tokenizer, adapters, max_num_seqs=max_num_seqs)
+        raise InvalidRequest(asked[0], "left out on a CPU", True)
+    mlps = [layer.mlp for layer in model.weights.layers]
+    if config.cuda_graphs and any(isinstance(mlp, MoE) and mlp.stacks is None for mlp in mlps):
+        expected = "left out where experts are computed one by one"
+        raise InvalidRequest("cuda_graphs", expected, True)
+    return DeviceExecutor(
+        runner,
+        model.tokenizer,
+        adapters,
+        max_num_seqs=max_num_seqs,
+        is_captured=config.cuda_graphs,
+    )

@@ -35,6 +35,7 @@ class Runner:
         group: Group,
     ) -> None:
         self.device = weights.embedding.device
+        self.dtype = weights.embedding.dtype
         self.size = size
         self.vocab_size = spec.vocab_size
         self._group = group
@@ -59,6 +60,11 @@ class Runner:
     def hidden(self, batch: RaggedBatch) -> torch.Tensor:
         """Compute a step that is on the device of the one rank; last hidden states [L, H]."""
         return self._decoder.forward(batch, self._cache)
+
+    def new_hidden(self, count: int) -> torch.Tensor:
+        """Memory for that many last hidden states."""
+        width = self._decoder.spec.hidden_size
+        return torch.empty(count, width, dtype=self.dtype, device=self.device)
 
     def logits_of(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits [L, V] float32 of those."""

@@ -153,6 +153,13 @@ def _auto(value: str) -> int | None:
     show_default=True,
     help="On a GPU, launch each step before the one before it has ended. Never run on one yet.",
 )
+@_option(
+    "--cuda-graphs/--enforce-eager",
+    envvar="TOKENMILL_CUDA_GRAPHS",
+    default=False,
+    show_default=True,
+    help="On a GPU, run steps as CUDA graphs. Never run on one yet.",
+)
 @_option("--threads", envvar="TOKENMILL_THREADS", type=int, help="CPU threads of the model.")
 @_option(
     "--lease",
@@ -207,6 +214,7 @@ def worker(
     max_step_ms: float | None,
     deterministic: bool,
     async_scheduling: bool,
+    cuda_graphs: bool,
     lease_s: float,
     verbose: bool,
     as_json: bool,
@@ -236,6 +244,7 @@ def worker(
             max_step_ms=max_step_ms,
             deterministic=deterministic,
             async_scheduling=async_scheduling,
+            cuda_graphs=cuda_graphs,
         ),
         **settings,
     )

@@ -1,25 +1,28 @@
 """One step ahead, from rows on the device: the tokens of an engine that waits for every step."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 from tokenizers import models
 
 import host_kernels
+from tokenmill.engine import step_graphs
 from tokenmill.engine.config import EngineConfig
 from tokenmill.engine.device_executor import DeviceExecutor
+from tokenmill.engine.device_step import StepShape
 from tokenmill.engine.engine import Engine, StepOutput
 from tokenmill.engine.loader import LoadedModel
 from tokenmill.engine.models.families import spec_from_config
 from tokenmill.engine.models.weights import empty_weights, pack, random_weights
 from tokenmill.engine.scheduler import Policy
+from tokenmill.engine.step_graphs import decode_sizes
 from tokenmill.engine.tokenizer import Tokenizer
 from tokenmill.producer.errors import InvalidRequest
 from tokenmill.producer.params import SamplingParams
@@ -90,13 +93,14 @@ def make_engine(window: int | None, **config: Any) -> Engine:
     return engine
 
 
-def ahead(engine: Engine) -> Engine:
+def ahead(engine: Engine, *, is_captured: bool = False) -> Engine:
     """The same engine, one step ahead of a device that works when it is waited for."""
     engine._executor = DeviceExecutor(
         engine._runner,
         engine.tokenizer,
         engine._adapters,
-        max_num_seqs=ROWS,
+        max_num_seqs=engine.scheduler.max_num_seqs,
+        is_captured=is_captured,
         stream=host_kernels.LateStream(),
     )
     engine._num_ahead = 1
@@ -136,6 +140,7 @@ class Traffic:
     window: int | None
     is_caching: bool
     policy: Policy
+    is_captured: bool
 
 
 REQUESTS = st.builds(
@@ -155,7 +160,14 @@ TRAFFIC = st.builds(
     window=st.sampled_from([None, None, 9]),
     is_caching=st.booleans(),
     policy=st.sampled_from([Policy.SPLITFUSE, Policy.SPLITFUSE, *Policy]),
+    is_captured=st.booleans(),
 )
+
+
+def busy(*, is_captured: bool) -> Traffic:
+    """More than the cache holds, so that some lose their blocks."""
+    requests = [Request(n // 2, 9 + n, n % 2, 14, n, 5 * (n == 3)) for n in range(6)]
+    return Traffic(requests, 13, 8, None, True, Policy.SPLITFUSE, is_captured)
 
 
 class Answer:
@@ -194,6 +206,8 @@ def answers(engine: Engine, requests: list[Request], *, aborts: bool) -> dict[st
 
 
 @pytest.mark.usefixtures("_plain_kernels")
+@example(busy(is_captured=False))
+@example(busy(is_captured=True))
 @settings(
     max_examples=EXAMPLES,
     deadline=None,
@@ -213,7 +227,8 @@ def test_whatever_comes_and_goes_the_answers_are_the_same(traffic: Traffic) -> N
     ]
     expected = answers(make_engine(traffic.window, **config), requests, aborts=False)
     engine = ahead(
-        make_engine(traffic.window, kv_cache_memory=traffic.blocks * block_bytes, **config)
+        make_engine(traffic.window, kv_cache_memory=traffic.blocks * block_bytes, **config),
+        is_captured=traffic.is_captured,
     )
     for seq_id, answer in answers(engine, requests, aborts=True).items():
         if any(o.finish_reason is not None for o in answer.outputs):
@@ -228,11 +243,15 @@ def steady(count: int) -> list[Request]:
     return [Request(0, 5 + n, n, 12, n % len(SAMPLINGS), 0) for n in range(count)]
 
 
-def test_the_kernels_give_the_same_answers() -> None:
+@pytest.mark.parametrize("is_captured", [False, True])
+def test_the_kernels_give_the_same_answers(
+    monkeypatch: pytest.MonkeyPatch, *, is_captured: bool
+) -> None:
     """The kernels that build and advance rows and draw tokens, compiled or interpreted."""
+    monkeypatch.setattr(step_graphs, "TOKEN_MULTIPLE", 16)
     requests = [replace(r, output=4) for r in steady(4)]
     expected = answers(make_engine(None), requests, aborts=False)
-    found = answers(ahead(make_engine(None)), requests, aborts=False)
+    found = answers(ahead(make_engine(None), is_captured=is_captured), requests, aborts=False)
     assert {key: a.token_ids for key, a in found.items()} == {
         key: a.token_ids for key, a in expected.items()
     }
@@ -320,5 +339,46 @@ def test_it_is_refused_where_it_cannot_be(monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(InvalidRequest, match="async_scheduling must be left out where a model"):
         EngineConfig(async_scheduling=True, tensor_parallel_size=2)
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    with pytest.raises(InvalidRequest, match="async_scheduling must be left out on a CPU"):
-        make_engine(None, async_scheduling=True)
+    for name in ("async_scheduling", "cuda_graphs"):
+        with pytest.raises(InvalidRequest, match=f"{name} must be left out on a CPU"):
+            make_engine(None, **{name: True})
+
+
+def test_sizes_are_padded_to_few() -> None:
+    assert decode_sizes(1) == [1]
+    assert decode_sizes(20) == [1, 2, 4, 8, 16, 20]
+    assert decode_sizes(256)[-4:] == [208, 224, 240, 256]
+    engine = make_engine(None, max_num_seqs=20, token_budget=40, kv_cache_memory=1 << 22)
+    executor = DeviceExecutor(
+        engine._runner, engine.tokenizer, {}, max_num_seqs=20, is_captured=True
+    )
+    graphs = executor._graphs
+    assert graphs is not None
+    most = LENGTH // BLOCK
+    for shape, padded in (
+        (StepShape(3, 3, 1, 1), StepShape(4, 4, most, 1)),
+        (StepShape(17, 17, 16, 1), StepShape(20, 20, most, 1)),
+        (StepShape(5, 4, 2, 2), StepShape(256, 20, most, 256)),
+        (StepShape(2048, 20, 2, 200), StepShape(2048, 20, most, 2048)),
+        (StepShape(2049, 20, 2, 200), None),
+    ):
+        assert graphs.padded(shape) == padded
+
+
+@pytest.mark.usefixtures("_plain_kernels")
+def test_a_size_is_captured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is captured first serves every later step of its size, whatever is in it."""
+    captured: list[object] = []
+
+    def capture(self: step_graphs.StepGraphs, work: Callable[[], None]) -> Callable[[], None]:
+        captured.append(work)
+        return work
+
+    monkeypatch.setattr(step_graphs.StepGraphs, "_capture", capture)
+    requests = [replace(r, sampling=n % 2) for n, r in enumerate(steady(7))]
+    expected = answers(make_engine(None), requests, aborts=False)
+    engine = ahead(make_engine(None), is_captured=True)
+    found = answers(engine, requests, aborts=False)
+    assert {key: a.all for key, a in found.items()} == {key: a.all for key, a in expected.items()}
+    assert len(captured) == 3  # one and two sequences that decode, and a mixed step
+    assert engine.stats().num_steps > 20
