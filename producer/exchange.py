@@ -28,19 +28,13 @@ from tokenmill.producer.errors import (
 )
 from tokenmill.producer.following import Following, Silence, check_position
 from tokenmill.producer.params import SamplingParams, check_choices, choice_seed, derived_seed
+from tokenmill.producer.prompt import Message
 from tokenmill.producer.refusals import is_about_the_server
 from tokenmill.producer.request_id import new_request_id, request_id_for
 from tokenmill.producer.scripts import Script
 from tokenmill.producer.shards import Layout
 from tokenmill.producer.steps import Call, Calls, Read, Steps
-from tokenmill.producer.wire import (
-    Delta,
-    Message,
-    Request,
-    Result,
-    WorkerInfo,
-    check_name,
-)
+from tokenmill.producer.wire import Delta, Request, Result, WorkerInfo, check_name
 
 MAX_DEADLINE_S = 30 * 86_400
 #: One enqueue call: at most so many requests and about so many bytes.

@@ -2,7 +2,7 @@
 
 Bytes on the wire are msgpack of plain maps, text is UTF-8, token ids are packed little-endian
 uint32. Everything is checked when it is built, so whatever arrives was checked twice.
-Longer than other files, so that the whole format can be read in one place.
+Longer than other files, so that the format can be read in one place; prompts are in `prompt.py`.
 """
 
 import functools
@@ -19,13 +19,11 @@ import msgpack
 from tokenmill.producer.errors import InvalidRequest, Words
 from tokenmill.producer.logprobs import TokenLogprobs
 from tokenmill.producer.params import SamplingParams
+from tokenmill.producer.prompt import Prompt, check_prompt, is_chat, plain_prompt, prompt_cost
 from tokenmill.producer.request_id import check_request_id
 
 WIRE_VERSION = 1
 MAX_PAYLOAD_BYTES = 4 * 2**20
-MAX_PROMPT_TOKENS = 1_000_000
-MAX_TOKEN_ID = 2**31 - 1
-MAX_MESSAGES = 4096
 MAX_TOOLS = 128
 MAX_TOOLS_BYTES = 256 * 2**10
 MAX_METADATA = 32
@@ -38,19 +36,6 @@ PRIORITIES = (0, 1, 2)
 FINISH_REASONS = frozenset({"stop", "length", "cancelled", "expired", "error"})
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}", re.ASCII)
-_ROLE = re.compile(r"[a-z][a-z_]{0,31}", re.ASCII)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Message:
-    """One turn of a chat; the worker's model brings the template that joins the turns."""
-
-    role: str
-    content: str
-
-
-#: Text as it is, token ids, or chat messages.
-Prompt = str | tuple[int, ...] | tuple[Message, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +70,7 @@ class Request:
 
     def __post_init__(self) -> None:
         check_request_id(self.request_id)
-        object.__setattr__(self, "prompt", _prompt(self.prompt))
+        object.__setattr__(self, "prompt", check_prompt(self.prompt))
         if not isinstance(self.params, SamplingParams):
             raise InvalidRequest("params", "SamplingParams", self.params)
         if not isinstance(self.model, str) or len(self.model) > MAX_MODEL:
@@ -103,14 +88,8 @@ class Request:
     @property
     def prompt_cost(self) -> int:
         """Prompt tokens: exact for token ids, else an estimate (4 bytes a token)."""
-        if isinstance(self.prompt, str):
-            return _utf8_len(self.prompt) // 4 + 1
-        if not isinstance(self.prompt[0], Message):
-            return len(self.prompt)
-        tools = _utf8_len(json.dumps(list(self.tools))) // 4 if self.tools else 0
-        return tools + sum(
-            _utf8_len(item.content) // 4 + 8 for item in self.prompt if isinstance(item, Message)
-        )
+        tools = len(json.dumps(list(self.tools))) // 4 if self.tools else 0
+        return tools + prompt_cost(self.prompt)
 
     @property
     def fingerprint(self) -> str:
@@ -139,7 +118,7 @@ class Request:
     def to_mapping(self) -> dict[str, Any]:
         """Plain types, without the fields that have their default; undone by `from_mapping`."""
         values: dict[str, Any] = {"request_id": self.request_id, "deadline_ms": self.deadline_ms}
-        values["prompt"] = _plain_prompt(self.prompt)
+        values["prompt"] = plain_prompt(self.prompt)
         optional = {
             "params": self.params.to_mapping(),
             "model": self.model,
@@ -347,10 +326,6 @@ def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _utf8_len(text: str) -> int:
-    return len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
-
-
 @functools.cache
 def _field_names() -> frozenset[str]:
     return frozenset(item.name for item in fields(Request) if item.init)
@@ -364,56 +339,6 @@ def _known(values: Mapping[str, Any]) -> None:
             raise InvalidRequest(str(name), expected, name, "remove it")
 
 
-def _prompt(value: object) -> Prompt:
-    if isinstance(value, str):
-        return _text("prompt", value)
-    if not isinstance(value, list | tuple) or not value:
-        raise InvalidRequest("prompt", "text, token ids or chat messages, not empty", value)
-    if _is_int(value[0]):
-        return _token_ids(value)
-    if len(value) > MAX_MESSAGES:
-        raise InvalidRequest("prompt", f"at most {MAX_MESSAGES} messages", len(value))
-    return tuple(_message(f"prompt[{index}]", item) for index, item in enumerate(value))
-
-
-def _text(path: str, value: str) -> str:
-    if not 1 <= len(value) <= MAX_PAYLOAD_BYTES:
-        raise InvalidRequest(path, f"1 to {MAX_PAYLOAD_BYTES} characters", len(value))
-    return value
-
-
-def _token_ids(value: list[Any] | tuple[Any, ...]) -> tuple[int, ...]:
-    if len(value) > MAX_PROMPT_TOKENS:
-        raise InvalidRequest("prompt", f"at most {MAX_PROMPT_TOKENS} token ids", len(value))
-    if set(map(type, value)) == {int} and min(value) >= 0 and max(value) <= MAX_TOKEN_ID:
-        return tuple(value)
-    for index, item in enumerate(value):  # which one it is, or integers of another type
-        if not _is_int(item) or not 0 <= item <= MAX_TOKEN_ID:
-            expected = f"a token id from 0 to {MAX_TOKEN_ID}"
-            raise InvalidRequest(f"prompt[{index}]", expected, item)
-    return tuple(value)
-
-
-def _message(path: str, item: object) -> Message:
-    if isinstance(item, Message):
-        role, content = item.role, item.content
-    elif isinstance(item, Mapping):
-        for name in item:
-            if name not in ("role", "content"):
-                raise InvalidRequest(f"{path}.{name}", "role or content", name, "remove it")
-        role, content = item.get("role", ""), item.get("content", None)
-    else:
-        raise InvalidRequest(path, "a message with role and content", item)
-    if not isinstance(role, str) or not _ROLE.fullmatch(role):
-        raise InvalidRequest(f"{path}.role", "a role such as system, user or assistant", role)
-    if not isinstance(content, str):
-        raise InvalidRequest(f"{path}.content", "text", content)
-    if len(content) > MAX_PAYLOAD_BYTES:
-        expected = f"at most {MAX_PAYLOAD_BYTES} characters"
-        raise InvalidRequest(f"{path}.content", expected, len(content))
-    return Message(role=role, content=content)
-
-
 def _tools(value: object, prompt: Prompt) -> tuple[Mapping[str, Any], ...]:
     expected = f"a list of up to {MAX_TOOLS} JSON objects, {MAX_TOOLS_BYTES} bytes in all"
     if value == ():
@@ -423,7 +348,7 @@ def _tools(value: object, prompt: Prompt) -> tuple[Mapping[str, Any], ...]:
     for index, item in enumerate(value):
         if not isinstance(item, Mapping):
             raise InvalidRequest(f"tools[{index}]", "a JSON object", item)
-    if value and not (isinstance(prompt, tuple) and isinstance(prompt[0], Message)):
+    if value and not is_chat(prompt):
         expected = "not given where the prompt is no chat messages"
         raise InvalidRequest("tools", expected, value)
     try:
@@ -433,16 +358,6 @@ def _tools(value: object, prompt: Prompt) -> tuple[Mapping[str, Any], ...]:
     if size > MAX_TOOLS_BYTES:
         raise InvalidRequest("tools", expected, size)
     return tuple(value)
-
-
-def _plain_prompt(prompt: Prompt) -> str | list[Any]:
-    if isinstance(prompt, str):
-        return prompt
-    if not isinstance(prompt[0], Message):
-        return list(prompt)
-    return [
-        {"role": item.role, "content": item.content} for item in prompt if isinstance(item, Message)
-    ]
 
 
 def _metadata(value: object) -> dict[str, str]:

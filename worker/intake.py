@@ -24,7 +24,8 @@ from tokenmill.engine.detokenizer import Decodes
 from tokenmill.producer.connection import MAX_BLOCK_S
 from tokenmill.producer.errors import InvalidRequest
 from tokenmill.producer.params import SamplingParams, derived_seed
-from tokenmill.producer.wire import Message, Request
+from tokenmill.producer.prompt import is_chat, plain_prompt
+from tokenmill.producer.wire import Request
 from tokenmill.worker.inbox import Admission, Inbox
 from tokenmill.worker.log import CLAIMED, DISOWNED, IDLE, REAPED, emit
 from tokenmill.worker.outage import Outage
@@ -331,14 +332,10 @@ class Intake:
         prompt = request.prompt
         if isinstance(prompt, str):
             return self._tokenizer.encode(prompt)
-        messages = [
-            {"role": item.role, "content": item.content}
-            for item in prompt
-            if isinstance(item, Message)
-        ]
-        if messages:
-            return self._tokenizer.apply_chat_template(messages, request.tools)
-        return [item for item in prompt if isinstance(item, int)]
+        plain = list(plain_prompt(prompt))
+        if is_chat(prompt):
+            return self._tokenizer.apply_chat_template(plain, request.tools)
+        return plain
 
 
 def _room_of(admission: Admission, kv_each: int) -> Room:

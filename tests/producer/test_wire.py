@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from tokenmill.producer import wire
 from tokenmill.producer.errors import InvalidRequest
 from tokenmill.producer.params import SamplingParams
+from tokenmill.producer.prompt import Message
 from tokenmill.producer.wire import (
     Delta,
-    Message,
     Request,
     Result,
     Usage,
