@@ -3,10 +3,11 @@ set -euo pipefail
 usage="usage: bench/gpu.sh OUTDIR [--tiny]
 
 Within ten minutes on one GPU: the GPU tests, every kernel against its roofline, step times of
-Llama-3.1-8B's shapes, the nano workload on Qwen3-0.6B's with a profile of one mixed and one decode
-step, and transformers' continuous batching on the same requests. JSON and logs go to OUTDIR; the
-table comes last. A part that fails or runs out of its time leaves the others alone, and the exit
-status says so.
+Llama-3.1-8B's shapes, the nano workload on Qwen3-0.6B's with a profile of mixed and decode steps,
+and transformers' continuous batching on the same requests. Steps and the workload run in turns,
+one step ahead, and one step ahead with CUDA graphs. JSON and logs go to OUTDIR; the table comes
+last. A part that fails or runs out of its time leaves the others alone, and the exit status says
+so.
 
 Needs a CUDA device, torch, triton, tokenizers, jinja2, safetensors, huggingface_hub, gguf,
 llguidance, numpy, pytest and pytest-timeout; with pytest-xdist the tests are quicker, with
@@ -48,14 +49,14 @@ part() { # part NAME SECONDS COMMAND...
 }
 
 rm -f "$out"/gpu_{kernels,steps,engine,transformers}.json
-part pytest 190 "$python" -P -m pytest -m gpu "${tests[@]}" --confcutdir=tests/kernels \
+part pytest 180 "$python" -P -m pytest -m gpu "${tests[@]}" --confcutdir=tests/kernels \
   tests/kernels tests/engine/test_on_gpu.py
 tail -n 1 "$out/pytest.log"
-part gpu_kernels 140 "$python" bench/gpu_kernels.py --out "$out" --seconds 100 "${tiny[@]}"
-part gpu_steps 80 "$python" bench/gpu_steps.py --out "$out" "${tiny[@]}"
-part gpu_engine 80 "$python" bench/gpu_engine.py --out "$out" "${tiny[@]}"
+part gpu_kernels 120 "$python" bench/gpu_kernels.py --out "$out" --seconds 90 "${tiny[@]}"
+part gpu_steps 90 "$python" bench/gpu_steps.py --out "$out" "${tiny[@]}"
+part gpu_engine 120 "$python" bench/gpu_engine.py --out "$out" "${tiny[@]}"
 if "$python" -c 'import transformers' 2>/dev/null; then
-  part gpu_transformers 100 "$python" bench/gpu_transformers.py --out "$out" "${tiny[@]}"
+  part gpu_transformers 80 "$python" bench/gpu_transformers.py --out "$out" "${tiny[@]}"
 else
   echo "== gpu_transformers: transformers is not installed; left out"
 fi

@@ -2,7 +2,8 @@
 
 256 requests, prompt and output lengths uniform in 100-1024 (seed 0), temperature 0.6, ends ignored,
 random weights of Qwen3-0.6B's shapes (no weights need to be fetched). Then one decode step and one
-mixed step under torch's profiler. `--tiny` runs the same code with tiny shapes on any device.
+mixed step under torch's profiler. All of it in turns, one step ahead, and with CUDA graphs too
+(`gpu_modes.py`). `--tiny` runs the same code with tiny shapes on any device.
 
     python bench/gpu_engine.py --out OUTDIR [--tiny]
 """
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import torch
 from gpu_device import QWEN3_06B, tiny, write_gpu_result
+from gpu_modes import each_mode
 from tokenizers import Tokenizer as Backend
 from tokenizers import models
 
@@ -73,35 +75,43 @@ def run_workload(engine: Engine, requests: list[tuple[list[int], int]]) -> dict[
 
 
 def profile_steps(engine: Engine, prompt: int, sequences: int) -> dict[str, object]:
-    """Tables of one mixed step and one decode step: the ten largest by device (or CPU) time."""
+    """Of a mixed step and of some decode steps: the ten largest by device (or CPU) time."""
     params = SamplingParams(max_tokens=64, ignore_eos=True)
     for number in range(sequences):
         engine.add(f"p{number}", [1] * prompt, params, seed=number)
-    tables: dict[str, object] = {"mixed": _profiled(engine)}
+    tables: dict[str, object] = {"mixed": _profiled(engine, 1)}
     while any(seq.is_prefilling for seq in [*engine.scheduler.running, *engine.scheduler.waiting]):
         engine.step()
-    tables["decode"] = _profiled(engine)
+    tables["decode"] = _profiled(engine, 8)
     for number in range(sequences):
         engine.abort(f"p{number}")
     return tables
 
 
-def _profiled(engine: Engine) -> dict[str, object]:
+def _profiled(engine: Engine, steps: int) -> dict[str, object]:
+    """Wall time of `steps` steps; on a GPU the share of it that the device was busy."""
+    has_gpu = torch.cuda.is_available()
     activities = [torch.profiler.ProfilerActivity.CPU]
-    key = "self_cpu_time_total"
-    if torch.cuda.is_available():
+    if has_gpu:
         activities.append(torch.profiler.ProfilerActivity.CUDA)
-        key = "self_device_time_total"
+    key = "self_device_time_total" if has_gpu else "self_cpu_time_total"
     engine.step()
-    started = time.perf_counter()
+    if has_gpu:
+        torch.cuda.synchronize()
     with torch.profiler.profile(activities=activities) as profile:
-        engine.step()
-        if torch.cuda.is_available():
+        started = time.perf_counter()
+        for _ in range(steps):
+            engine.step()
+        if has_gpu:
             torch.cuda.synchronize()
-    ranked = sorted(profile.key_averages(), key=lambda e: -getattr(e, key))[:10]
+        seconds = time.perf_counter() - started
+    events = sorted(profile.key_averages(), key=lambda e: -getattr(e, key))
+    busy_s = 1e-6 * sum(getattr(event, key) for event in events)
     return {
-        "wall_ms": 1e3 * (time.perf_counter() - started),
-        "top_us": {event.key: getattr(event, key) for event in ranked},
+        "steps": steps,
+        "wall_ms": 1e3 * seconds,
+        "device_busy": busy_s / seconds if has_gpu else None,
+        "top_us": {event.key: getattr(event, key) for event in events[:10]},
     }
 
 
@@ -111,16 +121,22 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true")
     options = parser.parse_args()
     model = random_model(tiny(QWEN3_06B) if options.tiny else QWEN3_06B)
-    config = EngineConfig(max_model_len=2304)
     requests, low, high = (8, 10, 40) if options.tiny else (256, 100, 1024)
-    engine = Engine(model, config)
-    vocabulary = min(10_000, engine.vocab_size)
-    run_workload(engine, nano_requests(2, low, low, vocabulary))  # compiles the kernels
-    nano = nano_requests(requests, low, high, vocabulary)
-    figures: dict[str, object] = {"nano": run_workload(engine, nano)}
-    figures["profile"] = profile_steps(engine, high, 4 if options.tiny else 64)
-    write_gpu_result(options.out, "gpu_engine", {"is_tiny": options.tiny, **figures})
-    print(json.dumps(figures["nano"], indent=2))
+
+    def measure(mode: dict[str, bool]) -> dict[str, object]:
+        size = {"token_budget": 64, "max_num_seqs": 4} if options.tiny else {}
+        config = EngineConfig(max_model_len=256 if options.tiny else 2304, **mode, **size)
+        engine = Engine(model, config)
+        vocabulary = min(10_000, engine.vocab_size)
+        run_workload(engine, nano_requests(2, low, low, vocabulary))  # compiles the kernels
+        rates = run_workload(engine, nano_requests(requests, low, high, vocabulary))
+        print(json.dumps(mode | rates, indent=2), flush=True)
+        return {"nano": rates, "profile": profile_steps(engine, high, 4 if options.tiny else 64)}
+
+    def write(found: dict[str, dict[str, object]]) -> None:
+        write_gpu_result(options.out, "gpu_engine", {"is_tiny": options.tiny, "modes": found})
+
+    each_mode(measure, write)
 
 
 if __name__ == "__main__":

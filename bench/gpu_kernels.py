@@ -4,7 +4,7 @@ The ceilings are the best of copying memory and of a large product of matrices i
 kernel's need is counted from its shapes: bytes that must move, operations that must be done;
 `roofline` is the share of the longer of the two at its ceiling. Decode attention at batch 1-256 and
 contexts 512-32k, chunk attention from 4k on, with heads as in Llama-3.1-8B; sampling with
-Qwen3's vocabulary; experts of Mixtral's shapes.
+Qwen3's vocabulary; experts of Mixtral's shapes; linears of 4 and 8 bits (`gpu_linears.py`).
 
     python bench/gpu_kernels.py --out OUTDIR [--seconds 150] [--tiny]
 
@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import gpu_linears
 import torch
 from gpu_device import write_gpu_result
 
@@ -51,6 +52,7 @@ class Scale:
     inner: int = 14336
     experts: tuple[int, int] = (8, 2)
     vocabulary: int = 151936
+    linears: tuple[tuple[int, int], ...] = ((28672, 4096), (4096, 14336))
     square: int = 8192
     copied: int = 1 << 30
 
@@ -73,6 +75,7 @@ TINY = Scale(
     inner=24,
     experts=(4, 2),
     vocabulary=50,
+    linears=((24, 128),),
     square=64,
     copied=1 << 16,
 )
@@ -321,13 +324,29 @@ def batch_cases(scale: Scale) -> Iterator[Case]:
         )
 
 
+def linear_cases(scale: Scale) -> Iterator[Case]:
+    """Those of `gpu_linears.py`."""
+    for name, shape, run, size, flops in gpu_linears.cases(
+        scale.device, scale.dtype, scale.rows, scale.linears
+    ):
+        yield Case(name, shape, run, bytes=size, flops=flops)
+
+
 def measure(scale: Scale, seconds: float) -> dict[str, object]:
     """Every case until the time is over; what was left out is named."""
     started = time.perf_counter()
     limits = ceilings(scale)
     figures: list[dict[str, object]] = []
     left_out: list[str] = []
-    makers = (decode_cases, chunk_cases, row_cases, sampling_cases, moe_cases, batch_cases)
+    makers = (
+        decode_cases,
+        chunk_cases,
+        row_cases,
+        sampling_cases,
+        moe_cases,
+        batch_cases,
+        linear_cases,
+    )
     for maker in makers:
         if time.perf_counter() - started > seconds:
             left_out.append(maker.__name__)

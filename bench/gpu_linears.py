@@ -23,7 +23,7 @@ def cases(
     device: torch.device,
     dtype: torch.dtype,
     rows: Sequence[int],
-    shapes: Sequence[tuple[int, int]] = ((28672, 4096), (4096, 14336)),
+    shapes: Sequence[tuple[int, int]],
 ) -> Iterator[LinearCase]:
     """Each form of each weight [out, in] with each number of rows.
 
