@@ -13,6 +13,7 @@ import json
 import random
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from gpu_device import QWEN3_06B, tiny, write_gpu_result
@@ -123,8 +124,8 @@ def main() -> None:
     model = random_model(tiny(QWEN3_06B) if options.tiny else QWEN3_06B)
     requests, low, high = (8, 10, 40) if options.tiny else (256, 100, 1024)
 
-    def measure(mode: dict[str, bool]) -> dict[str, object]:
-        size = {"token_budget": 64, "max_num_seqs": 4} if options.tiny else {}
+    def measure(mode: dict[str, Any]) -> dict[str, object]:
+        size: dict[str, Any] = {"token_budget": 64, "max_num_seqs": 4} if options.tiny else {}
         config = EngineConfig(max_model_len=256 if options.tiny else 2304, **mode, **size)
         engine = Engine(model, config)
         vocabulary = min(10_000, engine.vocab_size)

@@ -3,11 +3,12 @@
 import gc
 import traceback
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
 #: The first is what an engine does unasked; the others have not been seen on a device yet.
-MODES: dict[str, dict[str, bool]] = {
+MODES: dict[str, dict[str, Any]] = {
     "in turns": {},
     "ahead": {"async_scheduling": True},
     "ahead, graphs": {"async_scheduling": True, "cuda_graphs": True},
@@ -15,7 +16,7 @@ MODES: dict[str, dict[str, bool]] = {
 
 
 def each_mode(
-    measure: Callable[[dict[str, bool]], dict[str, object]],
+    measure: Callable[[dict[str, Any]], dict[str, object]],
     write: Callable[[dict[str, dict[str, object]]], None],
 ) -> None:
     """Measure all, and write what is there after each; one that fails leaves the others alone.

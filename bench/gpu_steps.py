@@ -14,6 +14,7 @@ import random
 import statistics
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from gpu_device import LLAMA_31_8B, tiny, write_gpu_result
@@ -30,9 +31,7 @@ from tokenmill.producer.params import SamplingParams
 class StepTimes:
     """Times steps of an engine at chosen batches."""
 
-    def __init__(
-        self, model: LoadedModel, budget: int, context: int, mode: dict[str, bool]
-    ) -> None:
+    def __init__(self, model: LoadedModel, budget: int, context: int, mode: dict[str, Any]) -> None:
         config = EngineConfig(
             token_budget=budget,
             max_num_seqs=128,
@@ -85,7 +84,7 @@ class StepTimes:
 
 
 def measure(
-    model: LoadedModel, limits: dict[str, float], mode: dict[str, bool], *, is_tiny: bool
+    model: LoadedModel, limits: dict[str, float], mode: dict[str, Any], *, is_tiny: bool
 ) -> dict[str, object]:
     """Milliseconds of each kind of step, and its share of the roofline."""
     spec, size = model.spec, model.dtype.itemsize

@@ -16,14 +16,14 @@ from tokenmill.engine.constraint import Constraint, ConstraintCompiler
 from tokenmill.engine.cost_model import CostModel, Timing
 from tokenmill.engine.executor import Ticket
 from tokenmill.engine.executors import make_executor
-from tokenmill.engine.kv_cache import choose_kv_cache_dtype, default_kv_memory, num_blocks_in
+from tokenmill.engine.kv_cache import choose_kv_cache_dtype
 from tokenmill.engine.loader import LoadedModel
 from tokenmill.engine.messages import CacheSize
 from tokenmill.engine.probe import Probe
 from tokenmill.engine.runner import Runner
 from tokenmill.engine.scheduler import Scheduler, SchedulerOutput
 from tokenmill.engine.sequence import FinishReason, Sequence
-from tokenmill.engine.sizing import DEFAULTS, best_budget, max_model_len, max_step_s
+from tokenmill.engine.sizing import DEFAULTS, best_budget, max_model_len, max_step_s, num_kv_blocks
 from tokenmill.engine.stats import EngineStats
 from tokenmill.engine.timings import kept_or_timed
 from tokenmill.producer.errors import InvalidRequest
@@ -67,14 +67,7 @@ class Engine:
         kv_dtype = choose_kv_cache_dtype(
             config.kv_cache_dtype, model.device, model.dtype, model.quantization
         )
-        num_blocks = self._group.least(
-            num_blocks_in(
-                config.kv_cache_memory or default_kv_memory(model.device),
-                model.spec,
-                block_size=block_size,
-                dtype=kv_dtype,
-            )
-        )
+        num_blocks = num_kv_blocks(model, config, kv_dtype, block_size, max_num_seqs)
         self.model_name = model.name
         self.tokenizer = model.tokenizer
         self.max_model_len = max_model_len(config, model, num_blocks * block_size)

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence as Seq
+from typing import Any
 
 import torch
 
@@ -18,6 +19,18 @@ Shape = tuple[int, int]
 COST_S, COST_ROUNDS = 1.0, 3
 
 
+def sequence_of(length: int, vocabulary: int, **sampling: Any) -> Sequence:
+    """A sequence of `length` tokens that nobody asked for."""
+    return Sequence(
+        seq_id="",
+        token_ids=[37 * p % vocabulary for p in range(length)],
+        num_prompt_tokens=length,
+        params=SamplingParams(**sampling),
+        seed=0,
+        max_num_tokens=length,
+    )
+
+
 class Probe:
     """Runs steps on a cache that nobody uses yet; what they leave in it is never read."""
 
@@ -32,14 +45,7 @@ class Probe:
         chunks, used = [], 0
         for start, length in shapes:
             end = start + length
-            seq = Sequence(
-                seq_id="",
-                token_ids=[37 * p % self._runner.vocab_size for p in range(end)],
-                num_prompt_tokens=end,
-                params=SamplingParams(),
-                seed=0,
-                max_num_tokens=end,
-            )
+            seq = sequence_of(end, self._runner.vocab_size)
             count = -(-end // block_size)
             seq.block_table = [block % num_blocks for block in range(used, used + count)]
             used += count

@@ -1,17 +1,44 @@
-"""What an engine's limits are where the user leaves them open: budget, step time, context."""
+"""An engine's limits where the user leaves them open: KV cache, budget, step time, context."""
 
 import math
 
+import torch
+
 from tokenmill.engine.config import EngineConfig
 from tokenmill.engine.cost_model import CostModel
+from tokenmill.engine.kv_cache import num_blocks_in
 from tokenmill.engine.loader import LoadedModel
+from tokenmill.engine.messages import CacheSize
 from tokenmill.engine.step import MIN_CHUNK
+from tokenmill.engine.worst_step import Most, kv_memory
 from tokenmill.producer.errors import InvalidRequest
 
 #: Defaults by device: token budgets (smallest, largest, multiple of), sequences, block size.
 DEFAULTS = {"cpu": ((128, 512, 64), 64, 32), "cuda": ((512, 8192, 256), 256, 64)}
 #: The budget is where a step does this share of the tokens per second of an endless one.
 KNEE = 0.9
+
+
+def num_kv_blocks(
+    model: LoadedModel,
+    config: EngineConfig,
+    kv_dtype: torch.dtype,
+    block_size: int,
+    max_num_seqs: int,
+) -> int:
+    """Blocks of the KV cache, the same for all ranks.
+
+    Raises:
+        OutOfMemory: there is no room for two of them.
+    """
+    memory = config.kv_cache_memory
+    if memory is None:
+        longest = min(config.max_model_len or model.spec.max_position, model.spec.max_position)
+        budget = config.token_budget or DEFAULTS[model.device.type][0][1]
+        size = CacheSize(2, block_size, longest, kv_dtype)
+        memory = kv_memory(model, Most(max(budget, max_num_seqs), max_num_seqs, longest), size)
+    blocks = num_blocks_in(memory, model.spec, block_size=block_size, dtype=kv_dtype)
+    return model.group.least(blocks)
 
 
 def best_budget(cost: CostModel, least: int, most: int, multiple: int) -> int:
