@@ -65,11 +65,24 @@ def add_values(rows: int, vectors: int, *, is_half: bool) -> Any:
     return as_function(emit, types.void, 7)
 
 
-def dots(rows: int, *, is_half: bool) -> Any:
+def _columns(e: Emitter, keys: list[Any], at: Any) -> list[Any]:
+    """The columns of bfloat16 [16, 32], which are turned in pairs."""
+    places = [_step(e, key, at, is_half=True) for key in keys]
+    pairs = [e.builder.bitcast(e.load(place), INTS) for place in places]
+    columns = []
+    for pair in turned(e, pairs):
+        columns.append(e.builder.bitcast(e.builder.shl(pair, _of(16)), VECTOR))
+        columns.append(e.builder.bitcast(e.builder.and_(pair, _of(-0x10000)), VECTOR))
+    return columns
+
+
+def dots(rows: int, *, is_half: bool, is_paired: bool = False) -> Any:
     """Of (queries, queries_stride, keys, keys_stride, scores, scores_stride, count).
 
-    scores [rows, 16] = queries [rows, 16 * count] @ keys [16, 16 * count]^T, channels in order.
+    scores [rows, 16] = queries [rows, W * count] @ keys [16, W * count]^T, channels in order.
+    W is 16, or 32 if bfloat16 is paired.
     """
+    step = 2 * WIDTH if is_paired else WIDTH
 
     def emit(
         e: Emitter, q: Any, q_stride: Any, k: Any, k_stride: Any, c: Any, c_stride: Any, count: Any
@@ -82,10 +95,12 @@ def dots(rows: int, *, is_half: bool) -> Any:
             keys.append(_step(e, keys[-1], k_stride, is_half=is_half))
 
         def add(number: Any, sums: list[Any]) -> list[Any]:
-            at = e.builder.mul(number, INDEX(WIDTH))
-            columns = turned(
-                e, [load(e, _step(e, key, at, is_half=is_half), 0, is_half=is_half) for key in keys]
-            )
+            at = e.builder.mul(number, INDEX(step))
+            if is_paired:
+                columns = _columns(e, keys, at)
+            else:
+                places = [_step(e, key, at, is_half=is_half) for key in keys]
+                columns = turned(e, [load(e, place, 0, is_half=is_half) for place in places])
             for channel, column in enumerate(columns):
                 sums = [
                     e.fma(e.spread(e.step(start, at), channel), column, total)

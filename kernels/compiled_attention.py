@@ -184,7 +184,7 @@ def _attend(at, table, scratch, shape, before, num_tokens, window, scale):
 
 @compiled(types.void(types.int64))
 def _work(data):
-    given = carray(int64s(data), (22,))
+    given = carray(int64s(data), (21,))
     q, keys, values, out = given[3], given[4], given[5], given[6]
     num_sequences, num_columns = given[7], given[8]
     starts = carray(int32s(given[9]), (num_sequences + 1,))
@@ -195,19 +195,17 @@ def _work(data):
     out_stride = num_kv_heads * group * dim
     shape = (size, block_size, num_kv_heads, dim, group, q_stride, out_stride)
     window, scratch_size = given[17], given[18]
-    scratch, together = given[19] + 4 * scratch_size * fetch_add(data, 1), given[21]
-    scale = np.float32(carray(int64s(data), (23,)).view(np.float64)[22])
+    scratch = given[19] + 4 * scratch_size * fetch_add(data, 1)
+    scale = np.float32(carray(int64s(data), (22,)).view(np.float64)[21])
     mine, index = fetch_add(data + 8, 1), 0
     for number in range(num_sequences):
         context, start = np.int64(contexts[number]), np.int64(starts[number])
         length = starts[number + 1] - start
         most = _tokens_of_item(context, group)
         is_whole = block_size % WIDTH == 0
-        heads = together if is_whole and length * group <= ROWS else 1
-        parts = num_kv_heads // heads
-        end = index + (length + most - 1) // most * parts
+        end = index + (length + most - 1) // most * num_kv_heads
         while mine < end:
-            head, skipped = (mine - index) % parts * heads, (mine - index) // parts * most
+            head, skipped = (mine - index) % num_kv_heads, (mine - index) // num_kv_heads * most
             row, channel = start + skipped, head * group * dim
             before, num_tokens = context - length + skipped, min(most, length - skipped)
             at = (
@@ -218,7 +216,7 @@ def _work(data):
             )
             table = tables[number]
             if is_whole and num_tokens * group <= ROWS:
-                attend_few(at, table, scratch, shape, heads, before, num_tokens, window, scale)
+                attend_few(at, table, scratch, shape, before, num_tokens, window, scale)
             else:
                 _attend(at, table, scratch, shape, before, num_tokens, window, scale)
             mine = fetch_add(data + 8, 1)
@@ -317,16 +315,7 @@ def paged_attention(
 
 
 #: The names of `step_values`.
-STEP_VALUES = (
-    "sequences",
-    "columns",
-    "starts",
-    "contexts",
-    "tables",
-    "scratch_size",
-    "scratch",
-    "together",
-)
+STEP_VALUES = ("sequences", "columns", "starts", "contexts", "tables", "scratch_size", "scratch")
 
 
 def step_values(
@@ -343,12 +332,10 @@ def step_values(
     width = num_columns * block_size + _TILE
     most_rows = max(_MOST_ROWS, group) + ROWS
     size = _MOST_SCORES + (group + 2 * ROWS) * width + most_rows * (2 * dim + 1) + (_TILE + 1) * dim
-    together = num_kv_heads if num_sequences >= 4 * torch.get_num_threads() else 1
-    size += together * ROWS * (2 * dim + width + 1)
     size = -(-size // WIDTH) * WIDTH
     scratch = _scratch.of(size * torch.get_num_threads())
     addresses = [tensor.data_ptr() for tensor in (cu_seqlens_q, context_lens, block_tables)]
-    values = (num_sequences, num_columns, *addresses, size, scratch.data_ptr(), together)
+    values = (num_sequences, num_columns, *addresses, size, scratch.data_ptr())
     return dict(zip(STEP_VALUES, values, strict=True))
 
 
@@ -363,7 +350,7 @@ def attention_call(
 ) -> Call:
     """`paged_attention` of the first rows; `step`: the `step_values`, or their names."""
     _, block_size, num_kv_heads, dim = k_cache.shape
-    *batch, scratch_size, scratch, together = step
+    *batch, scratch_size, scratch = step
     return Call(
         _work,
         [
@@ -378,7 +365,6 @@ def attention_call(
             scratch_size,
             scratch,
             k_cache.element_size(),
-            together,
             float(scale),
         ],
     )

@@ -12,16 +12,17 @@ from tokenmill.kernels.cache_vectors import LINE, add_values, dots, prefetch
 from tokenmill.kernels.compiler import has_wide_vectors
 from tokenmill.kernels.vectors import WIDTH, floats, weigh
 
-#: Keys, or values, that lie between what is computed and what is asked for.
-_AHEAD = 128
+#: Keys, or values, between what is computed and what is asked for: the best of 32 to 256.
+_AHEAD = 64
 #: Channels of values at a time: as many as registers can hold the sums of.
 _STRIP = 4 * WIDTH if has_wide_vectors() else WIDTH
 
 #: By how many rows there are; numba calls no function of a list.
 _dots_1, _dots_2, _dots_3, _dots_4 = (dots(rows, is_half=False) for rows in range(1, 5))
 _half_dots_1, _half_dots_2, _half_dots_3, _half_dots_4 = (
-    dots(rows, is_half=True) for rows in range(1, 5)
+    dots(rows, is_half=True, is_paired=True) for rows in range(1, 5)
 )
+_odd_half_dots = dots(4, is_half=True)
 _strip_1, _strip_2, _strip_3, _strip_4 = (
     add_values(rows, _STRIP // WIDTH, is_half=False) for rows in range(1, 5)
 )
@@ -35,6 +36,10 @@ _vector, _half_vector = add_values(4, 1, is_half=False), add_values(4, 1, is_hal
 def _score(size, rows, q, dim, keys, stride, scores, width):
     count = dim // WIDTH
     if size == 2:
+        if count % 2:
+            _odd_half_dots(q, dim, keys, stride, scores, width, count)
+            return
+        count //= 2
         if rows == 1:
             _half_dots_1(q, dim, keys, stride, scores, width, count)
         elif rows == 2:
@@ -92,42 +97,36 @@ def _add(size, rows, weights, width, values, stride, sums, dim, count):
 
 @njit(nogil=True)
 def _ask_for(cache, row_bytes, table, block_size, position, last, length):
-    """The rows of sixteen positions from `position` on, which is a multiple of sixteen."""
+    """Of sixteen rows from `position` on, a multiple of sixteen, the `length` bytes of a head."""
     if position < last:
         slot = table[position // block_size] * block_size + position % block_size
         first = cache + slot * row_bytes
-        if length == row_bytes:
-            for byte in range(0, WIDTH * row_bytes, LINE):
-                prefetch(first + byte)
-            return
         for row in range(first, first + WIDTH * row_bytes, row_bytes):
             for byte in range(0, length, LINE):
                 prefetch(row + byte)
 
 
 @njit(nogil=True)
-def attend_few(at, table, scratch, shape, heads, before, num_tokens, window, scale):
-    """As `_attend` for `heads` KV heads, of at most four rows each, in blocks of whole vectors."""
+def attend_few(at, table, scratch, shape, before, num_tokens, window, scale):
+    """As `_attend`, for at most four rows and blocks of whole vectors of keys."""
     q, keys, values, out = at
     size, block_size, num_kv_heads, dim, group, q_stride, out_stride = shape
     stride = num_kv_heads * dim
-    row_bytes, length = size * stride, size * heads * dim
+    row_bytes, length = size * stride, size * dim
     rows, last = num_tokens * group, before + num_tokens
     base = max(0, before - window + 1) // WIDTH * WIDTH
     width = (last - base + WIDTH - 1) // WIDTH * WIDTH
-    sums = scratch + 16 * heads * dim
-    scores = sums + 16 * heads * dim
+    sums = scratch + 16 * dim
+    scores = sums + 16 * dim
 
     for first in range(base, min(base + _AHEAD, last), WIDTH):
         _ask_for(keys, row_bytes, table, block_size, first, last, length)
-    queries = carray(floats(scratch), (heads, 4, dim))
-    for head in range(heads):
-        for row in range(rows):
-            source = q + 4 * (row // group * q_stride + (head * group + row % group) * dim)
-            query = carray(floats(source), (dim,))
-            for channel in range(dim):
-                queries[head, row, channel] = query[channel] * scale
-    carray(floats(sums), (4 * heads * dim,))[:] = 0
+    queries = carray(floats(scratch), (rows, dim))
+    for row in range(rows):
+        query = carray(floats(q + 4 * (row // group * q_stride + row % group * dim)), (dim,))
+        for channel in range(dim):
+            queries[row, channel] = query[channel] * scale
+    carray(floats(sums), (4 * dim,))[:] = 0
 
     for first in range(base, last, WIDTH):
         ahead = first + _AHEAD
@@ -137,51 +136,26 @@ def attend_few(at, table, scratch, shape, heads, before, num_tokens, window, sca
             ahead = base + (ahead - last) // WIDTH * WIDTH
             _ask_for(values, row_bytes, table, block_size, ahead, last, length)
         slot = table[first // block_size] * block_size + first % block_size
-        block, to = keys + slot * row_bytes, scores + 4 * (first - base)
-        for head in range(heads):
-            _score(
-                size,
-                rows,
-                scratch + 16 * head * dim,
-                dim,
-                block + size * head * dim,
-                stride,
-                to + 16 * head * width,
-                width,
-            )
+        target = scores + 4 * (first - base)
+        _score(size, rows, scratch, dim, keys + slot * row_bytes, stride, target, width)
 
-    totals = carray(floats(scores + 16 * heads * width), (heads, 4))
-    for head in range(heads):
-        for row in range(rows):
-            position = before + row // group
-            low, high = max(0, position - window + 1 - base), position + 1 - base
-            row_at = scores + 4 * (4 * head + row) * width
-            row_scores = carray(floats(row_at), (width,))
-            row_scores[:low] = -np.inf
-            row_scores[high:] = -np.inf
-            totals[head, row] = weigh(row_at, width // WIDTH)
+    totals = carray(floats(scores + 16 * width), (4,))
+    for row in range(rows):
+        position = before + row // group
+        low, high = max(0, position - window + 1 - base), position + 1 - base
+        row_scores = carray(floats(scores + 4 * row * width), (width,))
+        row_scores[:low] = -np.inf
+        row_scores[high:] = -np.inf
+        totals[row] = weigh(scores + 4 * row * width, width // WIDTH)
 
     for first in range(base, last, WIDTH):
         _ask_for(values, row_bytes, table, block_size, first + _AHEAD, last, length)
         slot = table[first // block_size] * block_size + first % block_size
-        block, to = values + slot * row_bytes, scores + 4 * (first - base)
-        for head in range(heads):
-            _add(
-                size,
-                rows,
-                to + 16 * head * width,
-                width,
-                block + size * head * dim,
-                stride,
-                sums + 16 * head * dim,
-                dim,
-                min(WIDTH, last - first),
-            )
+        count, weights = min(WIDTH, last - first), scores + 4 * (first - base)
+        _add(size, rows, weights, width, values + slot * row_bytes, stride, sums, dim, count)
 
-    attended = carray(floats(sums), (heads, 4, dim))
-    for head in range(heads):
-        for row in range(rows):
-            target = out + 4 * (row // group * out_stride + (head * group + row % group) * dim)
-            result = carray(floats(target), (dim,))
-            for channel in range(dim):
-                result[channel] = attended[head, row, channel] / totals[head, row]
+    attended = carray(floats(sums), (4, dim))
+    for row in range(rows):
+        result = carray(floats(out + 4 * (row // group * out_stride + row % group * dim)), (dim,))
+        for channel in range(dim):
+            result[channel] = attended[row, channel] / totals[row]
