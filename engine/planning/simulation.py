@@ -25,6 +25,8 @@ from tokenmill.producer.params import SamplingParams
 
 #: New tokens that a claim reserves KV memory for, as the claim script does.
 KV_RESERVE = 256
+#: What the queue takes from the last token of a request to the worker's sight of the client's next.
+TURNAROUND_S = 0.003
 _PARAMS = SamplingParams()
 
 
@@ -56,7 +58,6 @@ class Replica:
         self.num_steps = 0
         self.busy_s = 0.0
         self._cost = device.cost
-        self._kv_tokens = pool.num_blocks * pool.block_size
         self._records: dict[Sequence, Record] = {}
         self._step: SchedulerOutput | None = None
 
@@ -111,12 +112,8 @@ def simulate(
     loop: ClosedLoop | OpenLoop,
     *,
     replicas: int = 1,
-    turnaround_s: float = 0.003,
 ) -> Run:
     """Run all requests to their ends.
-
-    `turnaround_s` is what the queue takes from the last token of a request to the worker's sight of
-    the client's next one.
 
     Raises:
         InvalidRequest: a request is larger than the KV cache.
@@ -146,7 +143,7 @@ def simulate(
             ended = replica.end(now)
             if loop.is_closed:
                 for _ in range(min(ended, len(waiting) - _num_arrivals(events))):
-                    heapq.heappush(events, (now + turnaround_s, next(number), None))
+                    heapq.heappush(events, (now + TURNAROUND_S, next(number), None))
         replica.claim(queue)
         seconds = replica.begin()
         if seconds is None:

@@ -1,14 +1,19 @@
 """Models for the engine's tests: the real small one, and tiny random ones made here."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from tokenmill.engine import executor as executor_module
 from tokenmill.engine.loader import LoadedModel, load
+from tokenmill.engine.sampler import sample
 from tokenmill.engine.sources import pull, resolve
 
+#: (sequence, its length) -> the logits that its next token was chosen from.
+Logits = dict[tuple[str, int], torch.Tensor]
 TINY = {
     "vocab_size": 331,
     "hidden_size": 48,
@@ -21,6 +26,30 @@ TINY = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Beside other processes a second thread makes tiny models many times as slow."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> Logits:
+    """Filled by every engine that steps; logits that differ from earlier ones fail the test."""
+    logits: Logits = {}
+
+    def spy(rows: torch.Tensor, seqs: list[Any], *rest: Any) -> Any:
+        for row, seq in zip(rows.clone(), seqs, strict=True):
+            key = (seq.seq_id, seq.num_tokens)
+            assert torch.equal(row, logits.setdefault(key, row)), f"{key}: other logits"
+        return sample(rows, seqs, *rest)
+
+    monkeypatch.setattr(executor_module, "sample", spy)
+    return logits
 
 
 @pytest.fixture(scope="session")
@@ -56,7 +85,6 @@ def write_checkpoint(tiny_config: Callable[..., Any]) -> Callable[..., Any]:
     """Write a random checkpoint of a family by transformers; returns transformers' own model."""
 
     def write(directory: Path, family: str, **overrides: object) -> Any:
-        import torch
         from tokenizers import Tokenizer, models, pre_tokenizers
         from transformers import AutoModelForCausalLM
 

@@ -3,7 +3,7 @@
 import copy
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +12,17 @@ import torch
 from safetensors.torch import save_file
 
 from family_cases import CASES
-from tokenmill.engine import executor as executor_module
 from tokenmill.engine.config import EngineConfig
 from tokenmill.engine.engine import Engine
 from tokenmill.engine.loader import LoadedModel, load
 from tokenmill.engine.models import quantization
 from tokenmill.engine.models.linear import Linear, LowRank
 from tokenmill.engine.pipeline import Pipeline
-from tokenmill.engine.sampler import sample
 from tokenmill.producer.errors import InvalidRequest
 from tokenmill.producer.params import SamplingParams
 
-#: (sequence, its length) -> the logits that its next token was chosen from.
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 Logits = dict[tuple[str, int], torch.Tensor]
 #: Every linear that can be adapted; of the fused ones, those of transformers' own modules.
 TARGETS = {
@@ -37,30 +36,6 @@ PROMPT = [(31 + 37 * n) % 320 + 5 for n in range(50)]
 #: Of the prompts; those of others have all of it.
 LENGTHS = {"base": 43, "b": 31}
 DEFAULTS: dict[str, Any] = {"token_budget": 64, "max_num_seqs": 6, "block_size": 4}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Threads that wait for each other at every tiny operation cost most of the time here."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture
-def seen(monkeypatch: pytest.MonkeyPatch) -> Logits:
-    """Filled by every engine that steps; logits that differ from earlier ones fail the test."""
-    logits: Logits = {}
-
-    def spy(rows: torch.Tensor, seqs: list[Any], *rest: Any) -> Any:
-        for row, seq in zip(rows.clone(), seqs, strict=True):
-            key = (seq.seq_id, seq.num_tokens)
-            assert torch.equal(row, logits.setdefault(key, row)), f"{key}: other logits"
-        return sample(rows, seqs, *rest)
-
-    monkeypatch.setattr(executor_module, "sample", spy)
-    return logits
 
 
 class Trained:

@@ -1,7 +1,7 @@
 """One step ahead, from rows on the device: the tokens of an engine that waits for every step."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,6 +26,8 @@ from tokenmill.engine.step_graphs import decode_sizes
 from tokenmill.engine.tokenizer import Tokenizer
 from tokenmill.producer.errors import InvalidRequest
 from tokenmill.producer.params import SamplingParams
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 # Read when a kernel is defined, that is when its module is first imported.
 if not torch.cuda.is_available():
@@ -66,15 +68,6 @@ def make_model(window: int | None) -> LoadedModel:
 
 
 MODELS = {window: make_model(window) for window in (None, 9)}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Tiny operations are not worth handing to a second thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

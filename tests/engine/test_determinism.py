@@ -1,6 +1,6 @@
 """On a CPU the logits of a request have the same bits whatever it is computed with, and how."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,46 +8,19 @@ import pytest
 import torch
 
 from family_cases import CASES, RENAMED, rename
-from tokenmill.engine import executor as executor_module
 from tokenmill.engine.config import EngineConfig
 from tokenmill.engine.engine import Engine
 from tokenmill.engine.loader import LoadedModel, load
-from tokenmill.engine.sampler import sample
 from tokenmill.producer.params import SamplingParams
 
-#: (sequence, its length) -> the logits that its next token was chosen from.
 Logits = dict[tuple[str, int], torch.Tensor]
 TinyCheckpoint = Callable[..., tuple[Path, Any]]
 DEFAULTS: dict[str, Any] = {"token_budget": 256, "max_num_seqs": 6, "block_size": 4}
 
 
-@pytest.fixture
-def _one_thread() -> Iterator[None]:
-    """Beside other processes a second thread makes this many times as slow, and no different."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def seen(monkeypatch: pytest.MonkeyPatch) -> Logits:
-    """Filled by every engine that steps; logits that differ from earlier ones fail the test."""
-    logits: Logits = {}
-
-    def spy(rows: torch.Tensor, seqs: list[Any], *rest: Any) -> Any:
-        for row, seq in zip(rows.clone(), seqs, strict=True):
-            key = (seq.seq_id, seq.num_tokens)
-            assert torch.equal(row, logits.setdefault(key, row)), f"{key}: other logits"
-        return sample(rows, seqs, *rest)
-
-    monkeypatch.setattr(executor_module, "sample", spy)
-    return logits
-
-
 @pytest.fixture(params=["qwen3", "mistral"])
 def model(
-    request: pytest.FixtureRequest, tiny_checkpoint: TinyCheckpoint, _one_thread: None
+    request: pytest.FixtureRequest, tiny_checkpoint: TinyCheckpoint, one_thread: None
 ) -> LoadedModel:
     """Awkward widths, so that no kernel gets whole vectors; one with norms of heads.
 
@@ -114,7 +87,7 @@ def test_cached_or_not(model: LoadedModel, seen: Logits, cache: str) -> None:
 QUICK = ("qwen2-moe", "gpt-neox")
 
 
-@pytest.mark.usefixtures("_one_thread")
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize(
     "name", [*QUICK, *(pytest.param(n, marks=pytest.mark.slow) for n in CASES if n not in QUICK)]
 )
@@ -144,7 +117,7 @@ def test_on_two_threads(model: LoadedModel, seen: Logits) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("_one_thread")
+@pytest.mark.usefixtures("one_thread")
 def test_the_small_real_model_on_two_threads(smollm2: LoadedModel, seen: Logits) -> None:
     """Its matrices are large enough to be shared between threads."""
     torch.set_num_threads(2)
@@ -155,7 +128,7 @@ def test_the_small_real_model_on_two_threads(smollm2: LoadedModel, seen: Logits)
     assert len(seen) == 4 * 24
 
 
-@pytest.mark.usefixtures("_one_thread")
+@pytest.mark.usefixtures("one_thread")
 def test_the_small_real_model(smollm2: LoadedModel, seen: Logits) -> None:
     answer(smollm2, "f", token_budget=256, block_size=32)
     answer(smollm2, *"ef", token_budget=16, block_size=32)

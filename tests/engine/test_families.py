@@ -7,7 +7,7 @@ prompt, several experts, fewer KV heads than heads. The table in docs/models.md 
 
 import functools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,8 @@ from tokenmill.producer.params import SamplingParams
 # Read where triton is first imported, which transformers may do.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 DOCS = Path(__file__).parents[2] / "docs" / "models.md"
 BEGIN, END = "<!-- table: make docs -->\n", "<!-- end of table -->\n"
@@ -50,15 +52,6 @@ class Case:
 
 
 CaseOf = Callable[[str], Case]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Threads that wait for each other at every tiny operation cost most of the time here."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,8 @@ from tokenmill.engine.runner import follow
 from tokenmill.producer.errors import InvalidRequest
 from tokenmill.producer.params import SamplingParams
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CPU = torch.device("cpu")
 BLOCK = 4
 
@@ -117,14 +119,6 @@ def divided(request: pytest.FixtureRequest) -> Iterator[Callable[..., Engine]]:
         for thread in threads:
             thread.join(60)
             assert not thread.is_alive()
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 EXPERTS = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 25}
