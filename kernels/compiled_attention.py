@@ -20,7 +20,7 @@ import torch
 from numba import carray, njit, types
 
 from tokenmill.kernels.cache_vectors import transpose_half, widen
-from tokenmill.kernels.compiled_decode import attend_few
+from tokenmill.kernels.compiled_decode import ask_for, attend_few
 from tokenmill.kernels.compiler import compiled, has_wide_vectors
 from tokenmill.kernels.parallel import Call, run
 from tokenmill.kernels.vectors import (
@@ -136,7 +136,14 @@ def _attend(at, table, scratch, shape, before, num_tokens, window, scale):
     carray(floats(sums), (all_rows * dim,))[:] = 0
     totals = carray(floats(scores + 4 * all_rows * width), (all_rows,))
 
+    row_bytes, length, is_whole = size * stride, size * dim, block_size % WIDTH == 0
     for first in range(base, last, _TILE):
+        if is_whole:
+            for ahead in range(first + _TILE, first + 2 * _TILE, WIDTH):
+                ask_for(keys, row_bytes, table, block_size, ahead, last, length)
+                if ahead >= last:
+                    begin = base + (ahead - last) // WIDTH * WIDTH
+                    ask_for(values, row_bytes, table, block_size, begin, last, length)
         _turn(keys, size, table, block_size, stride, first, last, dim, turned)
         for row in range(0, all_rows, ROWS):
             if first <= before + (row + ROWS - 1) // group:  # else no row sees it
@@ -160,6 +167,9 @@ def _attend(at, table, scratch, shape, before, num_tokens, window, scale):
     first = base
     while first < last:
         count = min(block_size - first % block_size, last - first, _TILE)
+        if is_whole:
+            for ahead in range(first + _TILE, first + _TILE + count, WIDTH):
+                ask_for(values, row_bytes, table, block_size, ahead, last, length)
         slot = table[first // block_size] * block_size + first % block_size
         block, block_stride = values + size * slot * stride, stride
         if size == 2:

@@ -13,7 +13,7 @@ from tokenmill.kernels.compiler import has_wide_vectors
 from tokenmill.kernels.vectors import WIDTH, floats, weigh
 
 #: Keys, or values, between what is computed and what is asked for: the best of 32 to 256.
-_AHEAD = 64
+AHEAD = 64
 #: Channels of values at a time: as many as registers can hold the sums of.
 _STRIP = 4 * WIDTH if has_wide_vectors() else WIDTH
 
@@ -96,7 +96,7 @@ def _add(size, rows, weights, width, values, stride, sums, dim, count):
 
 
 @njit(nogil=True)
-def _ask_for(cache, row_bytes, table, block_size, position, last, length):
+def ask_for(cache, row_bytes, table, block_size, position, last, length):
     """Of sixteen rows from `position` on, a multiple of sixteen, the `length` bytes of a head."""
     if position < last:
         slot = table[position // block_size] * block_size + position % block_size
@@ -119,8 +119,8 @@ def attend_few(at, table, scratch, shape, before, num_tokens, window, scale):
     sums = scratch + 16 * dim
     scores = sums + 16 * dim
 
-    for first in range(base, min(base + _AHEAD, last), WIDTH):
-        _ask_for(keys, row_bytes, table, block_size, first, last, length)
+    for first in range(base, min(base + AHEAD, last), WIDTH):
+        ask_for(keys, row_bytes, table, block_size, first, last, length)
     queries = carray(floats(scratch), (rows, dim))
     for row in range(rows):
         query = carray(floats(q + 4 * (row // group * q_stride + row % group * dim)), (dim,))
@@ -129,12 +129,12 @@ def attend_few(at, table, scratch, shape, before, num_tokens, window, scale):
     carray(floats(sums), (4 * dim,))[:] = 0
 
     for first in range(base, last, WIDTH):
-        ahead = first + _AHEAD
+        ahead = first + AHEAD
         if ahead < last:
-            _ask_for(keys, row_bytes, table, block_size, ahead, last, length)
+            ask_for(keys, row_bytes, table, block_size, ahead, last, length)
         else:
             ahead = base + (ahead - last) // WIDTH * WIDTH
-            _ask_for(values, row_bytes, table, block_size, ahead, last, length)
+            ask_for(values, row_bytes, table, block_size, ahead, last, length)
         slot = table[first // block_size] * block_size + first % block_size
         target = scores + 4 * (first - base)
         _score(size, rows, scratch, dim, keys + slot * row_bytes, stride, target, width)
@@ -149,7 +149,7 @@ def attend_few(at, table, scratch, shape, before, num_tokens, window, scale):
         totals[row] = weigh(scores + 4 * row * width, width // WIDTH)
 
     for first in range(base, last, WIDTH):
-        _ask_for(values, row_bytes, table, block_size, first + _AHEAD, last, length)
+        ask_for(values, row_bytes, table, block_size, first + AHEAD, last, length)
         slot = table[first // block_size] * block_size + first % block_size
         count, weights = min(WIDTH, last - first), scores + 4 * (first - base)
         _add(size, rows, weights, width, values + slot * row_bytes, stride, sums, dim, count)
