@@ -4,7 +4,7 @@ Longer than other files: what a lost server, worker or answer means for a row is
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Self
 
@@ -21,15 +21,14 @@ from tokenmill.producer.errors import (
 )
 from tokenmill.producer.follower import Follower
 from tokenmill.producer.journal import Answer, Journal, OutputError
-from tokenmill.producer.local_worker import LocalWorker, is_alive, worker_options
 from tokenmill.producer.output import json_line, write_lines
 from tokenmill.producer.plan import Plan
 from tokenmill.producer.progress import Outcome, Report
 from tokenmill.producer.replies import Replies
 from tokenmill.producer.sent_row import SentRow, request_id, row_of, title
-from tokenmill.producer.wire import Delta, Request, WorkerInfo
+from tokenmill.producer.serving import Serving
+from tokenmill.producer.wire import Delta, Request
 
-DEFAULT_MODEL = "smollm2"
 #: Long enough for a run that is taken up again days later.
 DEADLINE_S = 7 * 86_400
 #: Prompts in flight take at most about so much memory, whatever the window.
@@ -62,11 +61,7 @@ class Run:
         self._journal = journal
         self._client = client
         self._report = report
-        self._embedded = embedded
-        self._worker: LocalWorker | None = None
-        self._model = ""
-        #: What rows may name as their model; empty as long as no worker has told.
-        self._names: set[str] = set()
+        self._serving = Serving(plan, client, embedded=embedded)
         self._reader: Follower | Replies = client.follower()
         #: Answers to rows that an earlier attempt sent, and this one has not come to.
         self._early: dict[str, Delta] = {}
@@ -85,8 +80,7 @@ class Run:
         return self
 
     def __exit__(self, *_error: object) -> None:
-        if self._worker:
-            self._worker.stop()
+        self._serving.stop()
 
     def prepare(self, check_model: Callable[[str], None]) -> None:
         """Settle the model and begin the journal; nothing was sent before.
@@ -94,39 +88,19 @@ class Run:
         Raises:
             TokenmillError: no worker can serve the model.
         """
-        workers = self._workers()
-        serving = sorted({name for worker in workers for name in worker.models})
-        adapters = {text.partition("=")[0] for text in self._plan.lora}
-        named = self._dataset.survey.model
-        if self._plan.ignore_row_model or (named in adapters and not serving):
-            named = ""
-        begun = self._journal.header.model
-        if self._plan.model and begun not in ("", self._plan.model):
-            raise OutputError(
-                f"{self._plan.output} was begun with model {begun!r}, not {self._plan.model!r}; "
-                "go on with that, or start anew with --overwrite"
-            )
-        wanted = self._plan.model or begun or named
-        if serving and wanted and wanted not in serving:
-            expected = f"one that queue {self._plan.queue} serves ({', '.join(serving)})"
-            remedy = "or use another --queue, or stop the worker that serves it"
-            raise InvalidRequest("model", expected, wanted, remedy)
-        self._model = wanted or min((worker.model for worker in workers), default=DEFAULT_MODEL)
-        self._learn(workers)
-        if self._embedded and not serving:
-            check_model(self._model)
-            self._names = {self._model, *adapters}
-        if self._plan.quantization and serving:
+        begun, named = self._journal.header.model, self._dataset.survey.model
+        is_served = self._serving.settle(begun, named, check_model)
+        if self._plan.quantization and is_served:
             # A worker does not say how it computes: whoever started it has chosen.
             self._report.note(
-                f"a worker serves {self._model} already: it computes as it was started, "
+                f"a worker serves {self._serving.model} already: it computes as it was started, "
                 f"whatever --quantization {self._plan.quantization} says"
             )
         for row in self._journal.superseded(self._plan.window):
             self._cancel(request_id(self._journal.superseded_run, row, self._client.num_shards))
         is_bulk = self._dataset.survey.rows > BULK_ROWS and not self._report.wants_text
         run = self._journal.header.run
-        self._journal.start(self._model, reply_to=run if is_bulk else "")
+        self._journal.start(self._serving.model, reply_to=run if is_bulk else "")
         if self._journal.header.reply_to:
             self._reader = self._client.replies(self._journal.header.reply_to)
 
@@ -194,18 +168,14 @@ class Run:
             return row
         run = self._journal.header.run
         try:
-            model = self._model_of(row)
-            if self._names and model not in self._names:
-                expected = " or ".join(map(repr, sorted(self._names)))
-                remedy = "or answer all rows alike: --ignore-row-model"
-                raise InvalidRequest("model", expected, model, remedy)
+            self._serving.check(row)
             request = Request.from_mapping(
                 {
                     "request_id": request_id(run, row.index, self._client.num_shards),
                     "prompt": row.prompt,
                     "params": row.params,
                     "tools": row.tools,
-                    "model": model,
+                    "model": self._serving.model_of(row),
                     # A lane of its own: runs share the workers, rather than wait for each other.
                     "tenant": run,
                     "priority": self._plan.priority,
@@ -217,15 +187,6 @@ class Run:
         except InvalidRequest as error:
             return row.refused(error)
         return SentRow(row=row, request=request)
-
-    def _model_of(self, row: Row) -> str:
-        return self._model if self._plan.ignore_row_model else row.model or self._model
-
-    def _learn(self, workers: Iterable[WorkerInfo]) -> list[WorkerInfo]:
-        """The workers that serve the model; rows may name their adapters in its place."""
-        serving = [worker for worker in workers if self._model in worker.models]
-        self._names.update(name for worker in serving for name in worker.models)
-        return serving
 
     def _refuse(self, row: BadRow) -> None:
         answer = Answer(
@@ -344,11 +305,9 @@ class Run:
         if time.monotonic() < self._watch_at:
             return
         self._watch_at = time.monotonic() + _WATCH_S
-        if self._worker:
-            self._worker.check()
         was_lost = self._waiting_for == "server"
         try:
-            serving = self._learn(self._workers())
+            is_served = self._serving.is_live()
         except ServerUnreachable as error:
             self._lost(error)
             return
@@ -357,12 +316,12 @@ class Run:
             self._waiting_for = ""
             self._resend()
         self._forget()
-        if not serving and not self._worker:
+        if not is_served and not self._serving.has_brought:
             self._need_worker()
-        elif serving and self._waiting_for == "worker":
+        elif is_served and self._waiting_for == "worker":
             self._waiting_for = ""
             self._report.note("a worker is live; going on")
-        elif serving:
+        elif is_served:
             self._tell_of_others()
 
     def _tell_of_others(self) -> None:
@@ -390,25 +349,15 @@ class Run:
         self._kept.clear()
 
     def _need_worker(self) -> None:
-        if self._embedded:
-            self._worker = LocalWorker(
-                self._model,
-                url=self._client.url,
-                queue=self._plan.queue,
-                quantization=self._plan.quantization,
-                lora=self._plan.lora,
-            )
-            self._report.note(f"starting a worker for {self._model}")
+        if self._serving.embedded:
+            self._serving.bring()
+            self._report.note(f"starting a worker for {self._serving.model}")
         else:
-            text = f"a worker for {self._model} on queue {self._plan.queue}"
-            options = " ".join(
-                worker_options(self._model, self._plan.quantization, self._plan.lora)
-            )
-            self._wait_for(f"{text}; start one: tokenmill worker {options}", "worker")
+            self._wait_for(self._serving.missing(), "worker")
 
     def _lost(self, error: TokenmillError) -> None:
         self._wait_for(f"the server: {error}; retrying", "server")
-        if self._embedded:
+        if self._serving.embedded:
             try:
                 ensure_server()
             except ServerUnreachable as again:
@@ -418,10 +367,6 @@ class Run:
         if self._waiting_for != what:
             self._waiting_for = what
             self._report.note(f"waiting for {text}")
-
-    def _workers(self) -> list[WorkerInfo]:
-        workers = self._client.workers()
-        return [worker for worker in workers if not self._embedded or is_alive(worker)]
 
     def _cancel(self, stale: str) -> None:
         try:
@@ -435,6 +380,6 @@ class Run:
             answer = self._journal.answer(row.index)
             if answer is None or answer.line != row.line:
                 raise OutputError(f"{self._plan.input} has changed during the run; start anew")
-            model = self._model_of(row) if isinstance(row, Row) else header.model
+            model = self._serving.model_of(row) if isinstance(row, Row) else header.model
             values = self._dataset.output_row(row, answer, run=header.run, model=model)
             yield json_line(values)

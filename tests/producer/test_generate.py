@@ -148,7 +148,7 @@ def test_the_embedded_server_and_its_own_worker(
         def stop(self) -> None:
             self.fake.stop()
 
-    monkeypatch.setattr("tokenmill.producer.run.LocalWorker", StubWorker)
+    monkeypatch.setattr("tokenmill.producer.serving.LocalWorker", StubWorker)
     told = Told()
 
     def replace(_answer: Answer) -> None:
