@@ -13,7 +13,6 @@ import asyncio
 import os
 import secrets
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Sequence
-from types import TracebackType
 from typing import Any, Self, TypeVar, cast
 
 from tokenmill.producer.arriving import Arriving
@@ -121,12 +120,7 @@ class AsyncClient:
     async def __aenter__(self) -> Self:
         return await self.open()
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_error: object) -> None:
         await self.aclose()
 
     def new_request(self, prompt: AnyPrompt, **fields: Any) -> Request:
