@@ -18,8 +18,8 @@ from tokenmill.kernels.vectors import ROWS, WIDTH, fetch_add, floats, int64s, pr
 _PANEL = 64
 #: Rows of an item at the most, and the items that there should be at the least.
 _MOST_ROWS, _FEWEST_ITEMS = 128, 24
-#: Terms of a sum taken at a time: that much of a panel is read again from the cache for all rows.
-_TERMS = 576
+#: Terms of a sum taken at a time: that much of a panel stays in the first-level cache for all rows.
+_TERMS = 96
 #: Cache lines of the next panel that are asked for with each term, so that they come from memory
 #: meanwhile: by the first four rows of an item, or by its first sixteen.
 _LINES, _ROWS_ASKING = _PANEL // WIDTH, ROWS * _PANEL // WIDTH
