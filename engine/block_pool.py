@@ -122,6 +122,13 @@ class BlockPool:
             self._known[block_hash] = block
             self._hashes[block] = block_hash
 
+    def forget(self) -> None:
+        """Know nothing any more: idle blocks become blank, those in use unknown."""
+        self._blank += self._idle
+        self._idle.clear()
+        self._known.clear()
+        self._hashes.clear()
+
     def num_references(self, block: int) -> int:
         """Tables that hold the block."""
         return self._references[block]

@@ -183,7 +183,7 @@ class DeviceExecutor:
             return torch.zeros(len(hidden), dtype=torch.int64, device=hidden.device), ()
         logits = self._runner.logits_of(hidden)
         asked = self._sent(launch.asked)
-        raw = logits[asked] if launch.asked else logits
+        raw = logits[asked]
         if launch.edited:
             places = self._sent([place for place, _ in launch.edited])
             changed = logits[places]

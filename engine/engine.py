@@ -292,7 +292,8 @@ class Engine:
         ahead = self._num_ahead if plan.chunks else 0
         outputs: list[StepOutput] = []
         while len(self._launched) > ahead:
-            outputs += self._collect(self._launched.popleft())
+            outputs += self._collect(self._launched[0])
+            self._launched.popleft()
         return outputs
 
     def _launch(self, plan: SchedulerOutput, started: float) -> Ticket:
@@ -326,10 +327,10 @@ class Engine:
     def _forget_launched(self) -> None:
         """A step failed: what was on its way is lost, and computed again for whoever stays."""
         self._executor.reset()
-        self._launched.clear()
-        if any(seq.num_pending_tokens for seq in self._sequences.values()):
-            for seq in self._sequences.values():
-                seq.num_pending_tokens = 0
+        for seq in self._sequences.values():
+            seq.num_pending_tokens = 0
+        if self._launched:
+            self._launched.clear()
             self.scheduler.restart()
 
     def _advance(self, seq: Sequence, token: int, told: TokenLogprobs | None) -> StepOutput:

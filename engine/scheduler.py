@@ -168,10 +168,13 @@ class Scheduler:
         self._tables.release(seq)
 
     def restart(self) -> None:
-        """Take all running sequences back to the waiting ones: what they computed is lost."""
+        """Take all running sequences back to the waiting ones: what was computed is lost.
+
+        So is what the cache knows: some of it was only on its way.
+        """
         for seq in list(self.running):
-            seq.num_pending_tokens = 0
             self._requeue(seq)
+        self.pool.forget()
 
     @property
     def blocked(self) -> list[Sequence]:
@@ -245,7 +248,7 @@ class Scheduler:
                 passed.append(seq)
 
     def _unblocked(self) -> list[Sequence]:
-        return [seq for seq in self.waiting if not seq.is_blocked and not seq.num_pending_tokens]
+        return [seq for seq in self.waiting if not seq.is_blocked]
 
     def admit_all(self) -> None:
         """Admit waiting sequences in order while rows and blocks allow, whatever the budget."""

@@ -16,12 +16,14 @@ import host_kernels
 from tokenmill.engine import step_graphs
 from tokenmill.engine.config import EngineConfig
 from tokenmill.engine.device_executor import DeviceExecutor
+from tokenmill.engine.device_rows import DeviceRows
 from tokenmill.engine.device_step import StepShape
 from tokenmill.engine.engine import Engine, StepOutput
 from tokenmill.engine.loader import LoadedModel
 from tokenmill.engine.models.families import spec_from_config
 from tokenmill.engine.models.weights import empty_weights, pack, random_weights
-from tokenmill.engine.scheduler import Policy
+from tokenmill.engine.scheduler import Chunk, Policy
+from tokenmill.engine.sequence import Sequence, SequenceStatus
 from tokenmill.engine.step_graphs import decode_sizes
 from tokenmill.engine.tokenizer import Tokenizer
 from tokenmill.producer.errors import InvalidRequest
@@ -39,7 +41,7 @@ SAMPLINGS: list[dict[str, Any]] = [
     {"temperature": 0.0},
     {"temperature": 1.0},
     {"temperature": 0.8, "top_k": 9, "top_p": 0.9, "logprobs": 2},
-    {"temperature": 1.2, "min_tokens": 5, "stop_token_ids": (3, 4, 5, 6, 7, 8)},
+    {"temperature": 1.2, "min_tokens": 5, "stop_token_ids": tuple(range(3, 60))},
     {"temperature": 0.9, "repetition_penalty": 1.3, "frequency_penalty": 0.5, "logprobs": 0},
     {"temperature": 0.5, "logit_bias": {7: 4.0, 9: 3.0}, "prompt_logprobs": 1},
     {"temperature": 2.0, "min_p": 0.02, "stop_token_ids": tuple(range(10, 40))},
@@ -267,7 +269,7 @@ def test_a_step_is_launched_before_the_last_one_is_known() -> None:
 
 
 @pytest.mark.usefixtures("_plain_kernels")
-@pytest.mark.parametrize("failing", ["build_step", "advance"])
+@pytest.mark.parametrize("failing", ["build_step", "advance", "receive"])
 def test_a_step_that_fails_leaves_an_engine_that_can_go_on(
     monkeypatch: pytest.MonkeyPatch, failing: str
 ) -> None:
@@ -282,8 +284,8 @@ def test_a_step_that_fails_leaves_an_engine_that_can_go_on(
         engine.add(str(number), request.prompt_ids, request.params, seed=number + (1 << 63))
     for count in range(200):
         with monkeypatch.context() as patch:
-            if count in (4, 9):
-                patch.delattr(batch_rows, failing)
+            if count in (1, 5, 9):
+                patch.delattr(DeviceRows if failing == "receive" else batch_rows, failing)
             try:
                 outputs = engine.step()
             except AttributeError:
@@ -295,6 +297,56 @@ def test_a_step_that_fails_leaves_an_engine_that_can_go_on(
     assert {key: a.token_ids for key, a in found.items()} == {
         key: a.token_ids for key, a in expected.items()
     }
+
+
+@pytest.mark.usefixtures("_plain_kernels")
+def test_a_name_taken_anew_gets_nothing_of_the_step_before() -> None:
+    params = SamplingParams(max_tokens=4, ignore_eos=True)
+    plain, engine = make_engine(None), ahead(make_engine(None))
+    plain.add("a", [9, 8], params, seed=1)
+    engine.add("a", [5, 6, 7], params, seed=0)
+    engine.step()
+    engine.abort("a")
+    engine.add("a", [9, 8], params, seed=1)
+    outputs: list[list[int]] = []
+    for one in (plain, engine):
+        outputs.append([])
+        while one.has_work:
+            outputs[-1] += [token for output in one.step() for token in output.token_ids]
+    assert outputs[0] == outputs[1]
+
+
+def test_changes_in_a_table_are_sent_and_nothing_twice() -> None:
+    """A window makes blocks stand in for others; most steps change no table."""
+    rows = DeviceRows(2, 16, BLOCK, torch.device("cpu"))
+    seq = Sequence(
+        seq_id="a",
+        token_ids=list(range(5, 19)),
+        num_prompt_tokens=14,
+        params=SamplingParams(temperature=0.5, top_k=3, top_p=0.25, min_p=0.125),
+        seed=2**64 - 1,
+        max_num_tokens=16,
+        status=SequenceStatus.RUNNING,
+    )
+    for start, length, table, sizes in (
+        (0, 6, [7, 3], [2, 2, 1, 1, 14, 14, 1, 1, 1]),  # tables, computed, tokens, sampling
+        (6, 6, [7, 3, 9, 1], [2, 2, *[0] * 7]),
+        (12, 1, [3, 3, 9, 1], [1, 1, *[0] * 7]),
+        (13, 1, [3, 3, 9, 1], [0] * 9),
+    ):
+        seq.block_table = table
+        message = rows.lay_out([Chunk(seq, start, length)], 1)
+        rows.receive(message)
+        assert rows.tables[0, : len(table)].tolist() == table
+        assert rows.tokens[0, :14].tolist() == seq.token_ids
+        assert rows.computed[0] == start
+        rows.computed[0] += length
+        assert message.sizes == [1, 2, 1, *sizes]
+    assert rows.floats[0].tolist() == [0.5, 0.25, 0.125]
+    assert rows.seeds.tolist() == [-1, 0]
+    assert rows.top_k.tolist() == [3, 0]
+    seq.status = SequenceStatus.FINISHED
+    assert rows.lay_out([], 2).numbers.tolist() == [-1, -1, 0, 0, 0]
 
 
 def test_constraints_wait_for_their_token(smollm2: LoadedModel) -> None:

@@ -113,6 +113,20 @@ def test_the_first_of_equal_blocks_is_kept() -> None:
     assert pool.num_cached == 1
 
 
+def test_what_is_forgotten_is_not_found_and_every_block_is_free() -> None:
+    pool = BlockPool(4, 2)
+    idle, used = hashes_of([1, 2, 3, 4]), hashes_of([5, 6])
+    fill(pool, idle)
+    (block,) = pool.allocate(1)
+    pool.remember(block, used[0])
+    pool.forget()
+    assert pool.match(idle) == pool.match(used) == []
+    pool.check_integrity([[block]])
+    pool.free([block])
+    pool.check_integrity([])
+    assert pool.num_free == 4
+
+
 def test_without_caching_nothing_is_known() -> None:
     pool = BlockPool(4, 2, is_caching=False)
     hashes = hashes_of([1, 2, 3, 4])

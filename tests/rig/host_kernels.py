@@ -22,7 +22,12 @@ class LateStream:
 
         def wait() -> Tensors:
             while not found:
-                self._work.pop(0)()
+                first = self._work.pop(0)
+                try:
+                    first()
+                except Exception:  # what is queued behind it does not run either
+                    self._work.clear()
+                    raise
             return tuple(tensor.clone() for tensor in found[0])
 
         return wait
