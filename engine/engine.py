@@ -21,9 +21,10 @@ from tokenmill.engine.loader import LoadedModel
 from tokenmill.engine.messages import CacheSize
 from tokenmill.engine.probe import Probe
 from tokenmill.engine.runner import Runner
-from tokenmill.engine.scheduler import Scheduler, SchedulerOutput
+from tokenmill.engine.scheduler import SchedulerOutput
 from tokenmill.engine.sequence import FinishReason, Sequence
-from tokenmill.engine.sizing import DEFAULTS, best_budget, max_model_len, max_step_s, num_kv_blocks
+from tokenmill.engine.sizing import DEFAULTS, make_scheduler, max_model_len, num_kv_blocks
+from tokenmill.engine.start_times import StartTimes
 from tokenmill.engine.stats import EngineStats
 from tokenmill.engine.timings import kept_or_timed
 from tokenmill.producer.errors import InvalidRequest
@@ -57,8 +58,12 @@ class Engine:
         GroupLost: another rank could not load its part of the model.
     """
 
-    def __init__(self, model: LoadedModel, config: EngineConfig) -> None:
-        budgets, rows, block_size = DEFAULTS[model.device.type]
+    def __init__(
+        self, model: LoadedModel, config: EngineConfig, times: StartTimes | None = None
+    ) -> None:
+        #: The parts of the start: the KV cache, the steps timed, and before them the model.
+        self.start_times = times or StartTimes()
+        _, rows, block_size = DEFAULTS[model.device.type]
         block_size = config.block_size or block_size
         max_num_seqs = config.max_num_seqs or min(rows, config.token_budget or rows)
         self._group = model.group
@@ -75,26 +80,15 @@ class Engine:
         num_blocks = min(num_blocks, max_num_seqs * -(-self.max_model_len // block_size))
         size = CacheSize(num_blocks, block_size, self.max_model_len, kv_dtype)
         self._runner = Runner(model.spec, model.weights, size, model.group)
+        self.start_times.end("kv_cache")
         probe = Probe(self._runner)
         cost = CostModel()
         if config.token_budget is None or config.max_step_ms is not None:
             cost.probe(kept_or_timed(model, probe, size))
-        if config.deterministic and not probe.is_batch_invariant():
-            raise InvalidRequest(
-                "deterministic",
-                "a device whose results do not depend on the batch",
-                f"{model.device.type} in {model.dtype}".replace("torch.", ""),
-                "use float32 on a CPU, or leave it out",
-            )
-        self.scheduler = Scheduler(
-            BlockPool(num_blocks, block_size, is_caching=config.prefix_caching),
-            token_budget=config.token_budget or max(best_budget(cost, *budgets), max_num_seqs),
-            max_num_seqs=max_num_seqs,
-            policy=config.policy,
-            cost=cost,
-            max_step_s=max_step_s(config, cost),
-            window=model.spec.window,
-        )
+        if config.deterministic:
+            probe.check_batch_invariance()
+        pool = BlockPool(num_blocks, block_size, is_caching=config.prefix_caching)
+        self.scheduler = make_scheduler(model, config, pool, cost, max_num_seqs)
         self._constraints = ConstraintCompiler(
             model.tokenizer.to_json,
             vocab_size=model.spec.vocab_size,
@@ -114,6 +108,7 @@ class Engine:
         self._num_steps = 0
         self._num_computed_tokens = 0
         self._group.serve()
+        self.start_times.end("steps")
 
     @property
     def has_work(self) -> bool:

@@ -11,6 +11,7 @@ from tokenmill.engine.cost_model import Timing, kv_tokens_read
 from tokenmill.engine.runner import Runner
 from tokenmill.engine.scheduler import Chunk
 from tokenmill.engine.sequence import Sequence
+from tokenmill.producer.errors import InvalidRequest
 from tokenmill.producer.params import SamplingParams
 
 #: A chunk of a sequence of its own: (start, length).
@@ -86,6 +87,20 @@ class Probe:
         seconds = time.perf_counter() - started
         tokens = sum(length for _, length in shapes)
         return Timing(tokens, sum(kv_tokens_read(*shape) for shape in shapes), seconds)
+
+    def check_batch_invariance(self) -> None:
+        """Refuse where a sequence's logits depend on what else is computed.
+
+        Raises:
+            InvalidRequest: they do, on this device and in this dtype.
+        """
+        if not self.is_batch_invariant():
+            raise InvalidRequest(
+                "deterministic",
+                "a device whose results do not depend on the batch",
+                f"{self._runner.device.type} in {self._runner.dtype}".replace("torch.", ""),
+                "use float32 on a CPU, or leave it out",
+            )
 
     def is_batch_invariant(self) -> bool:
         """Whether a sequence's logits have the same bits whole, in chunks and beside others."""

@@ -4,11 +4,13 @@ import math
 
 import torch
 
+from tokenmill.engine.block_pool import BlockPool
 from tokenmill.engine.config import EngineConfig
 from tokenmill.engine.cost_model import CostModel
 from tokenmill.engine.kv_cache import num_blocks_in
 from tokenmill.engine.loader import LoadedModel
 from tokenmill.engine.messages import CacheSize
+from tokenmill.engine.scheduler import Scheduler
 from tokenmill.engine.step import MIN_CHUNK
 from tokenmill.engine.worst_step import Most, kv_memory
 from tokenmill.producer.errors import InvalidRequest
@@ -39,6 +41,26 @@ def num_kv_blocks(
         memory = kv_memory(model, Most(max(budget, max_num_seqs), max_num_seqs, longest), size)
     blocks = num_blocks_in(memory, model.spec, block_size=block_size, dtype=kv_dtype)
     return model.group.least(blocks)
+
+
+def make_scheduler(
+    model: LoadedModel, config: EngineConfig, pool: BlockPool, cost: CostModel, max_num_seqs: int
+) -> Scheduler:
+    """The scheduler of an engine whose steps cost that much.
+
+    Raises:
+        InvalidRequest: no step is as quick as is asked for.
+    """
+    budgets, *_ = DEFAULTS[model.device.type]
+    return Scheduler(
+        pool,
+        token_budget=config.token_budget or max(best_budget(cost, *budgets), max_num_seqs),
+        max_num_seqs=max_num_seqs,
+        policy=config.policy,
+        cost=cost,
+        max_step_s=max_step_s(config, cost),
+        window=model.spec.window,
+    )
 
 
 def best_budget(cost: CostModel, least: int, most: int, multiple: int) -> int:

@@ -8,6 +8,7 @@ from tokenmill.engine.group import ALONE, Group
 from tokenmill.engine.kv_cache import choose_kv_cache_dtype
 from tokenmill.engine.loader import DTYPES, choose_device, choose_dtype, load
 from tokenmill.engine.sizing import DEFAULTS
+from tokenmill.engine.start_times import StartTimes
 
 
 def start_engine(
@@ -27,12 +28,14 @@ def start_engine(
         ModelNotFound, UnsupportedModel, OutOfMemory, InvalidRequest, GroupLost: as `load` and
             `Engine` do.
     """
+    times = StartTimes()
     if threads is not None:
         torch.set_num_threads(threads)
     group = _start_group(model, config, device=device, dtype=dtype, threads=threads)
     try:
         loaded = load(model, device=device, dtype=dtype, quantization=quantization, group=group)
-        return Engine(loaded, config)
+        times.end("model")
+        return Engine(loaded, config, times)
     except BaseException:
         group.close()
         raise

@@ -29,6 +29,10 @@ READY = Event(
     logging.INFO,
     ("worker_id", "model", "load_s", "sequences", "kv_tokens", "max_model_len"),
 )
+#: From the process's start on: Python, torch and our modules, then what the engine does.
+START_TIMED = Event(
+    "start_timed", logging.INFO, ("python_s", "imports_s", "model_s", "kv_cache_s", "steps_s")
+)
 STEPS_TIMED = Event(
     "steps_timed",
     logging.INFO,

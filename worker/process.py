@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from importlib.metadata import version
+from pathlib import Path
 
 from redis.exceptions import NoPermissionError, RedisError
 
@@ -41,6 +42,7 @@ from tokenmill.worker.log import (
     LOGGER,
     READY,
     SERVER_AWAITED,
+    START_TIMED,
     STARTING,
     STEPS_TIMED,
     STOPPED,
@@ -69,8 +71,10 @@ def load_engine(config: WorkerConfig) -> EngineLike:
         ModelNotFound, UnsupportedModel, OutOfMemory, InvalidRequest, GroupLost: as for
             `start_engine`.
     """
+    python_s, began = process_age_s(), time.monotonic()
     from tokenmill.engine.start import start_engine
 
+    imports_s = time.monotonic() - began
     engine = start_engine(
         config.model,
         config.engine,
@@ -78,6 +82,15 @@ def load_engine(config: WorkerConfig) -> EngineLike:
         dtype=config.dtype,
         quantization=config.quantization,
         threads=config.threads,
+    )
+    seconds = engine.start_times.seconds
+    emit(
+        START_TIMED,
+        python_s=python_s,
+        imports_s=imports_s,
+        model_s=seconds["model"],
+        kv_cache_s=seconds["kv_cache"],
+        steps_s=seconds["steps"],
     )
     stats = engine.stats()
     if stats.cost.num_steps:
@@ -90,6 +103,16 @@ def load_engine(config: WorkerConfig) -> EngineLike:
             relative_error=round(stats.cost.relative_error, 3),
         )
     return engine
+
+
+def process_age_s() -> float | None:
+    """Seconds since this process was started; None where the system does not say."""
+    try:
+        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        started = int(fields[19]) / os.sysconf("SC_CLK_TCK")  # after boot: `man 5 proc`
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - started
+    except (OSError, AttributeError):
+        return None
 
 
 def run(

@@ -307,6 +307,12 @@ def test_a_bad_prompt_is_refused_and_costs_nothing(
     assert not engine.has_work
 
 
+def test_the_parts_of_the_start_are_timed(tiny: LoadedModel) -> None:
+    seconds = make_engine(tiny).start_times.seconds
+    assert list(seconds) == ["kv_cache", "steps"]
+    assert all(second > 0 for second in seconds.values())
+
+
 def test_capacity_falls_with_work_and_comes_back(tiny: LoadedModel) -> None:
     engine = make_engine(tiny)
     idle = engine.capacity()
