@@ -26,6 +26,8 @@ from tokenmill.producer.params import SamplingParams
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+#: By request.
+Tokens = dict[str, list[int]]
 CPU = torch.device("cpu")
 CONFIG: dict[str, Any] = {
     "vocab_size": 97,
@@ -80,8 +82,10 @@ def make_model(family: str, device: torch.device, *, stacked: bool = False) -> L
     return LoadedModel("random", spec, pack(weights), tokenizer, device, torch.float32)
 
 
-def tokens(model: LoadedModel) -> dict[str, list[int]]:
-    config = EngineConfig(token_budget=8, max_num_seqs=3, block_size=4, kv_cache_memory=1 << 20)
+def tokens(model: LoadedModel, *, kv_cache_memory: int | None = 1 << 20, **mode: Any) -> Tokens:
+    config = EngineConfig(
+        token_budget=8, max_num_seqs=3, block_size=4, kv_cache_memory=kv_cache_memory, **mode
+    )
     engine = Engine(model, config)
     for number, (prompt, sampling) in enumerate(zip(PROMPTS, SAMPLINGS, strict=True)):
         params = SamplingParams(max_tokens=4, ignore_eos=True, **sampling)
@@ -100,6 +104,32 @@ def tokens(model: LoadedModel) -> dict[str, list[int]]:
 def test_a_gpu_gives_the_tokens_of_a_cpu(family: str) -> None:
     gpu = torch.device("cuda")
     assert tokens(make_model(family, gpu)) == tokens(make_model(family, CPU))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "mode",
+    [
+        {"async_scheduling": True},
+        {"cuda_graphs": True},
+        {"async_scheduling": True, "cuda_graphs": True},
+    ],
+    ids=["ahead", "graphs", "both"],
+)
+def test_a_gpu_that_is_not_waited_for_gives_the_same(family: str, mode: dict[str, bool]) -> None:
+    """One step ahead and in graphs, which the second half of the steps replays."""
+    model = make_model(family, torch.device("cuda"), stacked=True)
+    assert tokens(model, **mode) == tokens(make_model(family, CPU))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_cache_takes_what_the_largest_step_leaves() -> None:
+    """Nearly all of the device, and still every step runs."""
+    model = make_model("qwen3", torch.device("cuda"))
+    assert tokens(model, kv_cache_memory=None) == tokens(make_model("qwen3", CPU))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels are not interpreted here")
