@@ -72,8 +72,10 @@ class Most:
         others = max(self.num_seqs - 1, 1)
         left = max(self.num_tokens - 1, 0)
         lengths = [left // others + (n < left % others) for n in range(others)]
-        longest = min(self.max_model_len, 1 << 17)
-        return [(longest - 1, 1), *((0, min(n, longest)) for n in lengths if n)]
+        return [
+            (self.max_model_len - 1, 1),
+            *((0, min(n, self.max_model_len)) for n in lengths if n),
+        ]
 
 
 def kv_memory(model: LoadedModel, most: Most, size: CacheSize, memory: Memory | None = None) -> int:
@@ -113,8 +115,8 @@ def run_largest(model: LoadedModel, most: Most, size: CacheSize) -> None:
 def _refusal(model: LoadedModel, most: Most, why: str) -> str:
     return (
         f"{model.name} leaves no room for a KV cache on {model.device}: beside its weights a step "
-        f"of {most.num_tokens} tokens and {most.num_seqs} sequences {why}; lower --token-budget or "
-        "--max-num-seqs, or choose a smaller model"
+        f"of {most.num_tokens} tokens and {most.num_seqs} sequences {why}; lower --token-budget, "
+        "--max-num-seqs or --max-model-len, or choose a smaller model"
     )
 
 

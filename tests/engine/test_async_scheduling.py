@@ -88,7 +88,7 @@ def make_engine(window: int | None, **config: Any) -> Engine:
     return engine
 
 
-def ahead(engine: Engine, *, is_captured: bool = False) -> Engine:
+def ahead(engine: Engine, *, is_captured: bool = False, num_ahead: int = 1) -> Engine:
     """The same engine, one step ahead of a device that works when it is waited for."""
     engine._executor = DeviceExecutor(
         engine._runner,
@@ -98,7 +98,7 @@ def ahead(engine: Engine, *, is_captured: bool = False) -> Engine:
         is_captured=is_captured,
         stream=host_kernels.LateStream(),
     )
-    engine._num_ahead = 1
+    engine._num_ahead = num_ahead
     return engine
 
 
@@ -136,6 +136,7 @@ class Traffic:
     is_caching: bool
     policy: Policy
     is_captured: bool
+    num_ahead: int
 
 
 REQUESTS = st.builds(
@@ -156,13 +157,14 @@ TRAFFIC = st.builds(
     is_caching=st.booleans(),
     policy=st.sampled_from([Policy.SPLITFUSE, Policy.SPLITFUSE, *Policy]),
     is_captured=st.booleans(),
+    num_ahead=st.sampled_from([1, 1, 1, 0]),
 )
 
 
 def busy(*, is_captured: bool) -> Traffic:
     """More than the cache holds, so that some lose their blocks."""
     requests = [Request(n // 2, 9 + n, n % 2, 14, n, 5 * (n == 3)) for n in range(6)]
-    return Traffic(requests, 13, 8, None, True, Policy.SPLITFUSE, is_captured)
+    return Traffic(requests, 13, 8, None, True, Policy.SPLITFUSE, is_captured, 1)
 
 
 class Answer:
@@ -224,6 +226,7 @@ def test_whatever_comes_and_goes_the_answers_are_the_same(traffic: Traffic) -> N
     engine = ahead(
         make_engine(traffic.window, kv_cache_memory=traffic.blocks * block_bytes, **config),
         is_captured=traffic.is_captured,
+        num_ahead=traffic.num_ahead,
     )
     for seq_id, answer in answers(engine, requests, aborts=True).items():
         if any(o.finish_reason is not None for o in answer.outputs):

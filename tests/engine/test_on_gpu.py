@@ -127,7 +127,7 @@ def test_a_gpu_that_is_not_waited_for_gives_the_same(family: str, mode: dict[str
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_the_cache_takes_what_the_largest_step_leaves() -> None:
-    """Nearly all of the device, and still every step runs."""
+    """The largest step is run at the start, and measured."""
     model = make_model("qwen3", torch.device("cuda"))
     assert tokens(model, kv_cache_memory=None) == tokens(make_model("qwen3", CPU))
 
