@@ -1,5 +1,6 @@
 """`KVCache`: the tensors behind the block numbers, and how many blocks there can be."""
 
+import logging
 from dataclasses import dataclass
 
 import torch
@@ -8,6 +9,8 @@ from tokenmill.engine.config import KV_CACHE_DTYPES
 from tokenmill.engine.errors import OutOfMemory
 from tokenmill.engine.models.spec import ModelSpec
 from tokenmill.producer.errors import InvalidRequest
+
+LOGGER = logging.getLogger(__name__)
 
 #: Share of the device memory left by the weights that the KV cache takes on a GPU.
 GPU_KV_SHARE = 0.85
@@ -87,6 +90,8 @@ def allocate_kv_cache(
     def layers() -> list[torch.Tensor]:
         return [torch.empty(shape, dtype=dtype, device=device) for _ in range(spec.num_layers)]
 
+    held = str(dtype).removeprefix("torch.")
+    LOGGER.info("keys and values are held as %s: %d blocks of %d tokens", held, *shape[:2])
     try:
         return KVCache(layers(), layers())
     except RuntimeError as error:  # torch.OutOfMemoryError on a GPU, the plain class on a CPU

@@ -39,6 +39,7 @@ class LocalWorker:
         url: str,
         queue: str,
         quantization: str = "",
+        kv_cache_dtype: str = "",
         lora: Sequence[str] = (),
     ) -> None:
         self.model = model
@@ -49,7 +50,13 @@ class LocalWorker:
         with self.log.open("wb") as output:
             # Its own process group: Ctrl-C reaches this process alone, which then ends it in order.
             self._process = subprocess.Popen(
-                _command(worker_options(model, quantization, lora), url, queue),
+                _command(
+                    worker_options(
+                        model, quantization=quantization, kv_cache_dtype=kv_cache_dtype, lora=lora
+                    ),
+                    url,
+                    queue,
+                ),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
@@ -117,10 +124,14 @@ def is_alive(worker: WorkerInfo) -> bool:
     return True
 
 
-def worker_options(model: str, quantization: str, lora: Sequence[str] = ()) -> list[str]:
-    """What `tokenmill worker` is started with for a model; "" is its own choice of weights."""
+def worker_options(
+    model: str, *, quantization: str = "", kv_cache_dtype: str = "", lora: Sequence[str] = ()
+) -> list[str]:
+    """What `tokenmill worker` is started with for a model; "" is its own choice."""
     adapters = [word for text in lora for word in ("--lora", text)]
     chosen = ["--quantization", quantization] if quantization else []
+    if kv_cache_dtype:
+        chosen += ["--kv-cache-dtype", kv_cache_dtype]
     return ["--model", model, *chosen, *adapters]
 
 

@@ -20,6 +20,7 @@ _PLAN_FIELDS = (
     "output",
     "model",
     "quantization",
+    "kv_cache_dtype",
     "lora",
     "prompt_field",
     "answer_field",
@@ -153,6 +154,14 @@ def plan_options(command: Command) -> Command:
                 default=None,
                 callback=_or_empty,
                 help="Of the worker, where the run brings one along.",
+            ),
+            option(
+                "--kv-cache-dtype",
+                envvar="TOKENMILL_KV_CACHE_DTYPE",
+                type=click.Choice(["auto", "float32", "bfloat16"]),
+                default=None,
+                callback=_or_empty,
+                help="The same.",
             ),
             option(
                 "--prompt-field", default="prompt", help="Column of plain rows with the prompt."

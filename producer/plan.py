@@ -22,6 +22,8 @@ class Plan:
     model: str = ""
     #: How a worker that the run brings holds the weights; "" for the worker's own choice.
     quantization: str = ""
+    #: What it holds keys and values as; "" for its own choice.
+    kv_cache_dtype: str = ""
     #: LoRA adapters of a worker that is brought along, each as NAME=DIRECTORY.
     lora: Sequence[str] = ()
     #: "" to look at the file, or a `Layout`.
@@ -73,8 +75,9 @@ class Plan:
         """What the answers depend on, beside the model: with others it would be another run."""
         names = ("layout", "prompt_field", "answer_field", "raw", "ignore_row_model")
         values = {name: getattr(self, name) for name in names} | {"sampling": dict(self.sampling)}
-        if self.quantization:
-            values["quantization"] = self.quantization
+        for name in ("quantization", "kv_cache_dtype"):
+            if chosen := getattr(self, name):
+                values[name] = chosen
         if self.lora:
             values["lora"] = list(self.lora)
         plain: dict[str, Any] = json.loads(json.dumps(values))

@@ -90,12 +90,13 @@ class Run:
         """
         begun, named = self._journal.header.model, self._dataset.survey.model
         is_served = self._serving.settle(begun, named, check_model)
-        if self._plan.quantization and is_served:
+        for name in ("quantization", "kv_cache_dtype") if is_served else ():
             # A worker does not say how it computes: whoever started it has chosen.
-            self._report.note(
-                f"a worker serves {self._serving.model} already: it computes as it was started, "
-                f"whatever --quantization {self._plan.quantization} says"
-            )
+            if chosen := getattr(self._plan, name):
+                self._report.note(
+                    f"a worker serves {self._serving.model} already: it computes as it was "
+                    f"started, whatever --{name.replace('_', '-')} {chosen} says"
+                )
         for row in self._journal.superseded(self._plan.window):
             self._cancel(request_id(self._journal.superseded_run, row, self._client.num_shards))
         is_bulk = self._dataset.survey.rows > BULK_ROWS and not self._report.wants_text

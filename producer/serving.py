@@ -95,14 +95,20 @@ class Serving:
             url=self._client.url,
             queue=self._plan.queue,
             quantization=self._plan.quantization,
+            kv_cache_dtype=self._plan.kv_cache_dtype,
             lora=self._plan.lora,
         )
 
     def missing(self) -> str:
         """What to start where no worker is live."""
-        options = " ".join(worker_options(self.model, self._plan.quantization, self._plan.lora))
+        options = worker_options(
+            self.model,
+            quantization=self._plan.quantization,
+            kv_cache_dtype=self._plan.kv_cache_dtype,
+            lora=self._plan.lora,
+        )
         text = f"a worker for {self.model} on queue {self._plan.queue}"
-        return f"{text}; start one: tokenmill worker {options}"
+        return f"{text}; start one: tokenmill worker {' '.join(options)}"
 
     def stop(self) -> None:
         """End what was brought."""

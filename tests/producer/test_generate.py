@@ -75,11 +75,13 @@ def test_of_a_worker_that_serves_already_nobody_chooses_the_weights(
 ) -> None:
     fake_worker()
     told = Told()
-    made = plan(numbered(1), quantization="int8")
+    made = plan(numbered(1), quantization="int8", kv_cache_dtype="float32")
     generate(made, told, url=server_url)
-    (note,) = told.notes
-    assert note.endswith("computes as it was started, whatever --quantization int8 says")
-    assert made.parameters() != plan(quantization="").parameters()
+    first, second = told.notes
+    assert first.endswith("computes as it was started, whatever --quantization int8 says")
+    assert second.endswith("whatever --kv-cache-dtype float32 says")
+    others = plan(quantization="", kv_cache_dtype="float32"), plan(quantization="int8")
+    assert all(made.parameters() != other.parameters() for other in others)
 
 
 def test_a_row_may_name_an_adapter_as_its_model(
@@ -136,9 +138,17 @@ def test_the_embedded_server_and_its_own_worker(
 
     class StubWorker:
         def __init__(
-            self, model: str, *, url: str, queue: str, quantization: str, lora: list[str]
+            self,
+            model: str,
+            *,
+            url: str,
+            queue: str,
+            quantization: str,
+            kv_cache_dtype: str,
+            lora: list[str],
         ) -> None:
-            assert (quantization, lora) == ("int8", ["sql=adapters/sql"])
+            assert (quantization, kv_cache_dtype) == ("int8", "float32")
+            assert lora == ["sql=adapters/sql"]
             self.fake = fake_worker(model=model, url=url, limit=4 if not workers else 10**9)
             workers.append(self.fake)
 
@@ -159,7 +169,13 @@ def test_the_embedded_server_and_its_own_worker(
             workers[0] = fake_worker(model="smollm2", url=ensure_server())
 
     told.on_end = replace
-    made = plan(numbered(30), window=8, quantization="int8", lora=["sql=adapters/sql"])
+    made = plan(
+        numbered(30),
+        window=8,
+        quantization="int8",
+        kv_cache_dtype="float32",
+        lora=["sql=adapters/sql"],
+    )
     outcome = generate(made, told)
     assert outcome.answered == 30
     assert told.notes[0] == "starting a worker for smollm2"

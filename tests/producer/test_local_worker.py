@@ -54,9 +54,20 @@ def test_it_is_started_as_asked(state: Path, monkeypatch: pytest.MonkeyPatch) ->
         "subprocess.Popen", lambda command, **_: started.append(command[command.index("--model") :])
     )
     LocalWorker("m", url="u", queue="q")
-    LocalWorker("m", url="u", queue="q", quantization="int8", lora=["a=x", "b=y"])
+    LocalWorker(
+        "m", url="u", queue="q", quantization="int8", kv_cache_dtype="float32", lora=["a=x", "b=y"]
+    )
     plain = ["--model", "m", "--redis", "u", "--queue", "q"]
-    more = ["--quantization", "int8", "--lora", "a=x", "--lora", "b=y"]
+    more = [
+        "--quantization",
+        "int8",
+        "--kv-cache-dtype",
+        "float32",
+        "--lora",
+        "a=x",
+        "--lora",
+        "b=y",
+    ]
     assert started == [plain, [*plain[:2], *more, *plain[2:]]]
 
 
