@@ -1,6 +1,6 @@
 """The steps timed for a model on this machine, kept from one start to the next.
 
-Timing them takes a second or more, of a start that should take three; what they tell is the same
+Timing them takes a second or more, of a start that should take four; what they tell is the same
 every time. A file is one model as it is computed here: shapes, types, quantization, the size of the
 cache, threads, processor, torch, and our own code. It serves a week. A file with anything wrong in
 it is as good as none. Other processes make steps slower, never faster: a start runs

@@ -4,7 +4,7 @@
 
 Rows are quantized as they come, in groups of 64 values; the weight [N, K] is packed to panels
 [N / 64, K / 4, 64, 4] of codes that are 128 too large, as the instruction takes unsigned by signed.
-Work is divided as in `compiled_linear.py`: its bits depend on the row and the weight alone.
+An item of work is one panel with up to 32 rows: its bits depend on the row and the weight alone.
 """
 
 import torch

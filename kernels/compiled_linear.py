@@ -2,7 +2,7 @@
 
     weight [N, K]  is packed to panels [N / 64, K, 64]: a panel gives 64 columns of the product
 
-An item of work is one panel with up to 32 rows; the panel comes from memory once and stays in the
+An item of work is one panel with up to 128 rows; the panel comes from memory once and stays in the
 core's cache meanwhile. A product is summed up over K in order, four rows at a time, whatever the
 number of rows (they are filled up to four): its bits depend on the row and the weight alone.
 """

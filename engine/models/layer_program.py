@@ -80,15 +80,15 @@ class LayerProgram:
         Raises:
             IndexError: positions that the model lacks, or slots that the cache lacks.
         """
-        count, num_rows = len(embedded), self._activations.num_rows
+        count, num_rows = len(embedded), self._made[0].num_rows
         while num_rows < count:
             num_rows *= 2
-        if num_rows > self._activations.num_rows:
+        if num_rows > self._made[0].num_rows:
             self._allocate(num_rows)
-        rows, keys = self._activations, self.cache.keys[0]
+        (rows, program, parts), keys = self._made, self.cache.keys[0]
         rows.residual[:count] = embedded
         tables = batch.block_tables.contiguous()  # kept while its address is used
-        self._use_blocks(int(tables.max()) + 1)
+        self._use_blocks(int(batch.slot_mapping.max()) // keys.shape[1] + 1)
         starts, contexts = batch.cu_seqlens_q, batch.context_lens
         values = compiled_attention.step_values(rows.q, keys, starts, contexts, tables)
         values |= {
@@ -97,8 +97,8 @@ class LayerProgram:
             "positions": batch.positions.data_ptr(),
             "slots": batch.slot_mapping.data_ptr(),
         }
-        self._program.run(values)
-        num_wrong = self._program.counted(self._rotation)
+        program.run(values)
+        num_wrong = program.counted(parts.index(_ROTATION))  # all its like find the same
         if num_wrong:
             wrong = compiled_rows.wrong_rows(num_wrong, count, self._cos_sin[-1], keys)
             raise IndexError(wrong)
@@ -114,29 +114,30 @@ class LayerProgram:
 
     def part_shares(self) -> dict[str, float]:
         """Of the last run's time, the share of each part."""
-        shares: dict[str, float] = dict.fromkeys(self._parts, 0.0)
-        for part, share in zip(self._parts, self._program.shares(), strict=True):
+        _, program, parts = self._made
+        shares: dict[str, float] = dict.fromkeys(parts, 0.0)
+        for part, share in zip(parts, program.shares(), strict=True):
             shares[part] += share
         return shares
 
     def _allocate(self, num_rows: int) -> None:
+        """New memory for rows, and the program of its addresses: both or neither."""
         with torch.inference_mode(mode=False):
-            self._activations = _Activations(self._spec, num_rows)
+            rows = _Activations(self._spec, num_rows)
         named: list[tuple[str, Call]] = []
         for number in range(len(self._layers)):
-            named += self._attention_calls(number)
-            named += self._mlp_calls(number)
-        self._parts = [part for part, _ in named]
-        self._program = Program([call for _, call in named])
-        #: The first of the calls that count the rows which are wrong; all find the same.
-        self._rotation = self._parts.index(_ROTATION)
+            named += self._attention_calls(number, rows)
+            named += self._mlp_calls(number, rows)
+        program = Program([call for _, call in named])
+        # In one assignment: a program whose rows have gone would write to memory of others.
+        self._made = rows, program, [part for part, _ in named]
 
-    def _attention_calls(self, number: int) -> Iterator[tuple[str, Call]]:
+    def _attention_calls(self, number: int, rows: _Activations) -> Iterator[tuple[str, Call]]:
         """Up to what attention adds to the residual of a layer."""
-        spec, layer, rows = self._spec, self._layers[number], self._activations
+        spec, layer = self._spec, self._layers[number]
         keys, values = self.cache.keys[number], self.cache.values[number]
-        yield "norms", self._norm_call(layer.attention_norm, is_added=number > 0)
-        yield from self._linear_calls(layer.qkv, rows.hidden, rows.qkv)
+        yield "norms", _norm_call(rows, layer.attention_norm, is_added=number > 0)
+        yield from _linear_calls(rows, layer.qkv, rows.hidden, rows.qkv)
         rotated = (rows.q, rows.k, rows.v, self._cos_sin[number], keys, values)
         yield _ROTATION, compiled_rows.rope_call(*rotated, "rows", "positions", "slots")
         attended = rows.attended.view(rows.q.shape)
@@ -145,31 +146,32 @@ class LayerProgram:
             "attention",
             compiled_attention.attention_call(rows.q, keys, values, attended, scale, window),
         )
-        yield from self._linear_calls(layer.attention_out, rows.attended, rows.added)
+        yield from _linear_calls(rows, layer.attention_out, rows.attended, rows.added)
 
-    def _mlp_calls(self, number: int) -> Iterator[tuple[str, Call]]:
+    def _mlp_calls(self, number: int, rows: _Activations) -> Iterator[tuple[str, Call]]:
         """From there to what the MLP adds."""
-        layer, rows = self._layers[number], self._activations
+        layer = self._layers[number]
         mlp = layer.mlp
         if not isinstance(mlp, MLP):
             raise TypeError("layers of experts have no program")
-        yield "norms", self._norm_call(layer.mlp_norm, is_added=True)
-        yield from self._linear_calls(mlp.up, rows.hidden, rows.gate_up)
+        yield "norms", _norm_call(rows, layer.mlp_norm, is_added=True)
+        yield from _linear_calls(rows, mlp.up, rows.hidden, rows.gate_up)
         yield "MLP's activation", compiled_rows.gate_call(rows.gate_up, rows.inner, "rows")
-        yield from self._linear_calls(mlp.down, rows.inner, rows.added)
+        yield from _linear_calls(rows, mlp.down, rows.inner, rows.added)
 
-    def _norm_call(self, norm: Norm | None, *, is_added: bool) -> Call:
-        rows = self._activations
-        if norm is None:
-            raise TypeError("layers without a norm have no program")
-        added, residual = (rows.added, rows.residual) if is_added else (rows.residual, None)
-        return compiled_rows.norm_call(added, residual, norm.weight, norm.eps, rows.hidden, "rows")
 
-    def _linear_calls(
-        self, linear: Linear, x: torch.Tensor, y: torch.Tensor
-    ) -> Iterator[tuple[str, Call]]:
-        for call in linear.calls(x, y, self._activations.codes, "rows", "filled"):
-            yield "linears", call
+def _norm_call(rows: _Activations, norm: Norm | None, *, is_added: bool) -> Call:
+    if norm is None:
+        raise TypeError("layers without a norm have no program")
+    added, residual = (rows.added, rows.residual) if is_added else (rows.residual, None)
+    return compiled_rows.norm_call(added, residual, norm.weight, norm.eps, rows.hidden, "rows")
+
+
+def _linear_calls(
+    rows: _Activations, linear: Linear, x: torch.Tensor, y: torch.Tensor
+) -> Iterator[tuple[str, Call]]:
+    for call in linear.calls(x, y, rows.codes, "rows", "filled"):
+        yield "linears", call
 
 
 def can_run(spec: ModelSpec, layers: list[LayerWeights], cache: KVCache) -> bool:

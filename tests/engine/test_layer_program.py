@@ -144,3 +144,20 @@ def test_models_that_have_none(
     """Norms of heads, norms of outputs, layer norms, and widths that no kernel takes."""
     outputs(load(str(tiny_checkpoint(family, **overrides)[0]), device="cpu"))
     assert programs == [False]
+
+
+@torch.inference_mode()
+def test_interrupted_while_it_grows(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was there goes on: addresses and the memory that they name change together."""
+    run, cache = Decoder(model.spec, model.weights, 128, ALONE), cache_of(model)
+    before = run.forward(batch_of((0, 5)), cache)
+
+    def interrupted(_calls: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("tokenmill.engine.models.layer_program.Program", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run.forward(batch_of((0, 40), (0, 40)), cache)
+    assert torch.equal(run.forward(batch_of((0, 5)), cache), before)
+    assert len(run.forward(batch_of((0, 40), (0, 40)), cache)) == 80
