@@ -22,9 +22,7 @@ def faults_of_zeroing(tensor: torch.Tensor) -> int:
 
 
 @pytest.mark.skipif(
-    sys.platform != "linux"
-    or tuple(map(int, re.findall(r"\d+", platform.release())[:2])) < (5, 14),
-    reason="madvise of Linux 5.14",
+    sys.platform != "linux" or KERNEL < [5, 14], reason="needs madvise of Linux 5.14"
 )
 def test_pages_are_there_before_they_are_used() -> None:
     with mmap.mmap(-1, 4096 * PAGE) as region:
