@@ -78,6 +78,11 @@ def generate_command(
     """
     overwrite = sampling.pop("overwrite")
     made = Plan(**plan, sampling=given_sampling(**sampling), overwrite=overwrite)
+    for text in made.lora:  # before an output is begun that could not go on without it
+        name, _, directory = text.partition("=")
+        if not (Path(directory) / "adapter_config.json").is_file():
+            expected = "a directory with adapter_config.json, as PEFT writes it"
+            raise InvalidRequest(f"lora.{name}", expected, directory)
     # Shells start background commands with SIGINT ignored; whoever sends it to us means it.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)

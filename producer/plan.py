@@ -42,6 +42,11 @@ class Plan:
         SamplingParams.from_mapping(self.sampling)
         if not 1 <= self.window <= 100_000:
             raise InvalidRequest("window", "from 1 to 100000", self.window)
+        names = [text.partition("=")[0] for text in self.lora]
+        for text in self.lora:
+            name, _, directory = text.partition("=")
+            if not (name and directory and names.count(name) == 1):
+                raise InvalidRequest("lora", "NAME=DIRECTORY, each name once", text)
         if Path(self.input).absolute() == Path(self.output).absolute():
             raise OutputError(f"output must be another file than the input, got {self.output}")
 

@@ -90,12 +90,13 @@ class Run:
         """
         begun, named = self._journal.header.model, self._dataset.survey.model
         is_served = self._serving.settle(begun, named, check_model)
-        for name in ("quantization", "kv_cache_dtype") if is_served else ():
+        for name in ("quantization", "kv_cache_dtype", "lora") if is_served else ():
             # A worker does not say how it computes: whoever started it has chosen.
             if chosen := getattr(self._plan, name):
+                shown = chosen if isinstance(chosen, str) else " ".join(chosen)
                 self._report.note(
                     f"a worker serves {self._serving.model} already: it computes as it was "
-                    f"started, whatever --{name.replace('_', '-')} {chosen} says"
+                    f"started, whatever --{name.replace('_', '-')} {shown} says"
                 )
         for row in self._journal.superseded(self._plan.window):
             self._cancel(request_id(self._journal.superseded_run, row, self._client.num_shards))

@@ -176,6 +176,17 @@ def test_generate(url: str, run: Run, fake_worker: Any, questions: Path) -> None
     assert "complete already" in again.stderr
 
 
+def test_generate_with_an_adapter_that_is_not_there(
+    url: str, run: Run, questions: Path, tmp_path: Path
+) -> None:
+    """Refused before an output is begun, which the corrected command could not go on with."""
+    output = tmp_path / "adapted.jsonl"
+    result = run("generate", str(questions), "-o", str(output), "--lora", f"x={tmp_path}")
+    assert result.exit_code == 2
+    assert "lora.x must be a directory with adapter_config.json" in result.output
+    assert not list(tmp_path.glob("adapted*"))
+
+
 def test_generate_with_bad_rows(url: str, run: Run, fake_worker: Any, questions: Path) -> None:
     fake_worker()
     with questions.open("a") as file:

@@ -367,3 +367,9 @@ def test_rows_are_spread_over_the_shards(
     assert shards == ["0", "0", "0", "1", "1", "2", "2"]
     answers = [row["answer"] for row in read_rows(tmp_path / "out.jsonl")]
     assert answers == [f"{number} number " for number in range(7)]
+
+
+@pytest.mark.parametrize("lora", [["sql"], ["sql="], ["=a"], ["sql=a", "sql=b"]], ids=str)
+def test_adapters_are_names_with_directories(plan: Any, lora: list[str]) -> None:
+    with pytest.raises(InvalidRequest, match="lora must be NAME=DIRECTORY, each name once"):
+        plan(numbered(1), lora=lora)
