@@ -8,13 +8,12 @@ An item of work is one panel with up to 32 rows: its bits depend on the row and 
 """
 
 import torch
-from numba import carray, types
+from numba import carray, njit, types
 
-from tokenmill.kernels.compiled_linear import add_bias
 from tokenmill.kernels.compiler import compiled
 from tokenmill.kernels.int8_vectors import GROUP, OFFSET, QUAD, product, quantize
 from tokenmill.kernels.parallel import Call, run
-from tokenmill.kernels.vectors import ROWS, fetch_add, int64s
+from tokenmill.kernels.vectors import ROWS, fetch_add, floats, int64s
 
 _PANEL, _ITEM_ROWS = 64, 32
 #: Rows that a thread quantizes at a time.
@@ -33,6 +32,16 @@ def _quantize_work(data):
             source = x + 4 * row * x_stride
             quantize(source, codes + done * GROUP, scales + 4 * done, totals + 4 * done, groups)
         first = fetch_add(data + 8, 1) * _ROWS
+
+
+@njit(nogil=True)
+def _add_bias(bias_at, y, number, start, end, width):
+    """Add a panel's part of the bias to rows from `start` to `end` of its part of y."""
+    bias = carray(floats(bias_at + 4 * number * _PANEL), (_PANEL,))
+    for row in range(start, end):
+        sums = carray(floats(y + 4 * (row * width + number * _PANEL)), (_PANEL,))
+        for column in range(_PANEL):
+            sums[column] += bias[column]
 
 
 @compiled(types.void(types.int64))
@@ -62,7 +71,7 @@ def _work(data):
                 groups,
             )
         if bias_at:
-            add_bias(bias_at, y, number, start, min(start + _ITEM_ROWS, num_rows), width)
+            _add_bias(bias_at, y, number, start, min(start + _ITEM_ROWS, num_rows), width)
         item = fetch_add(data + 8, 1)
 
 
@@ -96,7 +105,7 @@ def linear(
     y = torch.empty(filled, num_panels * _PANEL)
     if num_rows:
         weight = (packed, weight_scales, bias)
-        quantize_rows, multiply = linear_calls(x, *weight, y, codes, num_rows, filled)
+        quantize_rows, multiply = linear_calls(x, *weight, y, codes, num_rows)
         run(quantize_rows, -(-num_rows // _ROWS))
         run(multiply, num_panels)
     return y[:num_rows]
@@ -113,9 +122,8 @@ def linear_calls(
     weight_scales: torch.Tensor,
     bias: torch.Tensor | None,
     y: torch.Tensor,
-    codes: torch.Tensor,  # uint8, `code_bytes` of the rows of y
+    codes: torch.Tensor,  # uint8, `code_bytes` of the rows of y, which are a multiple of 4
     num_rows: int | str,
-    filled: int | str,  # that, up to a multiple of 4
 ) -> tuple[Call, Call]:
     """The first rows of y [R, N] = x [R, K] @ weight.T + bias: what quantizes, what multiplies."""
     num_panels, groups = packed.shape[0], x.shape[1] // GROUP
@@ -125,5 +133,5 @@ def linear_calls(
     addresses = [packed.data_ptr(), weight_scales.data_ptr(), y.data_ptr(), bias_at]
     return (
         Call(_quantize_work, [num_rows, groups, x.data_ptr(), x.stride(0), *quantized]),
-        Call(_work, [filled, groups, num_panels, *quantized, *addresses]),
+        Call(_work, [num_rows, groups, num_panels, *quantized, *addresses]),
     )

@@ -2,113 +2,134 @@
 
     weight [N, K]  is packed to panels [N / 64, K, 64]: a panel gives 64 columns of the product
 
-An item of work is one panel with up to 128 rows; the panel comes from memory once and stays in the
-core's cache meanwhile. A product is summed up over K in order, four rows at a time, whatever the
-number of rows (they are filled up to four): its bits depend on the row and the weight alone.
+An item of work is one panel with up to 128 rows: the panel comes from memory once, to one core, and
+stays in its cache meanwhile. What is left when each thread has had as many of these goes in parts.
+A product is summed up over K in order, whatever the number of rows: its bits depend on the row and
+the weight alone.
 """
 
 import torch
 from numba import carray, njit, types
-from torch.nn.functional import pad as pad_rows
 
 from tokenmill.kernels.compiler import compiled
+from tokenmill.kernels.panel_product import LINES, PANEL, panel_product
 from tokenmill.kernels.parallel import Call, run
-from tokenmill.kernels.vectors import ROWS, WIDTH, fetch_add, floats, int64s, product
+from tokenmill.kernels.vectors import fetch_add, int64s
 
-_PANEL = 64
-#: Rows of an item at the most, and the items that there should be at the least.
-_MOST_ROWS, _FEWEST_ITEMS = 128, 24
+#: Rows of a tile, and of an item, at the most.
+_TILE, _MOST_ROWS = 4, 128
+#: Parts, for each thread, of an item that is left over.
+_PARTS = 2
 #: Terms of a sum taken at a time: that much of a panel stays in the first-level cache for all rows.
 _TERMS = 96
-#: Cache lines of the next panel that are asked for with each term, so that they come from memory
-#: meanwhile: by the first four rows of an item, or by its first sixteen.
-_LINES, _ROWS_ASKING = _PANEL // WIDTH, ROWS * _PANEL // WIDTH
+#: Arguments behind the counters and the 0 of a `Call`.
+_NUM_GIVEN = 10
 
-_first, _further = product(_LINES, is_added=False), product(_LINES, is_added=True)
-_first_asking = product(_LINES, is_added=False, lines_ahead=1)
-_further_asking = product(_LINES, is_added=True, lines_ahead=1)
+#: Where the sums of a panel begin that has no bias.
+_ZEROS = torch.zeros(PANEL)
 
-
-@njit(nogil=True)
-def _rows_of_item(num_rows, num_panels):
-    """Rows of an item: all, if that makes items enough, or equal parts."""
-    parts = max((num_rows + _MOST_ROWS - 1) // _MOST_ROWS, (_FEWEST_ITEMS - 1) // num_panels + 1)
-    rows = (num_rows + parts - 1) // parts
-    return (rows + ROWS - 1) // ROWS * ROWS
+# The next part of a panel is asked of memory by the first tiles of this one, in equal shares. One
+# tile alone asks for a quarter: it is through so soon that the processor's own guesses do better.
+_tile, _tile_1, _tile_2 = (panel_product(_TILE, lines) for lines in (0, 1, 2))
+_row_1, _row_2, _row_3 = (panel_product(rows, 0) for rows in (1, 2, 3))
 
 
 @njit(nogil=True)
-def add_bias(bias_at, y, number, start, end, width):
-    """Add a panel's part of the bias to rows from `start` to `end` of its part of y."""
-    bias = carray(floats(bias_at + 4 * number * _PANEL), (_PANEL,))
-    for row in range(start, end):
-        sums = carray(floats(y + 4 * (row * width + number * _PANEL)), (_PANEL,))
-        for column in range(_PANEL):
-            sums[column] += bias[column]
+def _multiply(num_rows, x, x_stride, panel, begin, begin_stride, y, y_stride, count, ahead):
+    """Y [num_rows, 64] = begin + x [num_rows, count] @ panel; asks for what lies `ahead`."""
+    tiles = num_rows // _TILE
+    for number in range(tiles + 1):
+        row = number * _TILE
+        a, c = x + 4 * row * x_stride, y + 4 * row * y_stride
+        b = begin + 4 * row * begin_stride
+        if number == tiles:
+            if num_rows - row == 1:
+                _row_1(a, x_stride, panel, b, begin_stride, c, y_stride, count, ahead)
+            elif num_rows - row == 2:
+                _row_2(a, x_stride, panel, b, begin_stride, c, y_stride, count, ahead)
+            elif num_rows - row == 3:
+                _row_3(a, x_stride, panel, b, begin_stride, c, y_stride, count, ahead)
+        elif 1 < tiles < LINES:
+            line = ahead + 2 * 64 * count * min(number, 1)
+            _tile_2(a, x_stride, panel, b, begin_stride, c, y_stride, count, line)
+        elif number < LINES:
+            line = ahead + 64 * count * number
+            _tile_1(a, x_stride, panel, b, begin_stride, c, y_stride, count, line)
+        else:
+            _tile(a, x_stride, panel, b, begin_stride, c, y_stride, count, ahead)
 
 
 @compiled(types.void(types.int64))
 def _work(data):
-    given = carray(int64s(data), (11,))
-    num_rows, depth, num_panels = given[3], given[4], given[5]
-    x, x_stride, packed, y, bias_at = given[6], given[7], given[8], given[9], given[10]
-    width = num_panels * _PANEL
-    rows = _rows_of_item(num_rows, num_panels)
-    parts = (num_rows + rows - 1) // rows
+    given = carray(int64s(data), (3 + _NUM_GIVEN,))
+    num_rows, depth, num_panels, num_threads = given[3], given[4], given[5], given[6]
+    x, x_stride, packed, y = given[7], given[8], given[9], given[10]
+    bias, bias_step = given[11], given[12]
+    y_stride = num_panels * PANEL
+    blocks = (num_rows + _MOST_ROWS - 1) // _MOST_ROWS
+    units = num_panels * blocks
+    block = ((num_rows + blocks - 1) // blocks + _TILE - 1) // _TILE * _TILE
+    whole = units - units % num_threads
+    parts = min(_PARTS * num_threads, block // _TILE)
+    part = (block // _TILE + parts - 1) // parts * _TILE
     item = fetch_add(data + 8, 1)
-    while item < num_panels * parts:
-        number, start = item // parts, item % parts * rows
-        end = min(start + rows, num_rows)
-        following = min(fetch_add(data + 8, 0), num_panels * parts - 1) // parts
-        for done in range(0, depth, _TERMS):
-            count = min(_TERMS, depth - done)
-            panel = packed + 4 * (number * depth + done) * _PANEL
-            # The next terms of this panel, or the first of the one that will probably come next.
-            ahead = panel + 4 * count * _PANEL
-            if done + count == depth:
-                ahead = packed + 4 * following * depth * _PANEL
-            for row in range(start, end, ROWS):
-                terms = x + 4 * (row * x_stride + done)
-                target = y + 4 * (row * width + number * _PANEL)
-                if row < start + _ROWS_ASKING:
-                    line = ahead + (row - start) // ROWS * count * 64
-                    if done == 0:
-                        _first_asking(terms, x_stride, panel, _PANEL, target, width, count, line)
-                    else:
-                        _further_asking(terms, x_stride, panel, _PANEL, target, width, count, line)
-                elif done == 0:
-                    _first(terms, x_stride, panel, _PANEL, target, width, count)
-                else:
-                    _further(terms, x_stride, panel, _PANEL, target, width, count)
-        if bias_at:
-            add_bias(bias_at, y, number, start, end, width)
+    while item < whole + (units - whole) * parts:
+        unit, first, rows = item, 0, block
+        if item >= whole:
+            unit = whole + (item - whole) // parts
+            first, rows = (item - whole) % parts * part, part
+        number = unit // blocks
+        start = min(unit % blocks * block + first, num_rows)
+        rows = min(rows, block - first, num_rows - start)
+        target = y + 4 * (start * y_stride + number * PANEL)
+        if rows > 0:
+            begin, begin_stride = bias + 4 * number * bias_step, 0
+            following = min(fetch_add(data + 8, 0), units - 1) // blocks
+            for done in range(0, depth, _TERMS):
+                count = min(_TERMS, depth - done)
+                panel = packed + 4 * (number * depth + done) * PANEL
+                # The next terms of this panel, or the first of the one that will probably be next.
+                ahead = panel + 4 * count * PANEL
+                if done + count == depth:
+                    ahead = packed + 4 * following * depth * PANEL
+                terms = x + 4 * (start * x_stride + done)
+                _multiply(
+                    rows,
+                    terms,
+                    x_stride,
+                    panel,
+                    begin,
+                    begin_stride,
+                    target,
+                    y_stride,
+                    count,
+                    ahead,
+                )
+                begin, begin_stride = target, y_stride
         item = fetch_add(data + 8, 1)
 
 
 def can_pack(weight: torch.Tensor) -> bool:
     """Whether `pack` takes a weight [N, K]."""
     is_plain = weight.device.type == "cpu" and weight.dtype == torch.float32
-    return is_plain and weight.shape[0] % _PANEL == 0
+    return is_plain and weight.shape[0] % PANEL == 0
 
 
 def pack(weight: torch.Tensor) -> torch.Tensor:
     """Lay out a weight [N, K] as panels [N / 64, K, 64], in new memory."""
     num_columns, depth = weight.shape
-    return weight.view(num_columns // _PANEL, _PANEL, depth).transpose(1, 2).contiguous()
+    return weight.view(num_columns // PANEL, PANEL, depth).transpose(1, 2).contiguous()
 
 
 def linear(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """Return x [T, K] @ weight.T [K, N] + bias [N]."""
-    num_rows = x.shape[0]
-    num_panels = packed.shape[0]
-    if num_rows % ROWS:
-        x = pad_rows(x, (0, 0, 0, -num_rows % ROWS))
-    elif x.stride(-1) != 1:
+    num_rows, num_panels = x.shape[0], packed.shape[0]
+    if x.stride(-1) != 1:
         x = x.contiguous()
-    y = torch.empty(x.shape[0], num_panels * _PANEL)
+    y = torch.empty(num_rows, num_panels * PANEL)
     if num_rows:
-        run(linear_call(x, packed, bias, y, x.shape[0]), num_panels)
-    return y[:num_rows]
+        run(linear_call(x, packed, bias, y, num_rows), num_panels)
+    return y
 
 
 def linear_call(
@@ -118,8 +139,9 @@ def linear_call(
     y: torch.Tensor,
     num_rows: int | str,
 ) -> Call:
-    """The first rows of y [R, N] = x [R, K] @ weight.T + bias; `num_rows` is a multiple of 4."""
+    """The first rows of y [R, N] = x [R, K] @ weight.T + bias."""
     num_panels, depth, _ = packed.shape
     addresses = [x.data_ptr(), x.stride(0), packed.data_ptr(), y.data_ptr()]
-    bias_at = 0 if bias is None else bias.data_ptr()
-    return Call(_work, [num_rows, depth, num_panels, *addresses, bias_at])
+    begin = [_ZEROS.data_ptr(), 0] if bias is None else [bias.data_ptr(), PANEL]
+    num_threads = torch.get_num_threads()
+    return Call(_work, [num_rows, depth, num_panels, num_threads, *addresses, *begin])

@@ -156,12 +156,10 @@ def as_function(emit: Callable[..., Any], result: Any, num_arguments: int) -> An
     return intrinsic(typed)
 
 
-def product(vectors: int, *, is_added: bool, lines_ahead: int = 0) -> Any:
+def product(vectors: int, *, is_added: bool) -> Any:
     """Of (a, a_stride, b, b_stride, c, c_stride, count): addresses, and strides in floats.
 
     c [4, 16 * vectors] = a [4, count] @ b [count, 16 * vectors], summed up in order; or += that.
-    `lines_ahead`: so many cache lines for each term, from an eighth argument on, are asked of
-    memory meanwhile.
     """
 
     def emit(
@@ -173,7 +171,6 @@ def product(vectors: int, *, is_added: bool, lines_ahead: int = 0) -> Any:
         c: Any,
         c_stride: Any,
         count: Any,
-        *ahead: Any,
     ) -> None:
         rows, outs = [a], [c]
         for _ in range(ROWS - 1):
@@ -187,10 +184,6 @@ def product(vectors: int, *, is_added: bool, lines_ahead: int = 0) -> Any:
 
         def add(number: Any, state: list[Any]) -> list[Any]:
             b_row, *sums = state
-            if lines_ahead:
-                line = e.step(ahead[0], e.builder.mul(number, INDEX(WIDTH * lines_ahead)))
-                for n in range(lines_ahead):
-                    e.ask_for(line, WIDTH * n)
             loaded = [e.load(b_row, WIDTH * n) for n in range(vectors)]
             new = [e.step(b_row, b_stride)]
             for row in range(ROWS):
@@ -202,7 +195,7 @@ def product(vectors: int, *, is_added: bool, lines_ahead: int = 0) -> Any:
         for place, value in enumerate(sums):
             e.store(value, outs[place // vectors], WIDTH * (place % vectors))
 
-    return as_function(emit, types.void, 8 if lines_ahead else 7)
+    return as_function(emit, types.void, 7)
 
 
 def _weigh(e: Emitter, row: Any, count: Any) -> Any:

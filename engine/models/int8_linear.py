@@ -56,13 +56,12 @@ class GroupedInt8Weight:
         y: torch.Tensor,
         codes: torch.Tensor,
         num_rows: str,
-        filled: str,
     ) -> "list[Call]":
         """As `Linear.calls`."""
         from tokenmill.kernels import compiled_int8
 
         weight = (self._packed, self._scales, bias)
-        return list(compiled_int8.linear_calls(x, *weight, y, codes, num_rows, filled))
+        return list(compiled_int8.linear_calls(x, *weight, y, codes, num_rows))
 
 
 class Int8Weight:

@@ -25,10 +25,9 @@ from tokenmill.kernels.parallel import Call
 from tokenmill.kernels.program import Program
 from tokenmill.kernels.vectors import WIDTH
 
-#: Rows that there is memory for at first; then twice as many, until a step fits.
+#: Rows that there is memory for at first; then twice as many, until a step fits. A kernel may fill
+#: up those of a step to a multiple of 4.
 _FEWEST_ROWS = 64
-#: What rows are filled up to: those behind the last hold whatever numbers were there.
-_ROWS = 4
 #: Blocks of the cache that are brought to memory together, before they are used.
 _BLOCKS = 16
 #: The part that counts rows which are wrong.
@@ -93,7 +92,6 @@ class LayerProgram:
         values = compiled_attention.step_values(rows.q, keys, starts, contexts, tables)
         values |= {
             "rows": count,
-            "filled": count + -count % _ROWS,
             "positions": batch.positions.data_ptr(),
             "slots": batch.slot_mapping.data_ptr(),
         }
@@ -170,7 +168,7 @@ def _norm_call(rows: _Activations, norm: Norm | None, *, is_added: bool) -> Call
 def _linear_calls(
     rows: _Activations, linear: Linear, x: torch.Tensor, y: torch.Tensor
 ) -> Iterator[tuple[str, Call]]:
-    for call in linear.calls(x, y, rows.codes, "rows", "filled"):
+    for call in linear.calls(x, y, rows.codes, "rows"):
         yield "linears", call
 
 

@@ -109,18 +109,16 @@ class Linear:
         y: torch.Tensor,
         codes: torch.Tensor,
         num_rows: str,
-        filled: str,
     ) -> "list[Call]":
         """Compiled calls that compute the first rows of y [R, out] from those of x [R, in].
 
-        `codes`: memory that int8 needs; `num_rows`, `filled`: names of how many rows there are, and
-        of that up to a multiple of 4.
+        `codes`: memory that int8 needs; `num_rows`: name of how many rows there are.
         """
         if isinstance(self._quantized, GroupedInt8Weight):
-            return self._quantized.calls(x, self.bias, y, codes, num_rows, filled)
+            return self._quantized.calls(x, self.bias, y, codes, num_rows)
         from tokenmill.kernels import compiled_linear
 
-        return [compiled_linear.linear_call(x, self.weight, self.bias, y, filled)]
+        return [compiled_linear.linear_call(x, self.weight, self.bias, y, num_rows)]
 
     def __call__(self, rows: torch.Tensor, adapted: "Adapted" = ()) -> torch.Tensor:
         out = self._product(rows)

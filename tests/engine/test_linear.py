@@ -42,18 +42,21 @@ def test_a_change_of_the_plain_weight_does_not_reach_a_packed_one() -> None:
 
 
 @pytest.mark.skipif(not compiler.has_wide_vectors(), reason="needs AVX-512")
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("threads", [1, 2, 3])
 def test_a_row_of_a_compiled_product_has_the_same_bits_in_any_batch(
     threads: int,
 ) -> None:
     generator = torch.Generator().manual_seed(0)
-    weight, x = (torch.randn(rows, 700, generator=generator) for rows in (192, 301))
+    weight, x = (torch.randn(rows, 700, generator=generator) for rows in (320, 301))
+    bias = torch.randn(320, generator=generator)
     packed = ops.pack(weight)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        whole = ops.packed_linear(x, packed, None)
-        for rows in (slice(0, 1), slice(299, 301), slice(30, 47), slice(0, 64)):
-            assert torch.equal(ops.packed_linear(x[rows], packed, None), whole[rows])
+        whole = ops.packed_linear(x, packed, bias)
+        torch.testing.assert_close(whole, x @ weight.T + bias, atol=2e-4, rtol=0)
+        for start, end in ((0, 1), (299, 301), (20, 23), (30, 47), (40, 46), (7, 16), (0, 64)):
+            part = ops.packed_linear(x[start:end], packed, bias)
+            assert torch.equal(part, whole[start:end])
     finally:
         torch.set_num_threads(before)
