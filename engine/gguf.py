@@ -1,7 +1,8 @@
 """Reading GGUF files (the format of llama.cpp): metadata, tensors, Llama family.
 
 The header is parsed here, in a fraction of the time that the `gguf` package's reader takes for a
-large vocabulary; the many block formats are left to that package's `quants.dequantize`.
+large vocabulary. Blocks of the simple types are dequantized by a compiled kernel where there is
+one, the many others by that package's `quants.dequantize`.
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
@@ -11,13 +12,17 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from tokenmill.engine.errors import UnsupportedModel
 from tokenmill.engine.models.checkpoint import NamedTensors
 from tokenmill.engine.models.spec import ModelSpec
+from tokenmill.kernels import ops
+
+if TYPE_CHECKING:
+    import numpy as np
 
 # GGUF value types -> struct codes; 8 is a string, 9 an array.
 _SCALARS = {
@@ -35,6 +40,10 @@ _SCALARS = {
 }
 _STRING, _ARRAY = 8, 9
 _MAX_ITEMS = 1 << 24
+_F32 = 0
+#: Values and bytes of a block of the types that need no more of the `gguf` package, whose import
+#: takes a while: GGML_TYPE_F32, Q4_0, Q4_1 and Q8_0.
+_SIZES = {_F32: (1, 4), 2: (32, 18), 3: (32, 20), 8: (32, 34)}
 #: Values that are dequantized at a time.
 _PIECE = 1 << 18
 
@@ -123,33 +132,57 @@ class GGUFFile:
     def tensor(self, name: str) -> torch.Tensor:
         """One tensor, dequantized to float32."""
         import numpy as np
-        from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
-        from gguf.quants import dequantize
 
         info = self.tensors[name]
-        try:
-            kind = GGMLQuantizationType(info.ggml_type)
-        except ValueError as error:
-            raise UnsupportedModel(f"{name} is of an unknown GGUF type: {error}") from error
-        block, block_bytes = GGML_QUANT_SIZES[kind]
-        size = math.prod(info.shape) // block * block_bytes
+        block, block_bytes = _SIZES.get(info.ggml_type) or _rare_sizes(name, info.ggml_type)
+        count = math.prod(info.shape)
+        size = count // block * block_bytes
         if info.offset + size > len(self._map):
             raise UnsupportedModel(f"{self.path} is not a whole GGUF file: {name} is cut short")
         raw = np.frombuffer(self._map, np.uint8, count=size, offset=info.offset)
-        values = np.empty(math.prod(info.shape), np.float32)
-        # A piece at a time, given as one row: what is made on the way stays in the cache.
-        step = max(_PIECE // block, 1)
-        try:
-            with np.errstate(all="ignore"):
-                for first in range(0, size // block_bytes, step):
-                    piece = raw[first * block_bytes : (first + step) * block_bytes]
-                    part = dequantize(piece[np.newaxis], kind).reshape(-1)
-                    values[first * block : first * block + len(part)] = part
-        except NotImplementedError as error:
-            raise UnsupportedModel(
-                f"{name} is of a GGUF type that cannot be read: {kind.name}"
-            ) from error
-        return torch.from_numpy(values).reshape(info.shape)
+        values = torch.empty(count)
+        if info.ggml_type == _F32:
+            values.numpy()[:] = raw.view(np.float32)
+        elif ops.can_dequantize(info.ggml_type):
+            ops.dequantize(raw, info.ggml_type, values)
+        else:
+            _dequantize(name, info.ggml_type, raw, values.numpy())
+        return values.reshape(info.shape)
+
+
+def _rare_sizes(name: str, ggml_type: int) -> tuple[int, int]:
+    """Values and bytes of a block of any type that the `gguf` package knows."""
+    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    try:
+        sizes: tuple[int, int] = GGML_QUANT_SIZES[GGMLQuantizationType(ggml_type)]
+    except ValueError as error:
+        raise UnsupportedModel(f"{name} is of an unknown GGUF type: {error}") from error
+    return sizes
+
+
+def _dequantize(
+    name: str, ggml_type: int, raw: "np.ndarray[Any, Any]", values: "np.ndarray[Any, Any]"
+) -> None:
+    """Write what the blocks in `raw` stand for to `values`, as the `gguf` package does it."""
+    import numpy as np
+    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+    from gguf.quants import dequantize
+
+    kind = GGMLQuantizationType(ggml_type)
+    block, block_bytes = GGML_QUANT_SIZES[kind]
+    # A piece at a time, given as one row: what is made on the way stays in the cache.
+    step = max(_PIECE // block, 1)
+    try:
+        with np.errstate(all="ignore"):
+            for first in range(0, len(raw) // block_bytes, step):
+                piece = raw[first * block_bytes : (first + step) * block_bytes]
+                part = dequantize(piece[np.newaxis], kind).reshape(-1)
+                values[first * block : first * block + len(part)] = part
+    except NotImplementedError as error:
+        raise UnsupportedModel(
+            f"{name} is of a GGUF type that cannot be read: {kind.name}"
+        ) from error
 
 
 def config_from_gguf(

@@ -28,6 +28,22 @@ def load_compiled() -> None:
         del compiled_int8
 
 
+def can_dequantize(ggml_type: int) -> bool:
+    """Whether `dequantize` takes blocks of this type of GGUF."""
+    if not compiler.has_wide_vectors():
+        return False
+    from tokenmill.kernels import compiled_blocks
+
+    return ggml_type in compiled_blocks.BLOCK_BYTES
+
+
+def dequantize(stored: Any, ggml_type: int, values: torch.Tensor) -> None:
+    """Write what `stored`, the bytes of blocks as uint8, stands for to contiguous `values`."""
+    from tokenmill.kernels import compiled_blocks
+
+    compiled_blocks.dequantize(stored, ggml_type, values)
+
+
 def has_programs(weight: torch.Tensor) -> bool:
     """Whether compiled kernels of models with such weights can be called as one `Program`."""
     is_plain = weight.device.type == "cpu" and weight.dtype == torch.float32

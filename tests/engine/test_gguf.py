@@ -12,6 +12,7 @@ from gguf.quants import dequantize, quantize
 from tokenmill.engine import gguf
 from tokenmill.engine.errors import UnsupportedModel
 from tokenmill.engine.gguf import GGUFFile, _half_split, config_from_gguf
+from tokenmill.kernels import ops
 
 
 @pytest.fixture
@@ -48,11 +49,26 @@ def test_metadata_and_tensors_are_read(written: Path) -> None:
 @pytest.mark.parametrize("piece", [1, 32, 40, 1 << 18])
 def test_pieces_make_the_whole(written: Path, piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gguf, "_PIECE", piece)
+    monkeypatch.setattr(ops, "can_dequantize", lambda _ggml_type: False)
     kind = GGMLQuantizationType.Q8_0
     values = np.arange(64, dtype=np.float32).reshape(2, 32)
     expected = torch.from_numpy(dequantize(quantize(values, kind), kind))
     assert torch.equal(GGUFFile(written).tensor("Q8_0"), expected)
     assert torch.equal(GGUFFile(written).tensor("plain"), torch.from_numpy(values))
+
+
+@pytest.mark.parametrize("kind", [GGMLQuantizationType.F16, GGMLQuantizationType.Q5_1])
+def test_types_that_no_kernel_takes_are_read(kind: GGMLQuantizationType, tmp_path: Path) -> None:
+    values = np.linspace(-1, 1, 96, dtype=np.float32).reshape(3, 32)
+    path = tmp_path / "model.gguf"
+    writer = GGUFWriter(path, "llama")
+    writer.add_tensor("x", quantize(values, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    expected = torch.from_numpy(dequantize(quantize(values, kind), kind))
+    assert torch.equal(GGUFFile(path).tensor("x"), expected)
 
 
 @pytest.mark.parametrize("length", [0, 3, 20, 100, 200])
