@@ -35,13 +35,23 @@ def _step(e: Emitter, address: Any, elements: Any, *, is_half: bool) -> Any:
 
 
 def add_values(rows: int, vectors: int, *, is_half: bool) -> Any:
-    """Of (weights, weights_stride, values, values_stride, sums, sums_stride, count).
+    """Of (weights, weights_stride, values, values_stride, sums, sums_stride, count, ahead).
 
     sums [rows, 16 * vectors] += weights [rows, count] @ values [count, 16 * vectors], in order.
+    Meanwhile as much of memory is asked for from `ahead` on, with the stride of values.
     """
+    lines = max(1, vectors * WIDTH * (2 if is_half else 4) // LINE)
 
     def emit(
-        e: Emitter, a: Any, a_stride: Any, b: Any, b_stride: Any, c: Any, c_stride: Any, count: Any
+        e: Emitter,
+        a: Any,
+        a_stride: Any,
+        b: Any,
+        b_stride: Any,
+        c: Any,
+        c_stride: Any,
+        count: Any,
+        ahead: Any,
     ) -> None:
         starts, outs = [a], [c]
         for _ in range(rows - 1):
@@ -49,20 +59,22 @@ def add_values(rows: int, vectors: int, *, is_half: bool) -> Any:
             outs.append(e.step(outs[-1], c_stride))
 
         def add(number: Any, state: list[Any]) -> list[Any]:
-            value, *sums = state
+            value, line, *sums = state
+            for n in range(lines):
+                e.ask_for(line, WIDTH * n)
             loaded = [load(e, value, WIDTH * n, is_half=is_half) for n in range(vectors)]
-            new = [_step(e, value, b_stride, is_half=is_half)]
+            new = [_step(e, place, b_stride, is_half=is_half) for place in (value, line)]
             for row in range(rows):
                 factor = e.spread(e.step(starts[row], number))
                 new += [e.fma(factor, loaded[n], sums[row * vectors + n]) for n in range(vectors)]
             return new
 
         sums = [e.load(out, WIDTH * n) for out in outs for n in range(vectors)]
-        _, *sums = e.loop(count, [b, *sums], add)
+        _, _, *sums = e.loop(count, [b, ahead, *sums], add)
         for place, value in enumerate(sums):
             e.store(value, outs[place // vectors], WIDTH * (place % vectors))
 
-    return as_function(emit, types.void, 7)
+    return as_function(emit, types.void, 8)
 
 
 def _columns(e: Emitter, keys: list[Any], at: Any) -> list[Any]:
@@ -77,25 +89,37 @@ def _columns(e: Emitter, keys: list[Any], at: Any) -> list[Any]:
 
 
 def dots(rows: int, *, is_half: bool, is_paired: bool = False) -> Any:
-    """Of (queries, queries_stride, keys, keys_stride, scores, scores_stride, count).
+    """Of (queries, queries_stride, keys, keys_stride, scores, scores_stride, count, ahead).
 
     scores [rows, 16] = queries [rows, W * count] @ keys [16, W * count]^T, channels in order.
-    W is 16, or 32 if bfloat16 is paired.
+    W is 16, or 32 if bfloat16 is paired. Meanwhile as much of memory is asked for from `ahead` on,
+    with the stride of keys.
     """
     step = 2 * WIDTH if is_paired else WIDTH
 
     def emit(
-        e: Emitter, q: Any, q_stride: Any, k: Any, k_stride: Any, c: Any, c_stride: Any, count: Any
+        e: Emitter,
+        q: Any,
+        q_stride: Any,
+        k: Any,
+        k_stride: Any,
+        c: Any,
+        c_stride: Any,
+        count: Any,
+        ahead: Any,
     ) -> None:
-        starts, outs, keys = [q], [c], [k]
+        starts, outs, keys, lines = [q], [c], [k], [ahead]
         for _ in range(rows - 1):
             starts.append(e.step(starts[-1], q_stride))
             outs.append(e.step(outs[-1], c_stride))
         for _ in range(WIDTH - 1):
             keys.append(_step(e, keys[-1], k_stride, is_half=is_half))
+            lines.append(_step(e, lines[-1], k_stride, is_half=is_half))
 
         def add(number: Any, sums: list[Any]) -> list[Any]:
             at = e.builder.mul(number, INDEX(step))
+            for line in lines:
+                e.ask_for(_step(e, line, at, is_half=is_half))
             if is_paired:
                 columns = _columns(e, keys, at)
             else:
@@ -111,7 +135,7 @@ def dots(rows: int, *, is_half: bool, is_paired: bool = False) -> Any:
         for out, total in zip(outs, e.loop(count, [e.of(0.0)] * rows, add), strict=True):
             e.store(total, out)
 
-    return as_function(emit, types.void, 7)
+    return as_function(emit, types.void, 8)
 
 
 def _transpose_half(e: Emitter, source: Any, stride: Any, target: Any, target_stride: Any) -> None:

@@ -1,8 +1,9 @@
 """Attention of up to four rows, as of a decoding token: bound by the reading of keys and values.
 
 Keys are turned in registers, sixteen at a time, and not written anywhere. What is read next is
-asked for well before: blocks lie anywhere, and their rows of one head are not next to each other,
-which the processor does not foresee. The sums are those of `compiled_attention.py`, in its order.
+asked for well before, line by line beside the arithmetic: blocks lie anywhere, and their rows of
+one head are not next to each other, which the processor does not foresee. The sums are those of
+`compiled_attention.py`, in its order.
 """
 
 import numpy as np
@@ -12,8 +13,9 @@ from tokenmill.kernels.cache_vectors import LINE, add_values, dots, prefetch
 from tokenmill.kernels.compiler import has_wide_vectors
 from tokenmill.kernels.vectors import WIDTH, floats, weigh
 
-#: Keys, or values, between what is computed and what is asked for: the best of 32 to 256.
-AHEAD = 64
+#: Keys, or values, between what is computed and what is asked for: 32 does best for float32, 64
+#: for bfloat16.
+AHEAD = 48
 #: Channels of values at a time: as many as registers can hold the sums of.
 _STRIP = 4 * WIDTH if has_wide_vectors() else WIDTH
 
@@ -33,74 +35,79 @@ _vector, _half_vector = add_values(4, 1, is_half=False), add_values(4, 1, is_hal
 
 
 @njit(nogil=True)
-def _score(size, rows, q, dim, keys, stride, scores, width):
+def _score(size, rows, q, dim, keys, stride, scores, width, ahead):
     count = dim // WIDTH
     if size == 2:
         if count % 2:
-            _odd_half_dots(q, dim, keys, stride, scores, width, count)
+            _odd_half_dots(q, dim, keys, stride, scores, width, count, ahead)
             return
         count //= 2
         if rows == 1:
-            _half_dots_1(q, dim, keys, stride, scores, width, count)
+            _half_dots_1(q, dim, keys, stride, scores, width, count, ahead)
         elif rows == 2:
-            _half_dots_2(q, dim, keys, stride, scores, width, count)
+            _half_dots_2(q, dim, keys, stride, scores, width, count, ahead)
         elif rows == 3:
-            _half_dots_3(q, dim, keys, stride, scores, width, count)
+            _half_dots_3(q, dim, keys, stride, scores, width, count, ahead)
         else:
-            _half_dots_4(q, dim, keys, stride, scores, width, count)
+            _half_dots_4(q, dim, keys, stride, scores, width, count, ahead)
     elif rows == 1:
-        _dots_1(q, dim, keys, stride, scores, width, count)
+        _dots_1(q, dim, keys, stride, scores, width, count, ahead)
     elif rows == 2:
-        _dots_2(q, dim, keys, stride, scores, width, count)
+        _dots_2(q, dim, keys, stride, scores, width, count, ahead)
     elif rows == 3:
-        _dots_3(q, dim, keys, stride, scores, width, count)
+        _dots_3(q, dim, keys, stride, scores, width, count, ahead)
     else:
-        _dots_4(q, dim, keys, stride, scores, width, count)
+        _dots_4(q, dim, keys, stride, scores, width, count, ahead)
 
 
 @njit(nogil=True)
-def _add_strip(size, rows, weights, width, values, stride, sums, dim, count):
+def _add_strip(size, rows, weights, width, values, stride, sums, dim, count, ahead):
     if size == 2:
         if rows == 1:
-            _half_strip_1(weights, width, values, stride, sums, dim, count)
+            _half_strip_1(weights, width, values, stride, sums, dim, count, ahead)
         elif rows == 2:
-            _half_strip_2(weights, width, values, stride, sums, dim, count)
+            _half_strip_2(weights, width, values, stride, sums, dim, count, ahead)
         elif rows == 3:
-            _half_strip_3(weights, width, values, stride, sums, dim, count)
+            _half_strip_3(weights, width, values, stride, sums, dim, count, ahead)
         else:
-            _half_strip_4(weights, width, values, stride, sums, dim, count)
+            _half_strip_4(weights, width, values, stride, sums, dim, count, ahead)
     elif rows == 1:
-        _strip_1(weights, width, values, stride, sums, dim, count)
+        _strip_1(weights, width, values, stride, sums, dim, count, ahead)
     elif rows == 2:
-        _strip_2(weights, width, values, stride, sums, dim, count)
+        _strip_2(weights, width, values, stride, sums, dim, count, ahead)
     elif rows == 3:
-        _strip_3(weights, width, values, stride, sums, dim, count)
+        _strip_3(weights, width, values, stride, sums, dim, count, ahead)
     else:
-        _strip_4(weights, width, values, stride, sums, dim, count)
+        _strip_4(weights, width, values, stride, sums, dim, count, ahead)
 
 
 @njit(nogil=True)
-def _add(size, rows, weights, width, values, stride, sums, dim, count):
+def _add(size, rows, weights, width, values, stride, sums, dim, count, ahead):
     done = 0
     while done + _STRIP <= dim:
         at, to = values + size * done, sums + 4 * done
-        _add_strip(size, rows, weights, width, at, stride, to, dim, count)
+        _add_strip(size, rows, weights, width, at, stride, to, dim, count, ahead + size * done)
         done += _STRIP
     while done < dim:
         at, to = values + size * done, sums + 4 * done
         if size == 2:
-            _half_vector(weights, width, at, stride, to, dim, count)
+            _half_vector(weights, width, at, stride, to, dim, count, ahead + size * done)
         else:
-            _vector(weights, width, at, stride, to, dim, count)
+            _vector(weights, width, at, stride, to, dim, count, ahead + size * done)
         done += WIDTH
+
+
+@njit(nogil=True)
+def _row(cache, row_bytes, table, block_size, position):
+    """Address of the row of a position, of all heads."""
+    return cache + (table[position // block_size] * block_size + position % block_size) * row_bytes
 
 
 @njit(nogil=True)
 def ask_for(cache, row_bytes, table, block_size, position, last, length):
     """Of sixteen rows from `position` on, a multiple of sixteen, the `length` bytes of a head."""
     if position < last:
-        slot = table[position // block_size] * block_size + position % block_size
-        first = cache + slot * row_bytes
+        first = _row(cache, row_bytes, table, block_size, position)
         for row in range(first, first + WIDTH * row_bytes, row_bytes):
             for byte in range(0, length, LINE):
                 prefetch(row + byte)
@@ -129,15 +136,16 @@ def attend_few(at, table, scratch, shape, before, num_tokens, window, scale):
     carray(floats(sums), (4 * dim,))[:] = 0
 
     for first in range(base, last, WIDTH):
-        ahead = first + AHEAD
-        if ahead < last:
-            ask_for(keys, row_bytes, table, block_size, ahead, last, length)
+        at_keys = _row(keys, row_bytes, table, block_size, first)
+        ahead, position = at_keys, first + AHEAD
+        if position < last:
+            ahead = _row(keys, row_bytes, table, block_size, position)
         else:
-            ahead = base + (ahead - last) // WIDTH * WIDTH
-            ask_for(values, row_bytes, table, block_size, ahead, last, length)
-        slot = table[first // block_size] * block_size + first % block_size
+            position = base + (position - last) // WIDTH * WIDTH
+            if position < last:
+                ahead = _row(values, row_bytes, table, block_size, position)
         target = scores + 4 * (first - base)
-        _score(size, rows, scratch, dim, keys + slot * row_bytes, stride, target, width)
+        _score(size, rows, scratch, dim, at_keys, stride, target, width, ahead)
 
     totals = carray(floats(scores + 16 * width), (4,))
     for row in range(rows):
@@ -149,10 +157,12 @@ def attend_few(at, table, scratch, shape, before, num_tokens, window, scale):
         totals[row] = weigh(scores + 4 * row * width, width // WIDTH)
 
     for first in range(base, last, WIDTH):
-        ask_for(values, row_bytes, table, block_size, first + AHEAD, last, length)
-        slot = table[first // block_size] * block_size + first % block_size
+        at_values = _row(values, row_bytes, table, block_size, first)
+        ahead = at_values
+        if first + AHEAD < last:
+            ahead = _row(values, row_bytes, table, block_size, first + AHEAD)
         count, weights = min(WIDTH, last - first), scores + 4 * (first - base)
-        _add(size, rows, weights, width, values + slot * row_bytes, stride, sums, dim, count)
+        _add(size, rows, weights, width, at_values, stride, sums, dim, count, ahead)
 
     attended = carray(floats(sums), (4, dim))
     for row in range(rows):
