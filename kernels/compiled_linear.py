@@ -1,6 +1,6 @@
 """`linear`: x @ weight.T for the CPU, compiled, in float32, on processors with AVX-512.
 
-    weight [N, K]  is packed to panels [N / 64, K, 64]: a panel gives 64 columns of the product
+    weight [N, K]  is packed to panels [N / 64, K, 64] by `compiled_panels.py`, of 64 columns each
 
 An item of work is one panel with up to 128 rows: the panel comes from memory once, to one core, and
 stays in its cache meanwhile. What is left when each thread has had as many of these goes in parts.
@@ -110,15 +110,9 @@ def _work(data):
 
 
 def can_pack(weight: torch.Tensor) -> bool:
-    """Whether `pack` takes a weight [N, K]."""
+    """Whether a weight [N, K] can be packed."""
     is_plain = weight.device.type == "cpu" and weight.dtype == torch.float32
     return is_plain and weight.shape[0] % PANEL == 0
-
-
-def pack(weight: torch.Tensor) -> torch.Tensor:
-    """Lay out a weight [N, K] as panels [N / 64, K, 64], in new memory."""
-    num_columns, depth = weight.shape
-    return weight.view(num_columns // PANEL, PANEL, depth).transpose(1, 2).contiguous()
 
 
 def linear(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

@@ -19,9 +19,9 @@ def load_compiled() -> None:
 
         del compiled_attention, compiled_rows
     if compiler.has_wide_vectors():
-        from tokenmill.kernels import compiled_linear, program
+        from tokenmill.kernels import compiled_linear, compiled_panels, program
 
-        del compiled_linear, program
+        del compiled_linear, compiled_panels, program
     if compiler.has_byte_products():
         from tokenmill.kernels import compiled_int8
 
@@ -206,10 +206,10 @@ def can_pack(weight: torch.Tensor) -> bool:
 
 
 def pack(weight: torch.Tensor) -> torch.Tensor:
-    """Lay out a weight [N, K] for `packed_linear`, in new memory."""
-    from tokenmill.kernels import compiled_linear
+    """Lay out a weight [N, K] for `packed_linear`, in its own memory if that is contiguous."""
+    from tokenmill.kernels import compiled_panels
 
-    return compiled_linear.pack(weight)
+    return compiled_panels.pack(weight)
 
 
 def packed_linear(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """`ModelWeights`: the weights of a model as the decoder computes with them.
 
-They are allocated fused (qkv, gate-up), filled in place from a checkpoint, then packed one by one:
-at no time is more than one linear in memory twice.
+They are allocated fused (qkv, gate-up), filled in place from a checkpoint, then packed one by one,
+in place where they can be: at no time is more than one linear in memory twice.
 """
 
 from collections.abc import Iterator
@@ -16,6 +16,7 @@ from tokenmill.engine.models.norm import Norm
 from tokenmill.engine.models.quantization import Packing, Scheme
 from tokenmill.engine.models.shard import WHOLE, Shard
 from tokenmill.engine.models.spec import ModelSpec, MoESpec
+from tokenmill.kernels.pages import bring_in
 
 
 @dataclass(slots=True)
@@ -236,4 +237,7 @@ class _Allocation:
         return Norm(weight, bias, self.spec.norm_eps)
 
     def _new(self, *shape: int) -> torch.Tensor:
-        return torch.empty(shape, dtype=self.dtype, device=self.device)
+        tensor = torch.empty(shape, dtype=self.dtype, device=self.device)
+        if self.device.type == "cpu":
+            bring_in(tensor)  # while other threads load what holds Python's lock, as this does not
+        return tensor

@@ -42,6 +42,24 @@ def test_a_change_of_the_plain_weight_does_not_reach_a_packed_one() -> None:
 
 
 @pytest.mark.skipif(not compiler.has_wide_vectors(), reason="needs AVX-512")
+@pytest.mark.parametrize("shape", [(64, 1), (64, 16), (192, 75), (320, 576)], ids=str)
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_panels_are_the_transposed_rows(threads: int, shape: tuple[int, int]) -> None:
+    weight = torch.randn(shape)
+    expected = weight.view(-1, 64, shape[1]).transpose(1, 2).contiguous()
+    across = weight.T.contiguous().T
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert torch.equal(ops.pack(across), expected)
+        packed = ops.pack(weight)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(packed, expected)
+    assert packed.data_ptr() == weight.data_ptr(), "in its own memory"
+
+
+@pytest.mark.skipif(not compiler.has_wide_vectors(), reason="needs AVX-512")
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_a_row_of_a_compiled_product_has_the_same_bits_in_any_batch(
     threads: int,
@@ -49,7 +67,7 @@ def test_a_row_of_a_compiled_product_has_the_same_bits_in_any_batch(
     generator = torch.Generator().manual_seed(0)
     weight, x = (torch.randn(rows, 700, generator=generator) for rows in (320, 301))
     bias = torch.randn(320, generator=generator)
-    packed = ops.pack(weight)
+    packed = ops.pack(weight.clone())
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
