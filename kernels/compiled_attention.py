@@ -1,253 +1,81 @@
 """`paged_attention` for the CPU, compiled: keys and values are read in their blocks.
 
-An item of work is one KV head of some tokens of one sequence: their rows (the queries that share
-the head) lie together in a scratch memory of the thread.
+An item of work is one KV head of some tokens of one sequence; their rows are the queries that share
+the head. Keys are taken in parts, whose ends are counted from a sequence's first key:
 
-    scores  = q @ keys^T     64 keys at a time, transposed into the scratch
-    weights = exp(scores - max), and their sum
-    out     = weights @ values / sum
+    scores  = q @ keys^T * log2(e)
+    weights = 2^(scores - max), and their sum     max: up to this part; the sums so far are
+    out     = weights @ values / sum              multiplied by 2^(max before - max)
 
-Every sum over keys or channels is taken in one order by one kernel, whatever is computed beside:
-a row's bits are the same whole, in chunks, alone or in a batch. Keys that a row does not see weigh
-0 exactly, and adding 0 changes nothing.
+Every sum over keys or channels is taken in one order, whatever is computed beside: a row's bits are
+the same whole, in chunks, alone or in a batch. Keys that a row does not see weigh 0 exactly, and
+adding 0 changes nothing.
 """
 
+import math
 import threading
 from collections.abc import Sequence
 
 import numpy as np
 import torch
-from numba import carray, njit, types
+from numba import carray, types
 
-from tokenmill.kernels.cache_vectors import transpose_half, widen
-from tokenmill.kernels.compiled_decode import ask_for, attend_few
-from tokenmill.kernels.compiler import compiled, has_wide_vectors
+from tokenmill.kernels.attention_items import items
+from tokenmill.kernels.compiled_chunk import attend_many, scratch_size
+from tokenmill.kernels.compiled_decode import attend_few
+from tokenmill.kernels.compiler import compiled
 from tokenmill.kernels.parallel import Call, run
-from tokenmill.kernels.vectors import (
-    ROWS,
-    WIDTH,
-    fetch_add,
-    floats,
-    int32s,
-    int64s,
-    product,
-    transpose,
-    weigh,
-)
-
-#: Keys, and output channels, of a product at a time.
-_TILE = 64
-#: Rows of an item, and scores: half of a usual L2 cache.
-_MOST_ROWS, _MOST_SCORES = 96, 1 << 17
-
-#: Columns of a product at a time: as many as registers can hold the sums of.
-_STRIP = _TILE if has_wide_vectors() else WIDTH
-_score_strip = product(_STRIP // WIDTH, is_added=False)
-_add_strip, _add_vector = product(_STRIP // WIDTH, is_added=True), product(1, is_added=True)
-
-
-@njit(nogil=True)
-def _padded(count, multiple):
-    return (count + multiple - 1) // multiple * multiple
-
-
-@njit(nogil=True)
-def _tokens_of_item(context, group):
-    """Tokens that an item has: as many as its rows' scores leave room for."""
-    rows = min(_MOST_ROWS, max(ROWS, _MOST_SCORES // _padded(context, _TILE)))
-    return max(1, rows // group)
-
-
-@njit(nogil=True)
-def _add_product(a, a_stride, b, b_stride, c, c_stride, count, width):
-    done = 0
-    while done + _STRIP <= width:
-        _add_strip(a, a_stride, b + 4 * done, b_stride, c + 4 * done, c_stride, count)
-        done += _STRIP
-    while done < width:
-        _add_vector(a, a_stride, b + 4 * done, b_stride, c + 4 * done, c_stride, count)
-        done += WIDTH
-
-
-@njit(nogil=True)
-def _turn(keys, size, table, block_size, stride, first, last, dim, turned):
-    """Transpose the keys from `first` on to [D, 64]; columns from `last` on may hold anything."""
-    if block_size % WIDTH == 0:
-        for position in range(first, min(first + _TILE, last), WIDTH):
-            slot = table[position // block_size] * block_size + position % block_size
-            for channel in range(0, dim, WIDTH):
-                source = keys + size * (slot * stride + channel)
-                target = turned + 4 * (channel * _TILE + position - first)
-                if size == 2:
-                    transpose_half(source, stride, target, _TILE)
-                else:
-                    transpose(source, stride, target, _TILE)
-        return
-    columns, widened = carray(floats(turned), (dim, _TILE)), turned + 4 * dim * _TILE
-    for position in range(first, min(first + _TILE, last)):
-        slot = table[position // block_size] * block_size + position % block_size
-        source = keys + size * slot * stride
-        if size == 2:
-            widen(source, widened, dim // WIDTH)
-            source = widened
-        key = carray(floats(source), (dim,))
-        for channel in range(dim):
-            columns[channel, position - first] = key[channel]
-
-
-@njit(nogil=True)
-def _weigh_row(row, low, high, width):
-    """The weights of the scores from `low` to `high`, the others 0; returns their sum."""
-    scores = carray(floats(row), (width,))
-    end = _padded(high, WIDTH)
-    scores[:low] = -np.inf
-    scores[high:end] = -np.inf
-    scores[end:] = 0
-    return weigh(row, end // WIDTH)
-
-
-@njit(nogil=True)
-def _attend(at, table, scratch, shape, before, num_tokens, window, scale):
-    """One item: `num_tokens` behind the first `before` of a sequence.
-
-    `at`: addresses of queries, keys, values and result, at the KV head of the item.
-    `shape`: bytes of an element of the cache (4 or 2), block size, KV heads, channels, query heads
-    that share one, strides of queries and result.
-    """
-    q, keys, values, out = at
-    size, block_size, num_kv_heads, dim, group, q_stride, out_stride = shape
-    stride = num_kv_heads * dim
-    num_rows = num_tokens * group
-    all_rows = _padded(num_rows, ROWS)
-    last = before + num_tokens
-    base = max(0, before - window + 1) // _TILE * _TILE
-    width = _padded(last - base, _TILE)
-    rows, turned = scratch, scratch + 4 * all_rows * dim
-    sums = turned + 4 * dim * (_TILE + 1)
-    scores = sums + 4 * all_rows * dim
-
-    queries = carray(floats(rows), (all_rows, dim))
-    for row in range(num_rows):
-        source = q + 4 * (row // group * q_stride + row % group * dim)
-        query = carray(floats(source), (dim,))
-        for channel in range(dim):
-            queries[row, channel] = query[channel] * scale
-    queries[num_rows:] = 0
-    carray(floats(sums), (all_rows * dim,))[:] = 0
-    totals = carray(floats(scores + 4 * all_rows * width), (all_rows,))
-
-    row_bytes, length, is_whole = size * stride, size * dim, block_size % WIDTH == 0
-    for first in range(base, last, _TILE):
-        if is_whole:
-            for ahead in range(first + _TILE, first + 2 * _TILE, WIDTH):
-                ask_for(keys, row_bytes, table, block_size, ahead, last, length)
-                if ahead >= last:
-                    begin = base + (ahead - last) // WIDTH * WIDTH
-                    ask_for(values, row_bytes, table, block_size, begin, last, length)
-        _turn(keys, size, table, block_size, stride, first, last, dim, turned)
-        for row in range(0, all_rows, ROWS):
-            if first <= before + (row + ROWS - 1) // group:  # else no row sees it
-                target = scores + 4 * (row * width + first - base)
-                for column in range(0, 4 * _TILE, 4 * _STRIP):
-                    _score_strip(
-                        rows + 4 * row * dim,
-                        dim,
-                        turned + column,
-                        _TILE,
-                        target + column,
-                        width,
-                        dim,
-                    )
-    for row in range(num_rows):
-        position = before + row // group
-        low, high = max(0, position - window + 1 - base), position + 1 - base
-        totals[row] = _weigh_row(scores + 4 * row * width, low, high, width)
-    carray(floats(scores), (all_rows, width))[num_rows:] = 0
-
-    first = base
-    while first < last:
-        count = min(block_size - first % block_size, last - first, _TILE)
-        if is_whole:
-            for ahead in range(first + _TILE, first + _TILE + count, WIDTH):
-                ask_for(values, row_bytes, table, block_size, ahead, last, length)
-        slot = table[first // block_size] * block_size + first % block_size
-        block, block_stride = values + size * slot * stride, stride
-        if size == 2:
-            for number in range(count):
-                source = block + size * number * stride
-                widen(source, turned + 4 * number * dim, dim // WIDTH)
-            block, block_stride = turned, dim
-        for row in range(0, all_rows, ROWS):
-            if first <= before + (row + ROWS - 1) // group:
-                weights = scores + 4 * (row * width + first - base)
-                target = sums + 4 * row * dim
-                _add_product(weights, width, block, block_stride, target, dim, count, dim)
-        first += count
-
-    attended = carray(floats(sums), (all_rows, dim))
-    for row in range(num_rows):
-        target = out + 4 * (row // group * out_stride + row % group * dim)
-        result = carray(floats(target), (dim,))
-        for channel in range(dim):
-            result[channel] = attended[row, channel] / totals[row]
+from tokenmill.kernels.vectors import ROWS, WIDTH, fetch_add, int32s, int64s
 
 
 @compiled(types.void(types.int64))
 def _work(data):
     given = carray(int64s(data), (21,))
     q, keys, values, out = given[3], given[4], given[5], given[6]
-    num_sequences, num_columns = given[7], given[8]
-    starts = carray(int32s(given[9]), (num_sequences + 1,))
-    contexts = carray(int32s(given[10]), (num_sequences,))
-    tables = carray(int32s(given[11]), (num_sequences, num_columns))
-    size, block_size, num_kv_heads, dim = given[20], given[12], given[13], given[14]
-    group, q_stride = given[15], given[16]
+    num_items, num_columns = given[7], given[8]
+    items, tables = given[9], given[10]
+    size, block_size, num_kv_heads, dim = given[11], given[12], given[13], given[14]
+    group, q_stride, window = given[15], given[16], given[17]
     out_stride = num_kv_heads * group * dim
     shape = (size, block_size, num_kv_heads, dim, group, q_stride, out_stride)
-    window, scratch_size = given[17], given[18]
-    scratch = given[19] + 4 * scratch_size * fetch_add(data, 1)
-    scale = np.float32(carray(int64s(data), (22,)).view(np.float64)[21])
-    mine, index = fetch_add(data + 8, 1), 0
-    for number in range(num_sequences):
-        context, start = np.int64(contexts[number]), np.int64(starts[number])
-        length = starts[number + 1] - start
-        most = _tokens_of_item(context, group)
-        is_whole = block_size % WIDTH == 0
-        end = index + (length + most - 1) // most * num_kv_heads
-        while mine < end:
-            head, skipped = (mine - index) % num_kv_heads, (mine - index) // num_kv_heads * most
-            row, channel = start + skipped, head * group * dim
-            before, num_tokens = context - length + skipped, min(most, length - skipped)
-            at = (
-                q + 4 * (row * q_stride + channel),
-                keys + size * head * dim,
-                values + size * head * dim,
-                out + 4 * (row * out_stride + channel),
-            )
-            table = tables[number]
-            if is_whole and num_tokens * group <= ROWS:
-                attend_few(at, table, scratch, shape, before, num_tokens, window, scale)
-            else:
-                _attend(at, table, scratch, shape, before, num_tokens, window, scale)
-            mine = fetch_add(data + 8, 1)
-        index = end
+    scale_at = data + 8 * 18  # the float32 itself
+    scratch = given[20] + 4 * given[19] * fetch_add(data, 1)
+    mine = fetch_add(data + 8, 1)
+    while mine < num_items:
+        item = carray(int64s(items + 32 * (mine // num_kv_heads)), (4,))
+        head, row, before, num_tokens = mine % num_kv_heads, item[1], item[2], item[3]
+        channel = head * group * dim
+        at = (
+            q + 4 * (row * q_stride + channel),
+            keys + size * head * dim,
+            values + size * head * dim,
+            out + 4 * (row * out_stride + channel),
+        )
+        table = carray(int32s(tables + 4 * item[0] * num_columns), (num_columns,))
+        if num_tokens * group <= ROWS and block_size % WIDTH == 0:
+            attend_few(at, table, scratch, shape, before, num_tokens, window, scale_at)
+        else:
+            attend_many(at, table, scratch, shape, before, num_tokens, window, scale_at)
+        mine = fetch_add(data + 8, 1)
 
 
-class _Scratch(threading.local):
+class _Kept(threading.local):
     """Memory of the calling thread, kept: fresh pages cost more than what is done in them."""
 
     def __init__(self) -> None:
-        self._buffer = torch.empty(0)
+        self._scratch = torch.empty(0)
+        #: Items of the last call, which are read at their address.
+        self.items = np.empty((0, 4), np.int64)
 
-    def of(self, size: int) -> torch.Tensor:
+    def scratch(self, size: int) -> torch.Tensor:
         """At least `size` floats."""
-        if self._buffer.numel() < size:
+        if self._scratch.numel() < size:
             with torch.inference_mode(mode=False):
-                self._buffer = torch.empty(size)
-        return self._buffer
+                self._scratch = torch.empty(size)
+        return self._scratch
 
 
-_scratch = _Scratch()
+_kept = _Kept()
 #: What a cache may hold.
 _CACHES = (torch.float32, torch.bfloat16)
 
@@ -320,12 +148,12 @@ def paged_attention(
     tables = block_tables.contiguous()  # kept while its address is used
     values = step_values(q, k_cache, cu_seqlens_q, context_lens, tables)
     call = attention_call(q, k_cache, v_cache, out, scale, window, list(values.values()))
-    run(call, q.shape[0] * k_cache.shape[2])  # no fewer than there are: a long chunk is several
+    run(call, values["num_items"])
     return out
 
 
 #: The names of `step_values`.
-STEP_VALUES = ("sequences", "columns", "starts", "contexts", "tables", "scratch_size", "scratch")
+STEP_VALUES = ("num_items", "columns", "items", "tables", "scratch_size", "scratch")
 
 
 def step_values(
@@ -336,16 +164,25 @@ def step_values(
     block_tables: torch.Tensor,  # contiguous
 ) -> dict[str, int]:
     """What differs between calls with the same memory for rows, until the next call of this."""
-    num_sequences, num_columns = block_tables.shape
     _, block_size, num_kv_heads, dim = k_cache.shape
-    group = q.shape[1] // num_kv_heads
-    width = num_columns * block_size + _TILE
-    most_rows = max(_MOST_ROWS, group) + ROWS
-    size = _MOST_SCORES + (group + 2 * ROWS) * width + most_rows * (2 * dim + 1) + (_TILE + 1) * dim
-    size = -(-size // WIDTH) * WIDTH
-    scratch = _scratch.of(size * torch.get_num_threads())
-    addresses = [tensor.data_ptr() for tensor in (cu_seqlens_q, context_lens, block_tables)]
-    values = (num_sequences, num_columns, *addresses, size, scratch.data_ptr())
+    group, num_threads = q.shape[1] // num_kv_heads, torch.get_num_threads()
+    found = _kept.items = items(
+        cu_seqlens_q,
+        context_lens,
+        group=group,
+        num_kv_heads=num_kv_heads,
+        most_few=ROWS if block_size % WIDTH == 0 else 0,
+        num_threads=num_threads,
+    )
+    size = -(-scratch_size(dim, group) // WIDTH) * WIDTH
+    values = (
+        len(found) * num_kv_heads,
+        block_tables.shape[1],
+        found.ctypes.data,
+        block_tables.data_ptr(),
+        size,
+        _kept.scratch(size * num_threads).data_ptr(),
+    )
     return dict(zip(STEP_VALUES, values, strict=True))
 
 
@@ -360,21 +197,22 @@ def attention_call(
 ) -> Call:
     """`paged_attention` of the first rows; `step`: the `step_values`, or their names."""
     _, block_size, num_kv_heads, dim = k_cache.shape
-    *batch, scratch_size, scratch = step
+    *batch, floats, scratch = step
     return Call(
         _work,
         [
             *(tensor.data_ptr() for tensor in (q, k_cache, v_cache, out)),
             *batch,
+            k_cache.element_size(),
             block_size,
             num_kv_heads,
             dim,
             q.shape[1] // num_kv_heads,
             q.stride(0),
             window or 1 << 40,
-            scratch_size,
+            # Weights are powers of two.
+            int(np.float32(scale * math.log2(math.e)).view(np.uint32)),
+            floats,
             scratch,
-            k_cache.element_size(),
-            float(scale),
         ],
     )

@@ -9,13 +9,17 @@ one head are not next to each other, which the processor does not foresee. The s
 import numpy as np
 from numba import carray, njit
 
+from tokenmill.kernels.attention_vectors import clear, divide, scale, weigh
 from tokenmill.kernels.cache_vectors import LINE, add_values, dots, prefetch
 from tokenmill.kernels.compiler import has_wide_vectors
-from tokenmill.kernels.vectors import WIDTH, floats, weigh
+from tokenmill.kernels.vectors import WIDTH, floats
 
 #: Keys, or values, between what is computed and what is asked for: 32 does best for float32, 64
 #: for bfloat16.
 AHEAD = 48
+#: Keys of a part, counted from the first key of a sequence: weights are of the highest score up to
+#: their part, and what was summed up before is brought to it.
+PART = 512
 #: Channels of values at a time: as many as registers can hold the sums of.
 _STRIP = 4 * WIDTH if has_wide_vectors() else WIDTH
 
@@ -114,7 +118,7 @@ def ask_for(cache, row_bytes, table, block_size, position, last, length):
 
 
 @njit(nogil=True)
-def attend_few(at, table, scratch, shape, before, num_tokens, window, scale):
+def attend_few(at, table, scratch, shape, before, num_tokens, window, scale_at):
     """As `_attend`, for at most four rows and blocks of whole vectors of keys."""
     q, keys, values, out = at
     size, block_size, num_kv_heads, dim, group, q_stride, out_stride = shape
@@ -122,50 +126,58 @@ def attend_few(at, table, scratch, shape, before, num_tokens, window, scale):
     row_bytes, length = size * stride, size * dim
     rows, last = num_tokens * group, before + num_tokens
     base = max(0, before - window + 1) // WIDTH * WIDTH
-    width = (last - base + WIDTH - 1) // WIDTH * WIDTH
     sums = scratch + 16 * dim
     scores = sums + 16 * dim
+    states = scores + 16 * PART
 
     for first in range(base, min(base + AHEAD, last), WIDTH):
         ask_for(keys, row_bytes, table, block_size, first, last, length)
-    queries = carray(floats(scratch), (rows, dim))
     for row in range(rows):
-        query = carray(floats(q + 4 * (row // group * q_stride + row % group * dim)), (dim,))
-        for channel in range(dim):
-            queries[row, channel] = query[channel] * scale
-    carray(floats(sums), (4 * dim,))[:] = 0
+        source = q + 4 * (row // group * q_stride + row % group * dim)
+        scale(source, scratch + 4 * row * dim, dim // WIDTH, scale_at)
+    clear(sums, 4 * dim // WIDTH)
+    state = carray(floats(states), (4, 2))
+    state[:, 0] = -np.inf
+    state[:, 1] = 0
 
-    for first in range(base, last, WIDTH):
-        at_keys = _row(keys, row_bytes, table, block_size, first)
-        ahead, position = at_keys, first + AHEAD
-        if position < last:
-            ahead = _row(keys, row_bytes, table, block_size, position)
-        else:
-            position = base + (position - last) // WIDTH * WIDTH
-            if position < last:
+    part = base
+    while part < last:
+        stop = min(part // PART * PART + PART, last)
+        for first in range(part, stop, WIDTH):
+            at_keys = _row(keys, row_bytes, table, block_size, first)
+            ahead, position = at_keys, first + AHEAD
+            if position < stop:
+                ahead = _row(keys, row_bytes, table, block_size, position)
+            else:
+                position = part + (position - stop) // WIDTH * WIDTH
+                if position < stop:
+                    ahead = _row(values, row_bytes, table, block_size, position)
+            target = scores + 4 * (first - part)
+            _score(size, rows, scratch, dim, at_keys, stride, target, PART, ahead)
+        for row in range(rows):
+            position = before + row // group
+            low, high = max(0, position - window + 1 - part), min(position + 1, stop) - part
+            row_scores = carray(floats(scores + 4 * row * PART), (PART,))
+            if low >= high:
+                row_scores[:] = 0
+                continue
+            end = (high + WIDTH - 1) // WIDTH * WIDTH
+            row_scores[:low] = -np.inf
+            row_scores[high:end] = -np.inf
+            row_scores[end : stop - part] = 0
+            sums_at = sums + 4 * row * dim
+            weigh(scores + 4 * row * PART, end // WIDTH, states + 8 * row, sums_at, dim // WIDTH)
+        for first in range(part, stop, WIDTH):
+            at_values = _row(values, row_bytes, table, block_size, first)
+            ahead, position = at_values, first + AHEAD
+            if position < stop:
                 ahead = _row(values, row_bytes, table, block_size, position)
-        target = scores + 4 * (first - base)
-        _score(size, rows, scratch, dim, at_keys, stride, target, width, ahead)
+            elif position < last:
+                ahead = _row(keys, row_bytes, table, block_size, position)
+            count, weights = min(WIDTH, stop - first), scores + 4 * (first - part)
+            _add(size, rows, weights, PART, at_values, stride, sums, dim, count, ahead)
+        part = stop
 
-    totals = carray(floats(scores + 16 * width), (4,))
     for row in range(rows):
-        position = before + row // group
-        low, high = max(0, position - window + 1 - base), position + 1 - base
-        row_scores = carray(floats(scores + 4 * row * width), (width,))
-        row_scores[:low] = -np.inf
-        row_scores[high:] = -np.inf
-        totals[row] = weigh(scores + 4 * row * width, width // WIDTH)
-
-    for first in range(base, last, WIDTH):
-        at_values = _row(values, row_bytes, table, block_size, first)
-        ahead = at_values
-        if first + AHEAD < last:
-            ahead = _row(values, row_bytes, table, block_size, first + AHEAD)
-        count, weights = min(WIDTH, last - first), scores + 4 * (first - base)
-        _add(size, rows, weights, width, at_values, stride, sums, dim, count, ahead)
-
-    attended = carray(floats(sums), (4, dim))
-    for row in range(rows):
-        result = carray(floats(out + 4 * (row // group * out_stride + row % group * dim)), (dim,))
-        for channel in range(dim):
-            result[channel] = attended[row, channel] / totals[row]
+        target = out + 4 * (row // group * out_stride + row % group * dim)
+        divide(sums + 4 * row * dim, target, dim // WIDTH, states + 8 * row + 4)

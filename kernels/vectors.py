@@ -198,29 +198,6 @@ def product(vectors: int, *, is_added: bool) -> Any:
     return as_function(emit, types.void, 7)
 
 
-def _weigh(e: Emitter, row: Any, count: Any) -> Any:
-    def at(number: Any) -> Any:
-        return e.step(row, e.builder.mul(number, INDEX(WIDTH)))
-
-    def highest(number: Any, state: list[Any]) -> list[Any]:
-        return [e.larger(e.load(at(number)), state[0])]
-
-    (most,) = e.loop(count, [e.load(row)], highest)
-    most = e.splat(e.reduced(most, e.larger))
-
-    def weigh(number: Any, state: list[Any]) -> list[Any]:
-        weights = e.exp(e.builder.fsub(e.load(at(number)), most))
-        e.store(weights, at(number))
-        return [e.builder.fadd(state[0], weights)]
-
-    (total,) = e.loop(count, [e.of(0.0)], weigh)
-    return e.reduced(total, e.builder.fadd)
-
-
-#: Of (row, count): exp(x - max) of the `count` vectors at `row`, in place; returns their sum.
-weigh = as_function(_weigh, types.float32, 2)
-
-
 def _gate(e: Emitter, gate: Any, up: Any, target: Any, count: Any) -> None:
     def body(number: Any, state: list[Any]) -> list[Any]:
         offset = e.builder.mul(number, INDEX(WIDTH))
