@@ -15,6 +15,7 @@ from tokenmill.engine.logprobs import SLICE_ELEMENTS, logprobs_of
 from tokenmill.engine.penalties import apply_bias, apply_penalties
 from tokenmill.engine.sequence import Sequence
 from tokenmill.engine.token_masks import apply_constraints, forbid_early_end
+from tokenmill.kernels import ops
 from tokenmill.producer.logprobs import TokenLogprobs
 
 _MASK = 0xFFFFFFFF
@@ -51,13 +52,13 @@ def _choose(logits: torch.Tensor, seqs: Seq[Sequence], eos_token_ids: Collection
     edit(logits, seqs, eos_token_ids)
     if logits.is_cuda:
         return draw_by_kernel(logits, seqs)[0].tolist()
-    rows = [row for row, seq in enumerate(seqs) if seq.params.temperature > 0]
-    if rows and len(rows) == len(seqs):
-        logits = _noisy(logits, seqs)
-    elif rows:
-        index = torch.tensor(rows, device=logits.device)
-        logits[index] = _noisy(logits[index], [seqs[row] for row in rows])
-    tokens: list[int] = logits.argmax(dim=-1).tolist()
+    drawn = [row for row, seq in enumerate(seqs) if seq.params.temperature > 0]
+    if len(drawn) == len(seqs):
+        return _draw(logits, seqs)
+    tokens: list[int] = logits.numpy().argmax(axis=-1).tolist()  # torch's takes 7 times as long
+    if drawn:
+        for row, token in zip(drawn, _draw(logits[drawn], [seqs[n] for n in drawn]), strict=True):
+            tokens[row] = token
     return tokens
 
 
@@ -92,8 +93,19 @@ def draw_by_kernel(logits: torch.Tensor, seqs: Seq[Sequence]) -> tuple[torch.Ten
     )
 
 
-def _noisy(logits: torch.Tensor, seqs: Seq[Sequence]) -> torch.Tensor:
-    """Scaled and filtered logits [R, V] plus Gumbel noise: their argmax is the draw."""
+def _draw(logits: torch.Tensor, seqs: Seq[Sequence]) -> list[int]:
+    """The argmax of scaled and filtered logits [R, V] plus Gumbel noise."""
+    scaled = _scaled(logits, seqs)
+    if ops.can_draw(scaled):
+        return ops.draw(scaled, [noise_key(seq.seed, seq.num_tokens) for seq in seqs])
+    tokens: list[int] = (
+        gumbel_noise(seqs, scaled.shape[1], scaled.device).add_(scaled).argmax(-1).tolist()
+    )
+    return tokens
+
+
+def _scaled(logits: torch.Tensor, seqs: Seq[Sequence]) -> torch.Tensor:
+    """Logits [R, V] by temperature, less what filters leave out."""
     temperature = torch.tensor([s.params.temperature for s in seqs], device=logits.device)
     # The largest becomes 0, so that no temperature, however small, makes it overflow.
     logits = (logits - logits.amax(dim=-1, keepdim=True)).div_(temperature.clamp(min=1e-6)[:, None])
@@ -107,7 +119,7 @@ def _noisy(logits: torch.Tensor, seqs: Seq[Sequence]) -> torch.Tensor:
     elif filtered:
         index = torch.tensor(filtered, device=logits.device)
         logits[index] = keep_likely(logits[index], [seqs[row] for row in filtered])
-    return gumbel_noise(seqs, logits.shape[1], logits.device).add_(logits)
+    return logits
 
 
 def gumbel_noise(seqs: Seq[Sequence], vocabulary: int, device: torch.device) -> torch.Tensor:

@@ -15,9 +15,9 @@ from tokenmill.kernels import compiler, cpu_attention, reference
 def load_compiled() -> None:
     """Load what the CPU's kernels need, half a second's work that can be done beside other work."""
     if compiler.is_available():
-        from tokenmill.kernels import compiled_attention, compiled_rows
+        from tokenmill.kernels import compiled_attention, compiled_draw, compiled_rows
 
-        del compiled_attention, compiled_rows
+        del compiled_attention, compiled_draw, compiled_rows
     if compiler.has_wide_vectors():
         from tokenmill.kernels import compiled_linear, compiled_panels, program
 
@@ -245,6 +245,22 @@ def packed_int8_linear(
     from tokenmill.kernels import compiled_int8
 
     return compiled_int8.linear(x, packed, weight_scales, bias)
+
+
+def can_draw(logits: torch.Tensor) -> bool:
+    """Whether `draw` takes logits [R, V]."""
+    if not compiler.is_available():
+        return False
+    from tokenmill.kernels import compiled_draw
+
+    return compiled_draw.can_draw(logits)
+
+
+def draw(logits: torch.Tensor, keys: list[int]) -> list[int]:
+    """The token of each row of `logits` [R, V] by Gumbel noise, keyed by 64 bits a row."""
+    from tokenmill.kernels import compiled_draw
+
+    return compiled_draw.draw(logits, keys)
 
 
 def dequant_linear(
