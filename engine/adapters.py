@@ -26,7 +26,7 @@ from tokenmill.engine.models.linear import Adapter, Linear, LowRank
 from tokenmill.engine.models.mlp import MLP
 from tokenmill.engine.models.spec import ModelSpec
 from tokenmill.engine.models.weight_map import place_of, split_fused
-from tokenmill.engine.models.weights import ModelWeights
+from tokenmill.engine.models.weights import ModelWeights, empty_weights
 from tokenmill.producer.errors import InvalidRequest
 
 LOGGER = logging.getLogger(__name__)
@@ -64,8 +64,16 @@ class _Place:
     size: int
 
 
-#: B rows that go to a place, beside the A that they belong to.
-_Parts = list[tuple[torch.Tensor, list[tuple[_Place, torch.Tensor]]]]
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A module's A, the rows of its B that go to each place, and what they are to be times."""
+
+    a: torch.Tensor
+    placed: list[tuple[_Place, torch.Tensor]]
+    scale: float
+
+
+_Parts = list[_Part]
 
 
 def load_adapters(model: LoadedModel, directories: Mapping[str, str]) -> dict[str, Adapter]:
@@ -76,27 +84,73 @@ def load_adapters(model: LoadedModel, directories: Mapping[str, str]) -> dict[st
         UnsupportedModel: a file of one is damaged.
         OutOfMemory: the device has no room for them.
     """
-    if model.name in directories:
-        raise InvalidRequest("lora", "named otherwise than the model", model.name)
-    places = dict(_places(model.weights, model.spec)) if directories else {}
     try:
         return {
-            name: _Loading(name, Path(directory).expanduser(), model, places).adapter()
-            for name, directory in directories.items()
+            files.name: _adapter(files, model.dtype, model.device)
+            for files in _files(directories, model.name, model.spec, model.weights)
         }
     except torch.OutOfMemoryError as error:
         raise OutOfMemory(f"the adapters do not fit {model.device}: {error}") from error
 
 
+def check_adapters(directories: Mapping[str, str], model: str, spec: ModelSpec) -> None:
+    """Refuse what `load_adapters` would, before the weights of the model are read.
+
+    Raises:
+        InvalidRequest, UnsupportedModel: as `load_adapters` does.
+    """
+    shapes = empty_weights(spec, torch.float32, torch.device("meta"))
+    for files in _files(directories, model, spec, shapes):
+        files.parts()
+
+
+def _files(
+    directories: Mapping[str, str], model: str, spec: ModelSpec, weights: ModelWeights
+) -> "Iterator[_Files]":
+    if model in directories:
+        raise InvalidRequest("lora", "named otherwise than the model", model)
+    places = dict(_places(weights, spec)) if directories else {}
+    for name, directory in directories.items():
+        yield _Files(name, Path(directory).expanduser(), spec, places)
+
+
+@torch.inference_mode()
+def _adapter(files: "_Files", dtype: torch.dtype, device: torch.device) -> Adapter:
+    rank, parts = files.parts()
+    adapter = {linear: _fused(pairs, dtype, device) for linear, pairs in parts.items()}
+    size = sum(pair.nbytes for pair in adapter.values()) / 2**20
+    LOGGER.info("adapter %s: rank %d, %d linears, %.1f MiB", files.name, rank, len(adapter), size)
+    return adapter
+
+
+def _fused(pairs: _Parts, dtype: torch.dtype, device: torch.device) -> LowRank:
+    """The parts of one linear as one pair for all of it."""
+    place = pairs[0].placed[0][0]
+    down = torch.cat([part.a for part in pairs]).to(device, dtype)
+    up = torch.zeros(place.outputs, len(down), dtype=dtype, device=device)
+    column = 0
+    for part in pairs:
+        for at, rows in part.placed:
+            columns = slice(column, column + len(part.a))
+            up[at.start : at.start + at.size, columns] = (rows.float() * part.scale).to(up)
+        column += len(part.a)
+    pair = LowRank(Linear(down), Linear(up))
+    pair.down.pack()
+    pair.up.pack()
+    return pair
+
+
 @dataclass(frozen=True, slots=True)
-class _Loading:
+class _Files:
+    """The files of one adapter, as they are stored."""
+
     name: str
     directory: Path
-    model: LoadedModel
+    spec: ModelSpec
     places: Mapping[str, _Place]
 
-    @torch.inference_mode()
-    def adapter(self) -> Adapter:
+    def parts(self) -> tuple[int, dict[Linear, _Parts]]:
+        """Its rank, and what it adds to each linear."""
         config = read_json(self._file(CONFIG))
         rank, scale = self._scale(config)
         parts: dict[Linear, _Parts] = defaultdict(list)
@@ -104,15 +158,8 @@ class _Loading:
         self._check_targets(config.get("target_modules"), modules)
         for module, (a, b) in modules.items():
             placed = self._placed(module, a, b, rank)
-            parts[placed[0][0].linear].append(
-                (a, [(place, rows.float() * scale) for place, rows in placed])
-            )
-        adapter = {linear: self._fused(pairs) for linear, pairs in parts.items()}
-        size = sum(pair.nbytes for pair in adapter.values()) / 2**20
-        LOGGER.info(
-            "adapter %s: rank %d, %d linears, %.1f MiB", self.name, rank, len(adapter), size
-        )
-        return adapter
+            parts[placed[0][0].linear].append(_Part(a, placed, scale))
+        return rank, parts
 
     def _file(self, *names: str) -> Path:
         for name in names:
@@ -169,7 +216,7 @@ class _Loading:
         self, module: str, a: torch.Tensor, b: torch.Tensor, rank: int
     ) -> list[tuple[_Place, torch.Tensor]]:
         """Where the rows of a module's B belong."""
-        spec = self.model.spec
+        spec = self.spec
         path = place_of(f"{module}.weight", FAMILIES[spec.family].weight_map) or ""
         prefix, _, fused = path.rpartition(".")
         try:
@@ -189,22 +236,6 @@ class _Loading:
             remedy = "give the model that it was trained on"
             raise self._refused(module, expected, got, remedy)
         return placed
-
-    def _fused(self, pairs: _Parts) -> LowRank:
-        """The parts of one linear as one pair for all of it."""
-        place, dtype = pairs[0][1][0][0], self.model.dtype
-        down = torch.cat([a for a, _ in pairs]).to(self.model.device, dtype)
-        up = torch.zeros(place.outputs, len(down), dtype=dtype, device=self.model.device)
-        column = 0
-        for a, placed in pairs:
-            for part, rows in placed:
-                at = slice(part.start, part.start + part.size), slice(column, column + len(a))
-                up[at] = rows.to(up)
-            column += len(a)
-        pair = LowRank(Linear(down), Linear(up))
-        pair.down.pack()
-        pair.up.pack()
-        return pair
 
     def _refused(self, field: str, expected: str, got: object, remedy: str = "") -> InvalidRequest:
         return InvalidRequest(f"lora.{self.name}.{field}", expected, got, remedy)

@@ -106,6 +106,22 @@ def load_shard(
     return _load_weights(path, file, device, dtype, shard)
 
 
+def read_spec(model: str) -> ModelSpec:
+    """What a model is, whole; its weights are not read.
+
+    Raises:
+        ModelNotFound, UnsupportedModel: as for `load`.
+    """
+    path = resolve(model)
+    return _spec(path, GGUFFile(path) if path.suffix == ".gguf" else None)
+
+
+def _spec(path: Path, file: GGUFFile | None) -> ModelSpec:
+    if file is not None:
+        return spec_from_config(config_from_gguf(file.metadata, file.tensors))
+    return spec_from_config(read_json(path / "config.json"))
+
+
 def _tokenizer(path: Path, file: GGUFFile | None) -> Tokenizer:
     return tokenizer_from_gguf(file.metadata) if file else tokenizer_from_directory(path)
 
@@ -120,13 +136,12 @@ def _load_weights(
     scheme: Scheme | None = None,
 ) -> tuple[ModelSpec, ModelWeights]:
     stored, why_floats = None, ""
+    whole = _spec(path, file)
     if file is not None:
-        whole = spec_from_config(config_from_gguf(file.metadata, file.tensors))
         tensors = tensors_of(file, whole)
     else:
-        config = read_json(path / "config.json")
-        whole = spec_from_config(config)
-        tensors, stored = tensors_of_directory(path), stored_weights(config)
+        tensors = tensors_of_directory(path)
+        stored = stored_weights(read_json(path / "config.json"))
     weight_map = FAMILIES[whole.family].weight_map
     if stored is not None:
         if weight_map.transposed:

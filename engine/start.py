@@ -2,11 +2,12 @@
 
 import torch
 
+from tokenmill.engine.adapters import check_adapters
 from tokenmill.engine.config import EngineConfig
 from tokenmill.engine.engine import Engine
 from tokenmill.engine.group import ALONE, Group
 from tokenmill.engine.kv_cache import choose_kv_cache_dtype
-from tokenmill.engine.loader import DTYPES, choose_device, choose_dtype, load
+from tokenmill.engine.loader import DTYPES, choose_device, choose_dtype, load, read_spec
 from tokenmill.engine.sizing import DEFAULTS
 from tokenmill.engine.start_times import StartTimes
 
@@ -29,6 +30,8 @@ def start_engine(
             `Engine` do.
     """
     times = StartTimes()
+    if config.lora:  # refused in a second, not after the model is loaded
+        check_adapters(config.lora, model, read_spec(model))
     if threads is not None:
         torch.set_num_threads(threads)
     group = _start_group(model, config, device=device, dtype=dtype, threads=threads)

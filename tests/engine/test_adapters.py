@@ -12,9 +12,12 @@ import torch
 from safetensors.torch import save_file
 
 from family_cases import CASES
+from tokenmill.engine import start
+from tokenmill.engine.adapters import check_adapters
 from tokenmill.engine.config import EngineConfig
 from tokenmill.engine.engine import Engine
-from tokenmill.engine.loader import LoadedModel, load
+from tokenmill.engine.errors import UnsupportedModel
+from tokenmill.engine.loader import LoadedModel, load, read_spec
 from tokenmill.engine.models import quantization
 from tokenmill.engine.models.linear import Linear, LowRank
 from tokenmill.engine.pipeline import Pipeline
@@ -356,6 +359,84 @@ def test_what_is_no_adapter_is_refused(family: Family, tmp_path: Path) -> None:
         EngineConfig(lora={"": str(tmp_path)})
     with pytest.raises(InvalidRequest, match="lora must be not given where a model is divided"):
         EngineConfig(lora={"sql": str(tmp_path)}, tensor_parallel_size=2)
+
+
+Refusal = tuple[str, Callable[[Path], object], str]
+REFUSALS: list[Refusal] = [
+    (
+        "no config",
+        lambda at: (at / "adapter_config.json").unlink(),
+        r"lora.sql must be a directory with adapter_config.json, as PEFT writes it, got ",
+    ),
+    (
+        "no weights",
+        lambda at: (at / "adapter_model.safetensors").unlink(),
+        r"lora.sql must be a directory with adapter_model.safetensors, as PEFT writes it, got ",
+    ),
+    ("no JSON", lambda at: (at / "adapter_config.json").write_text("{"), r"is not JSON"),
+    (
+        "a file that ends early",
+        lambda at: (at / "adapter_model.safetensors").write_bytes(b"\x01"),
+        r"is not a whole safetensors file",
+    ),
+    (
+        "another rank",
+        lambda at: _set(at, r=7),
+        r"q_proj must be shaped as its model and r=7 say, got 'A \(4, 48\) and B \(48, 4\)'; give",
+    ),
+    (
+        "a target without tensors",
+        lambda at: _set(at, target_modules=["q_proj", "w9"]),
+        r"lora.sql.target_modules must be modules that the file has tensors of, got 'w9'; save it",
+    ),
+    (
+        "another model",
+        lambda at: save_file(
+            {
+                f"model.layers.0.self_attn.q_proj.lora_{part}.weight": torch.zeros(shape)
+                for part, shape in (("A", (4, 64)), ("B", (64, 4)))
+            },
+            at / "adapter_model.safetensors",
+        ),
+        r"must be shaped as its model and r=4 say, got 'A \(4, 64\) and B \(64, 4\)'; give",
+    ),
+]
+
+
+def _set(directory: Path, **fields: Any) -> None:
+    path = directory / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+@pytest.mark.parametrize(("change", "refusal"), [case[1:] for case in REFUSALS],
+                         ids=[case[0] for case in REFUSALS])  # fmt: skip
+def test_a_bad_adapter_is_refused_before_the_model_is_loaded(
+    change: Callable[[Path], object],
+    refusal: str,
+    family: Family,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, reference = family("llama")
+    directory = Trained(reference, ("q_proj",), 4, 0).write(tmp_path)
+    change(tmp_path)
+
+    def loaded(*_: object, **__: object) -> None:
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(start, "load", loaded)
+    with pytest.raises((InvalidRequest, UnsupportedModel), match=refusal):
+        start.start_engine(model.name, EngineConfig(lora={"sql": directory}), device="cpu")
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_what_is_refused_early_is_what_is_refused_late(
+    name: str, family: Family, tmp_path: Path
+) -> None:
+    """All linears of a family are found in the shapes alone."""
+    model, reference = family(name)
+    directory = Trained(reference, TARGETS[name], 4, 0).write(tmp_path)
+    check_adapters({"a": directory}, model.name, read_spec(model.name))
 
 
 def test_an_adapter_that_is_not_loaded_is_refused_with_those_that_are(
