@@ -105,8 +105,10 @@ def _rope_work(data):
                     continue
                 k = carray(floats(k_at + 4 * row * k_stride), (width,))
                 v = carray(floats(v_at + 4 * row * v_stride), (width,))
-                carray(floats(k_cache_at + place), (width,))[:] = k
-                carray(floats(v_cache_at + place), (width,))[:] = v
+                k_cache = carray(floats(k_cache_at + place), (width,))
+                v_cache = carray(floats(v_cache_at + place), (width,))
+                for channel in range(width):  # to assign a slice takes seconds to compile
+                    k_cache[channel], v_cache[channel] = k[channel], v[channel]
         first = fetch_add(data + 8, 1) * _ROWS
 
 
