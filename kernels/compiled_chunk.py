@@ -6,13 +6,13 @@ is left out of it.
 """
 
 import numpy as np
-from numba import carray, njit
+from numba import carray
 
 from tokenmill.kernels.attention_items import MOST_ROWS
 from tokenmill.kernels.attention_vectors import clear, copy, divide, scale, weigh
 from tokenmill.kernels.cache_vectors import transpose_half, widen
 from tokenmill.kernels.compiled_decode import PART, ask_for
-from tokenmill.kernels.compiler import has_wide_vectors
+from tokenmill.kernels.compiler import has_wide_vectors, inner
 from tokenmill.kernels.vectors import ROWS, WIDTH, floats, product, transpose
 
 #: Keys, and output channels, of a product at a time.
@@ -31,13 +31,13 @@ def scratch_size(dim: int, group: int) -> int:
     return most_rows * (2 * dim + 2 + _PITCH) + (TILE + 1) * dim
 
 
-@njit(nogil=True)
+@inner
 def padded(count, multiple):
     """`count` rounded up to a multiple."""
     return (count + multiple - 1) // multiple * multiple
 
 
-@njit(nogil=True)
+@inner
 def _turn(keys, size, table, block_size, stride, first, end, dim, turned):
     """Transpose the keys from `first` on to [D, 64]; columns from `end` on may hold anything."""
     if block_size % WIDTH == 0:
@@ -63,7 +63,7 @@ def _turn(keys, size, table, block_size, stride, first, end, dim, turned):
             columns[channel, position - first] = key[channel]
 
 
-@njit(nogil=True)
+@inner
 def _copy(values, size, table, block_size, stride, first, end, dim, copied):
     """Copy the values from `first` to `end` to float32 [64, D]."""
     for position in range(first, end):
@@ -75,7 +75,7 @@ def _copy(values, size, table, block_size, stride, first, end, dim, copied):
             copy(source, target, dim // WIDTH)
 
 
-@njit(nogil=True)
+@inner
 def attend_many(at, table, scratch, shape, before, num_tokens, window, scale_at):
     """One item: `num_tokens` behind the first `before` of a sequence.
 
@@ -102,8 +102,8 @@ def attend_many(at, table, scratch, shape, before, num_tokens, window, scale_at)
         clear(rows + 4 * row * dim, dim // WIDTH)
     clear(sums, all_rows * dim // WIDTH)
     state = carray(floats(states), (all_rows, 2))
-    state[:, 0] = -np.inf
-    state[:, 1] = 0
+    for row in range(all_rows):  # loops: assigning to slices takes seconds to compile
+        state[row, 0], state[row, 1] = -np.inf, 0
 
     row_bytes, length, is_whole = size * stride, size * dim, block_size % WIDTH == 0
     part = base
@@ -138,11 +138,13 @@ def attend_many(at, table, scratch, shape, before, num_tokens, window, scale_at)
                 continue
             row_scores = carray(floats(scores + 4 * row * _PITCH), (PART,))
             end = padded(high, WIDTH)
-            row_scores[:low] = -np.inf
-            row_scores[high:end] = -np.inf
+            for key in range(low):
+                row_scores[key] = -np.inf
+            for key in range(high, end):
+                row_scores[key] = -np.inf
             sums_at = sums + 4 * row * dim
             weigh(scores + 4 * row * _PITCH, end // WIDTH, states + 8 * row, sums_at, dim // WIDTH)
-            row_scores[end : end + WIDTH] = 0  # what the rows beside it see
+            clear(scores + 4 * (row * _PITCH + end), 1)  # what the rows beside it see
         for first in range(part, stop, TILE):
             end = min(first + TILE, stop)
             if is_whole:

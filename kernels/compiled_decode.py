@@ -7,11 +7,11 @@ one head are not next to each other, which the processor does not foresee. The s
 """
 
 import numpy as np
-from numba import carray, njit
+from numba import carray
 
 from tokenmill.kernels.attention_vectors import clear, divide, scale, weigh
 from tokenmill.kernels.cache_vectors import LINE, add_values, dots, prefetch
-from tokenmill.kernels.compiler import has_wide_vectors
+from tokenmill.kernels.compiler import has_wide_vectors, inner
 from tokenmill.kernels.vectors import WIDTH, floats
 
 #: Keys, or values, between what is computed and what is asked for: 32 does best for float32, 64
@@ -38,7 +38,7 @@ _half_strip_1, _half_strip_2, _half_strip_3, _half_strip_4 = (
 _vector, _half_vector = add_values(4, 1, is_half=False), add_values(4, 1, is_half=True)
 
 
-@njit(nogil=True)
+@inner
 def _score(size, rows, q, dim, keys, stride, scores, width, ahead):
     count = dim // WIDTH
     if size == 2:
@@ -64,7 +64,7 @@ def _score(size, rows, q, dim, keys, stride, scores, width, ahead):
         _dots_4(q, dim, keys, stride, scores, width, count, ahead)
 
 
-@njit(nogil=True)
+@inner
 def _add_strip(size, rows, weights, width, values, stride, sums, dim, count, ahead):
     if size == 2:
         if rows == 1:
@@ -85,7 +85,7 @@ def _add_strip(size, rows, weights, width, values, stride, sums, dim, count, ahe
         _strip_4(weights, width, values, stride, sums, dim, count, ahead)
 
 
-@njit(nogil=True)
+@inner
 def _add(size, rows, weights, width, values, stride, sums, dim, count, ahead):
     done = 0
     while done + _STRIP <= dim:
@@ -101,13 +101,13 @@ def _add(size, rows, weights, width, values, stride, sums, dim, count, ahead):
         done += WIDTH
 
 
-@njit(nogil=True)
+@inner
 def _row(cache, row_bytes, table, block_size, position):
     """Address of the row of a position, of all heads."""
     return cache + (table[position // block_size] * block_size + position % block_size) * row_bytes
 
 
-@njit(nogil=True)
+@inner
 def ask_for(cache, row_bytes, table, block_size, position, last, length):
     """Of sixteen rows from `position` on, a multiple of sixteen, the `length` bytes of a head."""
     if position < last:
@@ -117,7 +117,7 @@ def ask_for(cache, row_bytes, table, block_size, position, last, length):
                 prefetch(row + byte)
 
 
-@njit(nogil=True)
+@inner
 def attend_few(at, table, scratch, shape, before, num_tokens, window, scale_at):
     """As `_attend`, for at most four rows and blocks of whole vectors of keys."""
     q, keys, values, out = at
@@ -137,8 +137,8 @@ def attend_few(at, table, scratch, shape, before, num_tokens, window, scale_at):
         scale(source, scratch + 4 * row * dim, dim // WIDTH, scale_at)
     clear(sums, 4 * dim // WIDTH)
     state = carray(floats(states), (4, 2))
-    state[:, 0] = -np.inf
-    state[:, 1] = 0
+    for row in range(4):  # loops: assigning to slices takes seconds to compile
+        state[row, 0], state[row, 1] = -np.inf, 0
 
     part = base
     while part < last:
@@ -159,12 +159,15 @@ def attend_few(at, table, scratch, shape, before, num_tokens, window, scale_at):
             low, high = max(0, position - window + 1 - part), min(position + 1, stop) - part
             row_scores = carray(floats(scores + 4 * row * PART), (PART,))
             if low >= high:
-                row_scores[:] = 0
+                clear(scores + 4 * row * PART, PART // WIDTH)
                 continue
             end = (high + WIDTH - 1) // WIDTH * WIDTH
-            row_scores[:low] = -np.inf
-            row_scores[high:end] = -np.inf
-            row_scores[end : stop - part] = 0
+            for key in range(low):
+                row_scores[key] = -np.inf
+            for key in range(high, end):
+                row_scores[key] = -np.inf
+            for key in range(end, stop - part):
+                row_scores[key] = 0
             sums_at = sums + 4 * row * dim
             weigh(scores + 4 * row * PART, end // WIDTH, states + 8 * row, sums_at, dim // WIDTH)
         for first in range(part, stop, WIDTH):

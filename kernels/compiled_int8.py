@@ -8,9 +8,9 @@ An item of work is one panel with up to 32 rows: its bits depend on the row and 
 """
 
 import torch
-from numba import carray, njit, types
+from numba import carray, types
 
-from tokenmill.kernels.compiler import compiled
+from tokenmill.kernels.compiler import compiled, inner
 from tokenmill.kernels.int8_vectors import GROUP, OFFSET, QUAD, product, quantize
 from tokenmill.kernels.parallel import Call, run
 from tokenmill.kernels.vectors import ROWS, fetch_add, floats, int64s
@@ -34,7 +34,7 @@ def _quantize_work(data):
         first = fetch_add(data + 8, 1) * _ROWS
 
 
-@njit(nogil=True)
+@inner
 def _add_bias(bias_at, y, number, start, end, width):
     """Add a panel's part of the bias to rows from `start` to `end` of its part of y."""
     bias = carray(floats(bias_at + 4 * number * _PANEL), (_PANEL,))

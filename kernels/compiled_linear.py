@@ -9,9 +9,9 @@ the weight alone.
 """
 
 import torch
-from numba import carray, njit, types
+from numba import carray, types
 
-from tokenmill.kernels.compiler import compiled
+from tokenmill.kernels.compiler import compiled, inner
 from tokenmill.kernels.panel_product import LINES, PANEL, panel_product
 from tokenmill.kernels.parallel import Call, run
 from tokenmill.kernels.vectors import fetch_add, int64s
@@ -34,7 +34,7 @@ _tile, _tile_1, _tile_2 = (panel_product(_TILE, lines) for lines in (0, 1, 2))
 _row_1, _row_2, _row_3 = (panel_product(rows, 0) for rows in (1, 2, 3))
 
 
-@njit(nogil=True)
+@inner
 def _multiply(num_rows, x, x_stride, panel, begin, begin_stride, y, y_stride, count, ahead):
     """Y [num_rows, 64] = begin + x [num_rows, count] @ panel; asks for what lies `ahead`."""
     tiles = num_rows // _TILE

@@ -82,6 +82,13 @@ def compiled(signature: Any) -> Callable[[Callable[..., Any]], Any]:
     return decorate
 
 
+def inner(function: Callable[..., Any]) -> Any:
+    """Decorate a function that compiled ones call: Python cannot, which saves compiling time."""
+    from numba import njit
+
+    return njit(nogil=True, no_cpython_wrapper=True, no_cfunc_wrapper=True)(function)
+
+
 def _remove(function: Callable[..., Any]) -> None:
     """What is kept of a function; numba names its files by the function and its first line."""
     name = f"{function.__name__}-{function.__code__.co_firstlineno}"
