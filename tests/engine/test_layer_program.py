@@ -13,6 +13,7 @@ from tokenmill.engine.kv_cache import KVCache, allocate_kv_cache
 from tokenmill.engine.loader import LoadedModel, load
 from tokenmill.engine.models import decoder
 from tokenmill.engine.models.decoder import Decoder
+from tokenmill.engine.models.layer_program import LayerProgram
 from tokenmill.kernels import compiler, ops
 
 pytestmark = pytest.mark.skipif(
@@ -41,22 +42,22 @@ def model(request: pytest.FixtureRequest, tiny_checkpoint: TinyCheckpoint) -> Lo
     return load(str(tiny_checkpoint(request.param, **LLAMA, **window)[0]), device="cpu")
 
 
-def cache_of(model: LoadedModel) -> KVCache:
+def cache_of(model: LoadedModel, block: int = BLOCK, dtype: torch.dtype = torch.float32) -> KVCache:
     cache = allocate_kv_cache(
-        model.spec, BLOCKS, block_size=BLOCK, dtype=torch.float32, device=torch.device("cpu")
+        model.spec, BLOCKS, block_size=block, dtype=dtype, device=torch.device("cpu")
     )
     for tensor in (*cache.keys, *cache.values):
         tensor.fill_(float("nan"))
     return cache
 
 
-def batch_of(*chunks: tuple[int, int]) -> RaggedBatch:
+def batch_of(*chunks: tuple[int, int], block: int = BLOCK) -> RaggedBatch:
     """(start, length) of sequences that each have a sixth of the cache."""
     each = BLOCKS // 6
     positions = [p for start, length in chunks for p in range(start, start + length)]
     blocks = [[n * each + b for b in range(each)] for n in range(len(chunks))]
     of_position = [n for n, (_, length) in enumerate(chunks) for _ in range(length)]
-    slots = [n * each * BLOCK + p for n, p in zip(of_position, positions, strict=True)]
+    slots = [n * each * block + p for n, p in zip(of_position, positions, strict=True)]
     starts = [0]
     for _, length in chunks:
         starts.append(starts[-1] + length)
@@ -84,10 +85,12 @@ STEPS = [
 
 
 @torch.inference_mode()
-def outputs(model: LoadedModel) -> list[torch.Tensor]:
-    cache = cache_of(model)
+def outputs(
+    model: LoadedModel, block: int = BLOCK, dtype: torch.dtype = torch.float32
+) -> list[torch.Tensor]:
+    cache = cache_of(model, block, dtype)
     run = Decoder(model.spec, model.weights, 128, ALONE)
-    return [run.logits(run.forward(batch_of(*chunks), cache)) for chunks in STEPS]
+    return [run.logits(run.forward(batch_of(*chunks, block=block), cache)) for chunks in STEPS]
 
 
 @pytest.fixture
@@ -124,6 +127,31 @@ def test_the_bits_of_int8(
     monkeypatch.setattr(ops, "has_programs", lambda _weight: False)
     assert all(torch.equal(*both) for both in zip(together, outputs(model), strict=True))
     assert programs == [True, False]
+
+
+@pytest.mark.parametrize("quantization", ["none", "int8"])
+def test_the_bits_of_a_cache_of_bfloat16(
+    quantization: str, tiny_checkpoint: TinyCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In blocks of 16, as a worker has them: each step is one program, or none is."""
+    path = str(tiny_checkpoint("llama", **LLAMA)[0])
+    model = load(path, device="cpu", quantization=quantization)
+    rows: list[int] = []
+    run = LayerProgram.run
+
+    def counted(self: LayerProgram, batch: RaggedBatch, embedded: torch.Tensor) -> Any:
+        rows.append(len(embedded))
+        return run(self, batch, embedded)
+
+    monkeypatch.setattr(LayerProgram, "run", counted)
+    together = outputs(model, 16, torch.bfloat16)
+    assert rows == [sum(length for _, length in chunks) for chunks in STEPS]
+    monkeypatch.setattr(ops, "has_programs", lambda _weight: False)
+    apart = outputs(model, 16, torch.bfloat16)
+    assert len(rows) == len(STEPS)
+    assert all(torch.equal(*both) for both in zip(together, apart, strict=True))
+    assert not any(logits.isnan().any() for logits in together)
+    assert not torch.equal(together[-1], outputs(model, 16)[-1]), "the cache is not of bfloat16"
 
 
 @torch.inference_mode()
