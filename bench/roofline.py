@@ -1,9 +1,10 @@
 """`Roofline`: what a workload asks of the machine, counted from shapes, over measured ceilings.
 
 Operations: every token passes every linear but the head; each generated token one row of the head;
-attention multiplies each query with every key before it, then the weights with the values. Bytes:
-the weights once in each of the fewest steps that there can be (the longest output), and the keys
-and values before each generated token. Whichever takes longer at its ceiling is the bound.
+attention multiplies each query with every key before it, then the weights with the values. Of the
+last layer a token of a prompt needs keys and values alone, but for the last one. Bytes: the weights
+once in each of the fewest steps that there can be (the longest output), and the keys and values
+before each generated token. Whichever takes longer at its ceiling is the bound.
 """
 
 import time
@@ -65,13 +66,15 @@ def need(spec: ModelSpec, requests: Iterable[tuple[int, int]], weight_bytes: int
         raise ValueError("the roofline counts dense models, got a mixture of experts")
     hidden, heads = spec.hidden_size, spec.q_size
     inner = spec.intermediate_size * (3 if spec.gated else 2)
-    body = spec.num_layers * hidden * (2 * heads + 2 * spec.kv_size + inner)
+    after_keys = hidden * (2 * heads + inner)  # of a layer, what is not its keys and values
+    body = spec.num_layers * (after_keys + hidden * 2 * spec.kv_size)
     head = hidden * spec.vocab_size
     flops, kv_read, steps = 0.0, 0, 0
     for prompt, output in requests:
         computed = prompt + output - 1  # the last token is not computed on
         pairs = computed * (computed + 1) // 2
         flops += 2 * body * computed + 2 * head * output + 4 * spec.num_layers * heads * pairs
+        flops -= 2 * after_keys * (prompt - 1) + 4 * heads * (prompt - 1) * prompt // 2
         kv_read += sum(range(prompt + 1, computed + 1))
         steps = max(steps, output)
     return Need(flops, (body + head) * weight_bytes * steps + kv_read * spec.kv_token_elements * 4)

@@ -64,8 +64,6 @@ class _Kept(threading.local):
 
     def __init__(self) -> None:
         self._scratch = torch.empty(0)
-        #: Items of the last call, which are read at their address.
-        self.items = np.empty((0, 4), np.int64)
 
     def scratch(self, size: int) -> torch.Tensor:
         """At least `size` floats."""
@@ -145,8 +143,8 @@ def paged_attention(
             "no soft cap"
         )
     out = torch.empty_like(q, memory_format=torch.contiguous_format) if out is None else out
-    tables = block_tables.contiguous()  # kept while its address is used
-    values = step_values(q, k_cache, cu_seqlens_q, context_lens, tables)
+    held: list[object] = []
+    values = step_values(q, k_cache, cu_seqlens_q, context_lens, block_tables, held=held)
     call = attention_call(q, k_cache, v_cache, out, scale, window, list(values.values()))
     run(call, values["num_items"])
     return out
@@ -161,12 +159,18 @@ def step_values(
     k_cache: torch.Tensor,
     cu_seqlens_q: torch.Tensor,
     context_lens: torch.Tensor,
-    block_tables: torch.Tensor,  # contiguous
+    block_tables: torch.Tensor,
+    *,
+    held: list[object],
 ) -> dict[str, int]:
-    """What differs between calls with the same memory for rows, until the next call of this."""
+    """What differs between calls with the same memory for rows.
+
+    To `held` is added what has to live as long as they are used.
+    """
     _, block_size, num_kv_heads, dim = k_cache.shape
     group, num_threads = q.shape[1] // num_kv_heads, torch.get_num_threads()
-    found = _kept.items = items(
+    tables = block_tables.contiguous()
+    found = items(
         cu_seqlens_q,
         context_lens,
         group=group,
@@ -175,13 +179,15 @@ def step_values(
         num_threads=num_threads,
     )
     size = -(-scratch_size(dim, group) // WIDTH) * WIDTH
+    scratch = _kept.scratch(size * num_threads)
+    held += [tables, found, scratch]
     values = (
         len(found) * num_kv_heads,
-        block_tables.shape[1],
+        tables.shape[1],
         found.ctypes.data,
-        block_tables.data_ptr(),
+        tables.data_ptr(),
         size,
-        _kept.scratch(size * num_threads).data_ptr(),
+        scratch.data_ptr(),
     )
     return dict(zip(STEP_VALUES, values, strict=True))
 

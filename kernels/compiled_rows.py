@@ -57,6 +57,21 @@ def _gate_work(data):
 
 
 @compiled(types.void(types.int64))
+def _pick_work(data):
+    given = carray(int64s(data), (9,))
+    num_rows, width, x, stride, y = given[3], given[4], given[5], given[6], given[7]
+    places = carray(int64s(given[8]), (num_rows,))
+    first = fetch_add(data + 8, 1) * _ROWS
+    while first < num_rows:
+        for row in range(first, min(first + _ROWS, num_rows)):
+            source = carray(floats(x + 4 * places[row] * stride), (width,))
+            target = carray(floats(y + 4 * row * width), (width,))
+            for column in range(width):
+                target[column] = source[column]
+        first = fetch_add(data + 8, 1) * _ROWS
+
+
+@compiled(types.void(types.int64))
 def _rope_work(data):
     given = carray(int64s(data), (22,))
     num_rows, num_q_heads, num_kv_heads, dim, half = (
@@ -200,6 +215,11 @@ def gated_activation(gate_up: torch.Tensor) -> torch.Tensor:
 def gate_call(gate_up: torch.Tensor, y: torch.Tensor, num_rows: int | str) -> Call:
     """The first rows of y [R, I] = silu(gate) * up, of gate_up [R, 2I]."""
     return Call(_gate_work, [num_rows, y.shape[1], gate_up.data_ptr(), y.data_ptr()])
+
+
+def pick_call(x: torch.Tensor, y: torch.Tensor, num_rows: int | str, places: int | str) -> Call:
+    """The first rows of y [R, H]: the rows of x at `places`, an address of int64."""
+    return Call(_pick_work, [num_rows, y.shape[1], x.data_ptr(), x.stride(0), y.data_ptr(), places])
 
 
 def rope_store_kv(

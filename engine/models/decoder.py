@@ -48,19 +48,21 @@ class Decoder:
 
     def forward(self, batch: RaggedBatch, cache: KVCache) -> torch.Tensor:
         """Compute one step; returns the last hidden states [L, H] of the wanted tokens."""
-        added, residual = self._layers(batch, cache)
-        wanted = batch.logits_indices
-        added = None if added is None else added[wanted]
-        hidden, _ = _add_norm(added, residual[wanted], self._weights.final_norm)
+        program = None if batch.adapted else self._program_for(cache)
+        added: torch.Tensor | None
+        if program is not None:
+            added, residual = program.run(batch, self._embed(batch))
+        else:
+            added, residual = self._layers(batch, cache)
+            wanted = batch.logits_indices
+            added, residual = None if added is None else added[wanted], residual[wanted]
+        hidden, _ = _add_norm(added, residual, self._weights.final_norm)
         return hidden
 
     def _layers(
         self, batch: RaggedBatch, cache: KVCache
     ) -> tuple[torch.Tensor | None, torch.Tensor]:
         """What the last layer adds, and its residual, both [T, H]."""
-        program = None if batch.adapted else self._program_for(cache)
-        if program is not None:
-            return program.run(batch, self._embed(batch))
         added, residual = None, self._embed(batch)
         for number, layer in enumerate(self._weights.layers):
             hidden, residual = _add_norm(added, residual, layer.attention_norm)

@@ -2,12 +2,16 @@
 
 Where every part of every layer has a compiled kernel, a step's layers are one start of all threads,
 in memory that stays. They are the kernels that the decoder calls one by one for other models, so
-the bits are the same; what falls away is Python between them, and the waking of threads.
+the bits are the same; what falls away is Python between them, and the waking of threads. Of the
+last layer, keys and values are computed of all tokens, the rest of those alone whose logits are
+wanted.
 
 Imported only where there are such kernels, as it brings numba.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -32,6 +36,8 @@ _FEWEST_ROWS = 64
 _BLOCKS = 16
 #: The part that counts rows which are wrong.
 _ROTATION = "rope and KV write"
+#: What is put before the names of numbers that say the same of wanted rows as of all.
+_WANTED = "wanted "
 
 
 class _Activations:
@@ -44,6 +50,8 @@ class _Activations:
         self.hidden = torch.zeros(num_rows, hidden)
         self.qkv = torch.zeros(num_rows, spec.q_size + 2 * spec.kv_size)
         self.attended = torch.zeros(num_rows, spec.q_size)
+        self.wanted_q = torch.zeros(num_rows, spec.q_size)
+        self.wanted_residual = torch.zeros(num_rows, hidden)
         self.added = torch.zeros(num_rows, hidden)
         self.gate_up = torch.zeros(num_rows, 2 * inner)
         self.inner = torch.zeros(num_rows, inner)
@@ -52,6 +60,35 @@ class _Activations:
         heads = self.qkv.view(num_rows, -1, spec.head_dim)
         sizes = [spec.num_heads, spec.num_kv_heads, spec.num_kv_heads]
         self.q, self.k, self.v = heads.split_with_sizes(sizes, dim=1)
+
+
+@dataclass(frozen=True, slots=True)
+class _WantedRows:
+    """The rows whose logits are wanted, as sequences of one token each."""
+
+    places: torch.Tensor  # [L] int64, L at least 1
+    starts: torch.Tensor  # [L + 1] int32
+    contexts: torch.Tensor  # [L] int32
+    tables: torch.Tensor  # [L, B] int32
+    #: They are those of the step instead, as there are no fewer, or more than sequences.
+    are_all: bool = False
+
+    @classmethod
+    def of(cls, batch: RaggedBatch) -> "_WantedRows":
+        places, count = batch.logits_indices, len(batch.input_ids)
+        starts, contexts, tables = batch.cu_seqlens_q, batch.context_lens, batch.block_tables
+        if len(places) == count or len(places) > len(contexts):
+            return cls(torch.arange(count), starts, contexts, tables, are_all=True)
+        if not len(places):
+            places = torch.zeros(1, dtype=torch.int64)  # a part of a prompt: no row will do
+        ends = starts[1:]
+        owners = torch.searchsorted(ends, places.int(), right=True)
+        return cls(
+            places,
+            torch.arange(len(places) + 1, dtype=torch.int32),
+            contexts[owners] - (ends[owners] - 1 - places.int()),
+            tables[owners],
+        )
 
 
 class LayerProgram:
@@ -72,9 +109,9 @@ class LayerProgram:
         self._allocate(_FEWEST_ROWS)
 
     def run(self, batch: RaggedBatch, embedded: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """From `embedded` [T, H] to what the last layer adds and its residual, both [T, H].
+        """From `embedded` [T, H] to what the last layer adds to wanted rows, and their residual.
 
-        They are valid until the next run.
+        Both are [L, H], and valid until the next run.
 
         Raises:
             IndexError: positions that the model lacks, or slots that the cache lacks.
@@ -86,21 +123,31 @@ class LayerProgram:
             self._allocate(num_rows)
         (rows, program, parts), keys = self._made, self.cache.keys[0]
         rows.residual[:count] = embedded
-        tables = batch.block_tables.contiguous()  # kept while its address is used
         self._use_blocks(int(batch.slot_mapping.max()) // keys.shape[1] + 1)
-        starts, contexts = batch.cu_seqlens_q, batch.context_lens
-        values = compiled_attention.step_values(rows.q, keys, starts, contexts, tables)
-        values |= {
-            "rows": count,
-            "positions": batch.positions.data_ptr(),
-            "slots": batch.slot_mapping.data_ptr(),
-        }
-        program.run(values)
+        wanted = _WantedRows.of(batch)
+        held: list[object] = []
+        step = partial(compiled_attention.step_values, rows.q, keys, held=held)
+        of_all = step(batch.cu_seqlens_q, batch.context_lens, batch.block_tables)
+        of_wanted = (
+            of_all if wanted.are_all else step(wanted.starts, wanted.contexts, wanted.tables)
+        )
+        of_all |= {"rows": count}
+        of_wanted = of_wanted | {"rows": len(wanted.places)}
+        program.run(
+            {
+                **of_all,
+                **{_WANTED + name: value for name, value in of_wanted.items()},
+                "positions": batch.positions.data_ptr(),
+                "slots": batch.slot_mapping.data_ptr(),
+                "places": wanted.places.data_ptr(),
+            }
+        )
         num_wrong = program.counted(parts.index(_ROTATION))  # all its like find the same
         if num_wrong:
             wrong = compiled_rows.wrong_rows(num_wrong, count, self._cos_sin[-1], keys)
             raise IndexError(wrong)
-        return rows.added[:count], rows.residual[:count]
+        given = batch.logits_indices if wanted.are_all else slice(len(batch.logits_indices))
+        return rows.added[given], rows.wanted_residual[given]
 
     def _use_blocks(self, count: int) -> None:
         """Have at least the first `count` blocks in memory: the cache's pages are fresh."""
@@ -123,52 +170,75 @@ class LayerProgram:
         with torch.inference_mode(mode=False):
             rows = _Activations(self._spec, num_rows)
         named: list[tuple[str, Call]] = []
-        for number in range(len(self._layers)):
-            named += self._attention_calls(number, rows)
-            named += self._mlp_calls(number, rows)
+        last = len(self._layers) - 1
+        for number in range(last + 1):
+            named += self._key_calls(number, rows)
+            named += self._rest_calls(number, rows) if number < last else self._last_calls(rows)
         program = Program([call for _, call in named])
         # In one assignment: a program whose rows have gone would write to memory of others.
         self._made = rows, program, [part for part, _ in named]
 
-    def _attention_calls(self, number: int, rows: _Activations) -> Iterator[tuple[str, Call]]:
-        """Up to what attention adds to the residual of a layer."""
-        spec, layer = self._spec, self._layers[number]
+    def _key_calls(self, number: int, rows: _Activations) -> Iterator[tuple[str, Call]]:
+        """Of a layer up to the queries, and to keys and values in the cache."""
+        layer = self._layers[number]
+        if number:
+            norm = _norm_call(layer.attention_norm, rows.added, rows.residual, rows.hidden, "rows")
+        else:
+            norm = _norm_call(layer.attention_norm, rows.residual, None, rows.hidden, "rows")
+        yield "norms", norm
+        yield from _linear_calls(layer.qkv, rows.hidden, rows.qkv, rows, "rows")
         keys, values = self.cache.keys[number], self.cache.values[number]
-        yield "norms", _norm_call(rows, layer.attention_norm, is_added=number > 0)
-        yield from _linear_calls(rows, layer.qkv, rows.hidden, rows.qkv)
         rotated = (rows.q, rows.k, rows.v, self._cos_sin[number], keys, values)
         yield _ROTATION, compiled_rows.rope_call(*rotated, "rows", "positions", "slots")
-        attended = rows.attended.view(rows.q.shape)
-        scale, window = spec.attention_scale, spec.windows[number]
-        yield (
-            "attention",
-            compiled_attention.attention_call(rows.q, keys, values, attended, scale, window),
-        )
-        yield from _linear_calls(rows, layer.attention_out, rows.attended, rows.added)
 
-    def _mlp_calls(self, number: int, rows: _Activations) -> Iterator[tuple[str, Call]]:
-        """From there to what the MLP adds."""
-        layer = self._layers[number]
-        mlp = layer.mlp
+    def _last_calls(self, rows: _Activations) -> Iterator[tuple[str, Call]]:
+        """`_rest_calls` of the last layer, for wanted rows alone."""
+        q = rows.q.flatten(1)
+        for x, y in ((q, rows.wanted_q), (rows.residual, rows.wanted_residual)):
+            yield "picking wanted rows", compiled_rows.pick_call(x, y, _WANTED + "rows", "places")
+        yield from self._rest_calls(len(self._layers) - 1, rows, _WANTED)
+
+    def _rest_calls(
+        self, number: int, rows: _Activations, which: str = ""
+    ) -> Iterator[tuple[str, Call]]:
+        """From queries to what the MLP adds; `which`: before the names of numbers of these rows."""
+        spec, layer, mlp = self._spec, self._layers[number], self._layers[number].mlp
         if not isinstance(mlp, MLP):
             raise TypeError("layers of experts have no program")
-        yield "norms", _norm_call(rows, layer.mlp_norm, is_added=True)
-        yield from _linear_calls(rows, mlp.up, rows.hidden, rows.gate_up)
-        yield "MLP's activation", compiled_rows.gate_call(rows.gate_up, rows.inner, "rows")
-        yield from _linear_calls(rows, mlp.down, rows.inner, rows.added)
+        q, residual, count = rows.q, rows.residual, which + "rows"
+        if which:
+            q, residual = rows.wanted_q.view(q.shape), rows.wanted_residual
+        yield (
+            "attention",
+            compiled_attention.attention_call(
+                q,
+                self.cache.keys[number],
+                self.cache.values[number],
+                rows.attended.view(q.shape),
+                spec.attention_scale,
+                spec.windows[number],
+                [which + name for name in compiled_attention.STEP_VALUES],
+            ),
+        )
+        yield from _linear_calls(layer.attention_out, rows.attended, rows.added, rows, count)
+        yield "norms", _norm_call(layer.mlp_norm, rows.added, residual, rows.hidden, count)
+        yield from _linear_calls(mlp.up, rows.hidden, rows.gate_up, rows, count)
+        yield "MLP's activation", compiled_rows.gate_call(rows.gate_up, rows.inner, count)
+        yield from _linear_calls(mlp.down, rows.inner, rows.added, rows, count)
 
 
-def _norm_call(rows: _Activations, norm: Norm | None, *, is_added: bool) -> Call:
+def _norm_call(
+    norm: Norm | None, x: torch.Tensor, residual: torch.Tensor | None, y: torch.Tensor, count: str
+) -> Call:
     if norm is None:
         raise TypeError("layers without a norm have no program")
-    added, residual = (rows.added, rows.residual) if is_added else (rows.residual, None)
-    return compiled_rows.norm_call(added, residual, norm.weight, norm.eps, rows.hidden, "rows")
+    return compiled_rows.norm_call(x, residual, norm.weight, norm.eps, y, count)
 
 
 def _linear_calls(
-    rows: _Activations, linear: Linear, x: torch.Tensor, y: torch.Tensor
+    linear: Linear, x: torch.Tensor, y: torch.Tensor, rows: _Activations, count: str
 ) -> Iterator[tuple[str, Call]]:
-    for call in linear.calls(x, y, rows.codes, "rows"):
+    for call in linear.calls(x, y, rows.codes, count):
         yield "linears", call
 
 

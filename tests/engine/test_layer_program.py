@@ -1,6 +1,7 @@
 """A model whose layers are one program computes the same bits as part by part."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -189,3 +190,34 @@ def test_interrupted_while_it_grows(model: LoadedModel, monkeypatch: pytest.Monk
             run.forward(batch_of((0, 40), (0, 40)), cache)
     assert torch.equal(run.forward(batch_of((0, 5)), cache), before)
     assert len(run.forward(batch_of((0, 40), (0, 40)), cache)) == 80
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize(
+    ("chunks", "wanted"),
+    [
+        ([(0, 9)], []),  # a part of a prompt
+        ([(0, 9), (0, 1), (0, 30)], [8, 9]),  # the last is a part
+        ([(0, 9), (0, 1), (0, 30)], [8, 9, 39]),
+        ([(0, 9), (0, 30)], [38, 3]),  # of one sequence two, as with its log probabilities
+        ([(0, 9), (0, 30)], [8, 38, 0, 1, 20]),  # more than sequences
+        ([(0, 1), (0, 1)], [0, 1]),
+    ],
+    ids=str,
+)
+def test_rows_that_are_wanted(
+    model: LoadedModel,
+    chunks: list[tuple[int, int]],
+    wanted: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The last layer computes these alone; keys and values of the others are in the cache."""
+    batch = replace(batch_of(*chunks), logits_indices=torch.tensor(wanted, dtype=torch.int64))
+    following = batch_of(*((start + length, 1) for start, length in chunks))
+    steps = []
+    for has_programs in (True, False):
+        monkeypatch.setattr(ops, "has_programs", lambda _weight, has=has_programs: has)
+        cache, run = cache_of(model), Decoder(model.spec, model.weights, 128, ALONE)
+        steps.append([run.forward(step, cache) for step in (batch, following)])
+    assert steps[0][0].shape[0] == len(wanted)
+    assert all(torch.equal(*both) for both in zip(*steps, strict=True))
