@@ -45,7 +45,7 @@ class Spent:
 class PacedEngine:
     """An engine for `worker.loop` that sleeps through each step."""
 
-    model_name = "paced"
+    model_name, quantization, kv_cache_dtype = "paced", "none", "float32"
 
     def __init__(self, device: Device) -> None:
         shape = device.engine

@@ -74,6 +74,11 @@ class Engine:
         )
         num_blocks = num_kv_blocks(model, config, kv_dtype, block_size, max_num_seqs)
         self.model_name = model.name
+        #: What linears are computed by, or else stored as.
+        self.quantization = model.quantization
+        if self.quantization == "none" and model.stored_as:
+            self.quantization = model.stored_as
+        self.kv_cache_dtype = str(kv_dtype).removeprefix("torch.")
         self.tokenizer = model.tokenizer
         self.max_model_len = max_model_len(config, model, num_blocks * block_size)
         # Memory for every row at full length is all that can ever be used.

@@ -22,6 +22,7 @@ from tokenmill.producer.connection import connect
 from tokenmill.producer.embedded import ensure_server, stop_if_idle
 from tokenmill.producer.errors import TokenmillError
 from tokenmill.producer.keys import Keys
+from tokenmill.producer.wire import WorkerInfo
 
 _PACKAGES = ("tokenmill", "redis", "rq", "msgpack", "click")
 #: Extra -> modules that must be there for it.
@@ -167,7 +168,7 @@ def _eviction(server: redis.Redis) -> Check:
 def _workers(client: Client) -> Check:
     workers = client.workers()
     if workers:
-        detail = ", ".join(f"{item.model} on {item.host} (pid {item.pid})" for item in workers)
+        detail = ", ".join(map(_worker, workers))
         return Check(name="workers", status=Status.OK, detail=detail)
     return Check(
         name="workers",
@@ -175,6 +176,19 @@ def _workers(client: Client) -> Check:
         detail=f"none is live on queue {client.queue}",
         remedy="run: tokenmill worker --model MODEL (generate brings its own)",
     )
+
+
+def _worker(info: WorkerInfo) -> str:
+    computes = [
+        f"{name} {value}"
+        for name, value in (
+            ("quantization", info.quantization),
+            ("KV cache", info.kv_cache_dtype),
+            ("adapters", " ".join(info.adapters)),
+        )
+        if value
+    ]
+    return f"{info.model} on {info.host} ({', '.join([f'pid {info.pid}', *computes])})"
 
 
 def _accelerator() -> Check:

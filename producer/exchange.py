@@ -329,4 +329,6 @@ def _worker(worker_id: str, row: Mapping[bytes, bytes]) -> WorkerInfo:
         started_ms=int(fields["started_ms"]),
         version=fields.get("version", ""),
         adapters=tuple(json.loads(fields.get("adapters", "[]"))),
+        quantization=fields.get("quantization", ""),
+        kv_cache_dtype=fields.get("kv_cache_dtype", ""),
     )

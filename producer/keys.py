@@ -27,9 +27,9 @@ may touch everything in it. The shard is part of a request id: a reader finds it
     T:park                  zset     id -> not before: released, failed and orphaned requests
     T:workers               zset     worker -> lease expiry
     T:own:<worker>          set      ids that the worker runs
-    T:w:<worker>            hash     registration (model, host, pid, started_ms, version, adapters:
-                                     names as JSON) and the last claim (claim_seq, claim_ids), for
-                                     a repeated call
+    T:w:<worker>            hash     registration (model, host, pid, started_ms, version,
+                                     quantization, kv_cache_dtype, adapters: names as JSON) and the
+                                     last claim (claim_seq, claim_ids), for a repeated call
     T:ctl                   stream   t wake | cancel: what idle workers block on; trimmed
     T:dead                  stream   dead letters: id, tenant, attempts, reason; trimmed
 

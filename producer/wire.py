@@ -281,6 +281,9 @@ class WorkerInfo:
     version: str = ""
     #: Adapters of the model, which a request may name in its place.
     adapters: tuple[str, ...] = ()
+    #: How it holds the weights of linears, and keys and values; "" of a worker that does not say.
+    quantization: str = ""
+    kv_cache_dtype: str = ""
 
     @property
     def models(self) -> tuple[str, ...]:

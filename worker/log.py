@@ -27,7 +27,10 @@ STARTING = Event("worker_starting", logging.INFO, ("worker_id", "redis", "queue"
 READY = Event(
     "worker_ready",
     logging.INFO,
-    ("worker_id", "model", "load_s", "sequences", "kv_tokens", "max_model_len"),
+    (
+        *("worker_id", "model", "quantization", "kv_cache_dtype"),
+        *("load_s", "sequences", "kv_tokens", "max_model_len"),
+    ),
 )
 #: From the process's start on: Python, torch and our modules, then what the engine does.
 START_TIMED = Event(

@@ -272,6 +272,8 @@ class Worker:
             started_ms=int(time.time() * 1000),
             version=version("tokenmill"),
             adapters=self._adapters,
+            quantization=engine.quantization,
+            kv_cache_dtype=engine.kv_cache_dtype,
         )
         while not self._try_register(info):
             pass
@@ -282,6 +284,8 @@ class Worker:
             READY,
             worker_id=self.worker_id,
             model=engine.model_name,
+            quantization=engine.quantization,
+            kv_cache_dtype=engine.kv_cache_dtype,
             load_s=load_s,
             sequences=capacity.sequences,
             kv_tokens=capacity.blocks * capacity.block_size,

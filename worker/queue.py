@@ -40,6 +40,11 @@ MAX_REASON = 1000
 
 _Item = TypeVar("_Item")
 
+#: Fields of a registration that are plain text.
+_REGISTERED = (
+    *("model", "host", "pid", "started_ms", "version"),
+    *("quantization", "kv_cache_dtype"),
+)
 _LEASE = Script("tokenmill.worker", "lease")
 _CLAIM = Script("tokenmill.worker", "claim")
 _APPEND = Script("tokenmill.worker", "append")
@@ -346,7 +351,7 @@ class Queue:
     def _lease(self, lease_ms: int, *, is_waking: bool = False) -> None:
         fields: list[str] = []
         if self._info is not None:
-            for name in ("model", "host", "pid", "started_ms", "version"):
+            for name in _REGISTERED:
                 fields += [name, str(getattr(self._info, name))]
             fields += ["adapters", json.dumps(self._info.adapters)]
         self._run(_LEASE, self.worker_id, lease_ms, int(is_waking), *fields)

@@ -72,6 +72,8 @@ class FakeWorker(threading.Thread):
             pid=os.getpid(),
             started_ms=1,
             adapters=self.adapters,
+            quantization="int8",
+            kv_cache_dtype="bfloat16",
         )
         queue.register(info)
         self.ready.set()

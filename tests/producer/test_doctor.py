@@ -23,12 +23,14 @@ def examined(url: str | None, **options: Any) -> dict[str, Check]:
 
 
 def test_a_good_server(server_url: str, server_kind: str, fake_worker: Any) -> None:
-    fake_worker()
+    fake_worker(adapters=("sql", "french"))
     found = examined(server_url)
     assert found["server"].detail.lower().startswith(server_kind)
     assert found["persistence"].status is Status.OK
     assert found["eviction"].status is Status.OK
-    assert "fake on" in found["workers"].detail
+    computes = "quantization int8, KV cache bfloat16, adapters sql french)"
+    assert found["workers"].detail.startswith("fake on ")
+    assert found["workers"].detail.endswith(computes)
     assert found["packages"].status is Status.OK
     assert found["model"].status is Status.WARN
 

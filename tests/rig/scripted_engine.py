@@ -59,6 +59,8 @@ class ScriptedEngine:
     step_s: float = 0.0
     max_model_len: int = 100_000
     model_name: str = "scripted"
+    quantization: str = "none"
+    kv_cache_dtype: str = "float32"
     tokenizer: ScriptedTokenizer = field(default_factory=ScriptedTokenizer)
     sequences: dict[str, Scripted] = field(default_factory=dict)
     #: Raised by the next steps.

@@ -97,6 +97,7 @@ def test_each_request_is_answered_with_the_adapter_that_it_names(
             assert (result.finish_reason, result.reason) == ("error", reason)
         (info,) = client.workers()
         assert info.models == (tiny_llama, "a", "b")
+        assert (info.quantization, info.kv_cache_dtype) == ("none", "float32")
 
 
 def test_another_worker_goes_on_with_the_adapter(

@@ -278,7 +278,17 @@ def test_release_of_a_cancelled_request_ends_it(client: Client, make_queue: Make
 def test_register_is_seen_until_retired(
     client: Client, server: redis.Redis, make_queue: MakeQueue
 ) -> None:
-    info = WorkerInfo(worker_id="w1", model="m", host="h", pid=12, started_ms=34, version="0.1")
+    info = WorkerInfo(
+        worker_id="w1",
+        model="m",
+        host="h",
+        pid=12,
+        started_ms=34,
+        version="0.1",
+        adapters=("sql",),
+        quantization="int8",
+        kv_cache_dtype="bfloat16",
+    )
     queue = make_queue("w1")
     queue.register(info)
     assert client.workers() == [info]

@@ -43,6 +43,8 @@ class NoopEngine:
 
     max_model_len: int = 4096
     model_name: str = "noop"
+    quantization: str = "none"
+    kv_cache_dtype: str = "float32"
     tokenizer: NumberTokenizer = field(default_factory=NumberTokenizer)
     outputs: dict[str, StepOutput] = field(default_factory=dict)
 
