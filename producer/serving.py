@@ -24,6 +24,8 @@ class Serving:
         self._worker: LocalWorker | None = None
         #: What rows may name as their model; empty as long as no worker has told.
         self._names: set[str] = set()
+        #: What they may name as their adapter, as long as `_names` tells anything.
+        self._adapters: set[str] = set()
 
     @property
     def has_brought(self) -> bool:
@@ -58,7 +60,8 @@ class Serving:
         self._learn(workers)
         if self.embedded and not serving:
             check_model(self.model)
-            self._names = {self.model, *adapters}
+            self._names, self._adapters = {self.model, *adapters}, adapters
+        self._check_adapter(str(self._plan.sampling.get("adapter", "")))
         return bool(serving)
 
     def model_of(self, row: Row) -> str:
@@ -76,6 +79,7 @@ class Serving:
             expected = " or ".join(map(repr, sorted(self._names)))
             remedy = "or answer all rows alike: --ignore-row-model"
             raise InvalidRequest("model", expected, model, remedy)
+        self._check_adapter(row.params.adapter)
 
     def is_live(self) -> bool:
         """Whether a worker serves the model.
@@ -122,5 +126,13 @@ class Serving:
     def _learn(self, workers: Iterable[WorkerInfo]) -> bool:
         """Whether any serves the model; rows may name their adapters in its place."""
         serving = [worker for worker in workers if self.model in worker.models]
-        self._names.update(name for worker in serving for name in worker.models)
+        for worker in serving:
+            self._names.update(worker.models)
+            self._adapters.update(worker.adapters)
         return bool(serving)
+
+    def _check_adapter(self, name: str) -> None:
+        if name and self._names and name not in self._adapters:
+            has = ", ".join(sorted(self._adapters)) or "none"
+            expected = f"one that a worker of {self.model} has ({has})"
+            raise InvalidRequest("adapter", expected, name, "load it with --lora NAME=DIRECTORY")

@@ -108,11 +108,41 @@ def test_a_row_may_name_an_adapter_as_its_model(
 def test_a_whole_run_may_take_an_adapter(
     plan: Any, server_url: str, fake_worker: Any, tmp_path: Path
 ) -> None:
-    worker = fake_worker(adapters=("sql",))
+    worker = fake_worker(adapters=("sql", "french"))
     rows = [{"prompt": "a"}, {"prompt": "b", "adapter": "french"}]
     generate(plan(rows, model="sql"), Told(), url=server_url)
     asked = sorted((item.model, item.params.adapter) for item in worker.requests)
     assert asked == [("sql", ""), ("sql", "french")]
+
+
+def test_a_row_whose_adapter_no_worker_has_is_not_sent(
+    plan: Any, server_url: str, fake_worker: Any, tmp_path: Path
+) -> None:
+    worker = fake_worker(adapters=("sql", "german"))
+    rows = [{"prompt": "a", "adapter": name} for name in ("sql", "french", "fake", "")]
+    outcome = generate(plan(rows), Told(), url=server_url)
+    assert (outcome.answered, outcome.failed) == (2, 2)
+    _, refused, own, _ = read_rows(tmp_path / "out.jsonl")
+    expected = "adapter must be one that a worker of fake has (german, sql), got 'french'; load it"
+    assert refused["error"]["message"].startswith(expected)
+    assert own["error"]["field"] == "adapter"
+    assert [item.params.adapter for item in worker.requests] == ["sql", ""]
+
+
+def test_an_adapter_of_all_rows_that_no_worker_has_ends_the_run(
+    plan: Any, server_url: str, fake_worker: Any
+) -> None:
+    worker = fake_worker()
+    told = Told()
+    with pytest.raises(InvalidRequest, match=r"a worker of fake has \(none\), got 'french'; load"):
+        generate(plan(numbered(2), sampling={"adapter": "french"}), told, url=server_url)
+    assert not worker.requests
+
+
+def test_adapters_of_the_worker_that_is_brought(plan: Any, state: Path) -> None:
+    made = plan(numbered(1), lora=["sql=adapters/sql"], sampling={"adapter": "french"})
+    with pytest.raises(InvalidRequest, match=r"a worker of smollm2 has \(sql\), got 'french'"):
+        generate(made, Told())
 
 
 def test_surrogates_are_refused_and_written(
