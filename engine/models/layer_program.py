@@ -10,7 +10,6 @@ Imported only where there are such kernels, as it brings numba.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -21,6 +20,7 @@ from tokenmill.engine.models.linear import Linear
 from tokenmill.engine.models.mlp import MLP
 from tokenmill.engine.models.norm import Norm
 from tokenmill.engine.models.spec import ModelSpec
+from tokenmill.engine.models.wanted_rows import WantedRows
 from tokenmill.engine.models.weights import LayerWeights
 from tokenmill.kernels import compiled_attention, compiled_rows
 from tokenmill.kernels.compiled_int8 import code_bytes
@@ -62,35 +62,6 @@ class _Activations:
         self.q, self.k, self.v = heads.split_with_sizes(sizes, dim=1)
 
 
-@dataclass(frozen=True, slots=True)
-class _WantedRows:
-    """The rows whose logits are wanted, as sequences of one token each."""
-
-    places: torch.Tensor  # [L] int64, L at least 1
-    starts: torch.Tensor  # [L + 1] int32
-    contexts: torch.Tensor  # [L] int32
-    tables: torch.Tensor  # [L, B] int32
-    #: They are those of the step instead, as there are no fewer, or more than sequences.
-    are_all: bool = False
-
-    @classmethod
-    def of(cls, batch: RaggedBatch) -> "_WantedRows":
-        places, count = batch.logits_indices, len(batch.input_ids)
-        starts, contexts, tables = batch.cu_seqlens_q, batch.context_lens, batch.block_tables
-        if len(places) == count or len(places) > len(contexts):
-            return cls(torch.arange(count), starts, contexts, tables, are_all=True)
-        if not len(places):
-            places = torch.zeros(1, dtype=torch.int64)  # a part of a prompt: no row will do
-        ends = starts[1:]
-        owners = torch.searchsorted(ends, places.int(), right=True)
-        return cls(
-            places,
-            torch.arange(len(places) + 1, dtype=torch.int32),
-            contexts[owners] - (ends[owners] - 1 - places.int()),
-            tables[owners],
-        )
-
-
 class LayerProgram:
     """Of one model and one cache, for layers of which `can_run` says yes."""
 
@@ -124,7 +95,7 @@ class LayerProgram:
         (rows, program, parts), keys = self._made, self.cache.keys[0]
         rows.residual[:count] = embedded
         self._use_blocks(int(batch.slot_mapping.max()) // keys.shape[1] + 1)
-        wanted = _WantedRows.of(batch)
+        wanted = WantedRows.of(batch)
         held: list[object] = []
         step = partial(compiled_attention.step_values, rows.q, keys, held=held)
         of_all = step(batch.cu_seqlens_q, batch.context_lens, batch.block_tables)
