@@ -10,8 +10,9 @@ import torch
 
 from tokenmill.engine.sequence import Sequence
 
-#: Likeliest tokens among which the threshold is looked for; rows where it lies below are sorted.
-HEAD = 512
+#: Likeliest tokens among which the threshold is looked for, and then, where it lies below, more of
+#: them; what is left is sorted. Of most rows the first are enough, and take a third of the time.
+HEADS = (64, 512)
 
 
 def keep_likely(logits: torch.Tensor, seqs: Seq[Sequence]) -> torch.Tensor:
@@ -42,14 +43,18 @@ def _ranked_threshold(
     """The lowest logit [R, 1] that top_k and top_p keep; columns [R, 1], top_p inf for none."""
     vocabulary = logits.shape[1]
     total = logits.logsumexp(dim=-1, keepdim=True)
-    head = logits.topk(min(HEAD, vocabulary), dim=-1).values
-    threshold, is_inside = _threshold(head, total, top_k, top_p, vocabulary)
-    outside = (~is_inside).nonzero().flatten()
-    if len(outside):
-        ranked = logits[outside].sort(dim=-1, descending=True).values
-        threshold[outside], _ = _threshold(
-            ranked, total[outside], top_k[outside], top_p[outside], vocabulary
+    threshold = torch.empty_like(total)
+    left = torch.arange(len(logits), device=logits.device)
+    for size in (*(size for size in HEADS if size < vocabulary), vocabulary):
+        rows = logits if len(left) == len(logits) else logits[left]
+        is_whole = size == vocabulary
+        ranked = (rows.sort(descending=True) if is_whole else rows.topk(size)).values
+        threshold[left], is_inside = _threshold(
+            ranked, total[left], top_k[left], top_p[left], vocabulary
         )
+        left = left[~is_inside]
+        if not len(left):
+            break
     return threshold
 
 

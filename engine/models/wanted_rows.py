@@ -1,4 +1,4 @@
-"""`WantedRows`: the tokens of a step whose logits are wanted, as attention of a last layer sees them.
+"""`WantedRows`: the tokens of a step whose logits are wanted, as the last attention sees them.
 
 A token attends to what is before it in its sequence, so each can be a sequence of its own that
 decodes, whichever chunk it came in.

@@ -53,11 +53,13 @@ def test_filters_keep_what_they_say(sampling: dict[str, Any], kept: list[int]) -
     assert left[kept].tolist() == [LOGITS[n] for n in kept]
 
 
-@pytest.mark.parametrize("head", [1, 7, 64, 1000])
-def test_any_head_gives_what_sorting_gives(head: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(filters, "HEAD", head)
-    torch.manual_seed(head)
-    generator = torch.Generator().manual_seed(head)
+@pytest.mark.parametrize("heads", [(1,), (2, 9), (7,), (64,), (64, 128), (1000,)], ids=str)
+def test_any_heads_give_what_sorting_gives(
+    heads: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(filters, "HEADS", heads)
+    torch.manual_seed(sum(heads))
+    generator = torch.Generator().manual_seed(sum(heads))
     seqs = [
         make_sequence(
             top_k=top_k, top_p=top_p, min_p=0.05 if (top_k, top_p) == (40, 0.9) else min_p
