@@ -22,7 +22,8 @@ from tokenmill.engine.json_file import read_json
 from tokenmill.engine.loader import LoadedModel
 from tokenmill.engine.models.checkpoint import tensors_of_file
 from tokenmill.engine.models.families import FAMILIES
-from tokenmill.engine.models.linear import Adapter, Linear, LowRank
+from tokenmill.engine.models.linear import Linear
+from tokenmill.engine.models.low_rank import Adapter, LowRank
 from tokenmill.engine.models.mlp import MLP
 from tokenmill.engine.models.spec import ModelSpec
 from tokenmill.engine.models.weight_map import place_of, split_fused
@@ -134,10 +135,7 @@ def _fused(pairs: _Parts, dtype: torch.dtype, device: torch.device) -> LowRank:
             columns = slice(column, column + len(part.a))
             up[at.start : at.start + at.size, columns] = (rows.float() * part.scale).to(up)
         column += len(part.a)
-    pair = LowRank(Linear(down), Linear(up))
-    pair.down.pack()
-    pair.up.pack()
-    return pair
+    return LowRank(down, up)
 
 
 @dataclass(frozen=True, slots=True)

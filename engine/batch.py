@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from tokenmill.engine.logprobs import prompt_positions
-from tokenmill.engine.models.linear import Adapted, Adapter
+from tokenmill.engine.models.low_rank import Adapted, Adapter
 from tokenmill.engine.scheduler import Chunk
 
 

@@ -20,7 +20,7 @@ from tokenmill.engine.device_rows import DeviceRows, RowMessage
 from tokenmill.engine.device_step import StepBuffers, StepShape
 from tokenmill.engine.executor import Sampled, StepResult, Ticket, sampled_of
 from tokenmill.engine.logprobs import measure, prompt_positions, slices, told_of
-from tokenmill.engine.models.linear import Adapter
+from tokenmill.engine.models.low_rank import Adapter
 from tokenmill.engine.runner import Runner
 from tokenmill.engine.sampler import edit
 from tokenmill.engine.scheduler import Chunk, SchedulerOutput

@@ -6,7 +6,7 @@ import torch
 
 from tokenmill.engine.batch import RaggedBatch
 from tokenmill.engine.device_rows import DeviceRows
-from tokenmill.engine.models.linear import Adapted
+from tokenmill.engine.models.low_rank import Adapted
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from typing import Protocol
 from tokenmill.engine.batch import build_batch
 from tokenmill.engine.cost_model import kv_tokens_read
 from tokenmill.engine.logprobs import prompt_logprobs
-from tokenmill.engine.models.linear import Adapter
+from tokenmill.engine.models.low_rank import Adapter
 from tokenmill.engine.runner import Runner
 from tokenmill.engine.sampler import sample
 from tokenmill.engine.scheduler import Chunk, SchedulerOutput

@@ -7,7 +7,7 @@ from tokenmill.engine.config import EngineConfig
 from tokenmill.engine.device_executor import DeviceExecutor
 from tokenmill.engine.executor import Executor, HostExecutor
 from tokenmill.engine.loader import LoadedModel
-from tokenmill.engine.models.linear import Adapter
+from tokenmill.engine.models.low_rank import Adapter
 from tokenmill.engine.models.mlp import MoE
 from tokenmill.engine.runner import Runner
 from tokenmill.producer.errors import InvalidRequest

@@ -5,11 +5,14 @@ that a process on a CPU never loads triton, and a process on a GPU never numba.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from tokenmill.kernels import compiler, cpu_attention, reference
+
+if TYPE_CHECKING:
+    from tokenmill.kernels.compiled_low_rank import Panels
 
 
 def load_compiled() -> None:
@@ -217,6 +220,20 @@ def packed_linear(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | No
     from tokenmill.kernels import compiled_linear
 
     return compiled_linear.linear(x, packed, bias)
+
+
+def pack_low_rank(down: torch.Tensor, up: torch.Tensor) -> "Panels":
+    """Lay out an adapter's down [r, K] and up [N, r], which `can_pack` takes, in new memory."""
+    from tokenmill.kernels import compiled_low_rank
+
+    return compiled_low_rank.pack(down, up)
+
+
+def add_low_rank(y: torch.Tensor, x: torch.Tensor, rows: torch.Tensor, panels: "Panels") -> None:
+    """y[rows] [R, N] += what an adapter makes of x[rows] [R, K]; `rows` int64, each once."""
+    from tokenmill.kernels import compiled_low_rank
+
+    compiled_low_rank.add_low_rank(y, x, rows, panels)
 
 
 def can_pack_int8(weight: torch.Tensor) -> bool:

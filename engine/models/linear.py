@@ -5,11 +5,9 @@ few rows and for the language-model head: with AVX-512 by a kernel of ours, othe
 (docs/decisions/0005-cpu-linears.md). Elsewhere the weight stays as it is, for cuBLAS. A quantized
 linear is as its scheme says (`quantization.py`).
 
-An adapter adds to the rows of the sequences that ask for it: `Adapter`.
+An adapter adds to the rows of the sequences that ask for it: `low_rank.py`.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,6 +18,7 @@ from tokenmill.engine.models.quantization import Packing, Quantized, Scheme
 from tokenmill.kernels import ops
 
 if TYPE_CHECKING:
+    from tokenmill.engine.models.low_rank import Adapted
     from tokenmill.kernels.parallel import Call
 
 #: Rows that the packed layout is chosen for; measured to be good from 1 to 256.
@@ -124,7 +123,7 @@ class Linear:
         out = self._product(rows)
         for adapter, places in adapted:
             if pair := adapter.get(self):
-                out.index_add_(0, places, pair.up(pair.down(rows[places])))
+                pair.add(out, rows, places)
         return out
 
     def _product(self, rows: torch.Tensor) -> torch.Tensor:
@@ -141,22 +140,3 @@ class Linear:
             rows, self.weight, self.bias, "none", [], ""
         )
         return packed[:count]
-
-
-@dataclass(frozen=True, slots=True)
-class LowRank:
-    """What an adapter adds to the outputs of a linear: up(down(rows)), its scale in `up`."""
-
-    down: Linear  # [in] -> [ranks]
-    up: Linear  # [ranks] -> [out]
-
-    @property
-    def nbytes(self) -> int:
-        """Memory of both."""
-        return self.down.nbytes + self.up.nbytes
-
-
-#: What an adapter adds, by linear.
-Adapter = Mapping[Linear, LowRank]
-#: The adapters of a step, each with the numbers of its rows, int64; no row is in two.
-Adapted = Sequence[tuple[Adapter, torch.Tensor]]

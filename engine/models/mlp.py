@@ -4,7 +4,8 @@ from collections.abc import Iterator
 
 import torch
 
-from tokenmill.engine.models.linear import Adapted, Linear
+from tokenmill.engine.models.linear import Linear
+from tokenmill.engine.models.low_rank import Adapted
 from tokenmill.kernels import ops
 
 
