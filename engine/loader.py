@@ -71,7 +71,8 @@ def load(
     scheme = choose_quantization(quantization, place, kind, group.shard)
     path = resolve(model)
     file = GGUFFile(path) if path.suffix == ".gguf" else None
-    with ThreadPoolExecutor(2) as beside:
+    # One after the other: both hold Python's lock, and the weights wait for the kernels alone.
+    with ThreadPoolExecutor(1) as beside:
         if place.type == "cpu":
             beside.submit(ops.load_compiled)
         tokenizer = beside.submit(_tokenizer, path, file)

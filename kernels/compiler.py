@@ -13,8 +13,10 @@ import importlib.util
 import logging
 import os
 import stat
+import subprocess
+import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -80,6 +82,22 @@ def compiled(signature: Any) -> Callable[[Callable[..., Any]], Any]:
         return cfunc(signature)(function)
 
     return decorate
+
+
+def compile_beside(modules: Sequence[str]) -> "subprocess.Popen[bytes] | None":
+    """Start a process that compiles `modules`, for all to come; None where they are kept already.
+
+    Numba compiles one function at a time in a process, so the first start has a second one.
+    """
+    try:
+        kept = {path.name.partition(".")[0] for path in cache_directory().rglob("*.nbi")}
+        if kept.issuperset(module.rpartition(".")[2] for module in modules):
+            return None
+        command = [sys.executable, "-P", "-c", f"import {', '.join(modules)}"]
+        nothing = subprocess.DEVNULL
+        return subprocess.Popen(command, stdin=nothing, stdout=nothing, stderr=nothing)
+    except OSError:  # they are compiled here, one after the other
+        return None
 
 
 def inner(function: Callable[..., Any]) -> Any:

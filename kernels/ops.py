@@ -4,6 +4,7 @@ Shapes and meaning are in `reference.py`. The Triton files are imported at the f
 that a process on a CPU never loads triton, and a process on a GPU never numba.
 """
 
+import importlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -17,18 +18,20 @@ if TYPE_CHECKING:
 
 def load_compiled() -> None:
     """Load what the CPU's kernels need, half a second's work that can be done beside other work."""
-    if compiler.is_available():
-        from tokenmill.kernels import compiled_attention, compiled_draw, compiled_rows
-
-        del compiled_attention, compiled_draw, compiled_rows
+    if not compiler.is_available():
+        return
+    others = ["compiled_rows"]
     if compiler.has_wide_vectors():
-        from tokenmill.kernels import compiled_linear, compiled_panels, program
-
-        del compiled_linear, compiled_panels, program
+        others += ["compiled_linear", "compiled_panels", "program"]
     if compiler.has_byte_products():
-        from tokenmill.kernels import compiled_int8
-
-        del compiled_int8
+        others += ["compiled_int8"]
+    names = [f"{__package__}.{name}" for name in others]
+    beside = compiler.compile_beside(names)
+    importlib.import_module(f"{__package__}.compiled_attention")  # the longest to compile
+    if beside is not None:
+        beside.wait()
+    for name in names:
+        importlib.import_module(name)
 
 
 def can_dequantize(ggml_type: int) -> bool:

@@ -16,7 +16,6 @@ from tokenmill.engine.models.norm import Norm
 from tokenmill.engine.models.quantization import Packing, Scheme
 from tokenmill.engine.models.shard import WHOLE, Shard
 from tokenmill.engine.models.spec import ModelSpec, MoESpec
-from tokenmill.kernels.pages import bring_in
 
 
 @dataclass(slots=True)
@@ -237,7 +236,4 @@ class _Allocation:
         return Norm(weight, bias, self.spec.norm_eps)
 
     def _new(self, *shape: int) -> torch.Tensor:
-        tensor = torch.empty(shape, dtype=self.dtype, device=self.device)
-        if self.device.type == "cpu":
-            bring_in(tensor)  # while other threads load what holds Python's lock, as this does not
-        return tensor
+        return torch.empty(shape, dtype=self.dtype, device=self.device)

@@ -149,3 +149,29 @@ def test_without_it_kernels_are_compiled_and_the_log_says_so_once(
     (said,) = caplog.messages
     assert said.startswith("kernels cannot be kept, so every start compiles them")
     assert re.search(reason, said)
+
+
+def test_a_process_beside_compiles_for_all_to_come(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("NUMBA_CACHE_DIR", raising=False)
+    modules = ["tokenmill.kernels.compiled_rows"]
+    process = compiler.compile_beside(modules)
+    assert process is not None
+    assert process.wait(60) == 0
+    assert {path.name.partition(".")[0] for path in kept(home)} == {"compiled_rows"}
+    assert kept(home) == kept(cache_directory())
+    assert compiler.compile_beside(modules) is None
+    other = compiler.compile_beside(["tokenmill.kernels.lacking"])
+    assert other is not None
+    assert other.wait(60) != 0
+
+
+def test_nothing_is_compiled_beside_where_it_cannot_be_kept(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def nowhere() -> Path:
+        raise OSError(errno.EROFS, "read-only")
+
+    monkeypatch.setattr(compiler, "cache_directory", nowhere)
+    assert compiler.compile_beside(["tokenmill.kernels.compiled_rows"]) is None
