@@ -20,7 +20,7 @@ def load_compiled() -> None:
     """Load what the CPU's kernels need, half a second's work that can be done beside other work."""
     if not compiler.is_available():
         return
-    others = ["compiled_rows"]
+    others = ["compiled_rows", "compiled_draw"]
     if compiler.has_wide_vectors():
         others += ["compiled_linear", "compiled_panels", "program"]
     if compiler.has_byte_products():

@@ -2,6 +2,8 @@
 
 import errno
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -175,3 +177,19 @@ def test_nothing_is_compiled_beside_where_it_cannot_be_kept(
 
     monkeypatch.setattr(compiler, "cache_directory", nowhere)
     assert compiler.compile_beside(["tokenmill.kernels.compiled_rows"]) is None
+
+
+def test_a_start_loads_every_kernel_of_a_step() -> None:
+    """One that is left out would be compiled within a step."""
+    program = "import sys; from tokenmill.kernels import ops; ops.load_compiled()"
+    program += "; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
+    files = Path(compiler.__file__).parent.glob("*.py")
+    kernels = {path.stem for path in files if "\n@compiled(" in path.read_text()}
+    lacking = kernels - {name.rpartition(".")[2] for name in done.stdout.decode().split()}
+    without = {"compiled_blocks", "compiled_low_rank"}  # of loading GGUF, and of adapters
+    if not compiler.has_wide_vectors():
+        without |= {"compiled_linear", "compiled_panels", "program"}
+    if not compiler.has_byte_products():
+        without |= {"compiled_int8"}
+    assert lacking == without
