@@ -1,5 +1,7 @@
 """`keep_likely`: top_k, top_p and min_p, by one threshold a row and without sorting the vocabulary.
 
+On a CPU that is `compiled_filter.py`, where it takes the logits; the rest here is for others.
+
 What is kept is always all tokens at least as likely as some token, so tokens that tie with the
 last one kept are kept as well, and the order of a sort never matters.
 """
@@ -9,6 +11,7 @@ from collections.abc import Sequence as Seq
 import torch
 
 from tokenmill.engine.sequence import Sequence
+from tokenmill.kernels import ops
 
 #: Likeliest tokens among which the threshold is looked for, and then, where it lies below, more of
 #: them; what is left is sorted. Of most rows the first are enough, and take a third of the time.
@@ -21,11 +24,15 @@ def keep_likely(logits: torch.Tensor, seqs: Seq[Sequence]) -> torch.Tensor:
     top_k first, then top_p over what is left, renormalised; min_p is relative to the likeliest.
     The likeliest token always stays.
     """
+    vocabulary = logits.shape[1]
+    if ops.can_filter(logits):
+        params = [seq.params for seq in seqs]
+        ops.keep_likely(logits, [(p.top_k or vocabulary, p.top_p, p.min_p) for p in params])
+        return logits
 
     def column(values: list[float]) -> torch.Tensor:
         return torch.tensor(values, device=logits.device)[:, None]
 
-    vocabulary = logits.shape[1]
     top_k = column([float(min(s.params.top_k or vocabulary, vocabulary)) for s in seqs])
     # Rounded sums reach 1 before the last token does: a top_p of 1 must drop nothing.
     top_p = column([s.params.top_p if s.params.top_p < 1 else torch.inf for s in seqs])

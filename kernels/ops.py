@@ -20,7 +20,7 @@ def load_compiled() -> None:
     """Load what the CPU's kernels need, half a second's work that can be done beside other work."""
     if not compiler.is_available():
         return
-    others = ["compiled_rows", "compiled_draw"]
+    others = ["compiled_rows", "compiled_draw", "compiled_filter"]
     if compiler.has_wide_vectors():
         others += ["compiled_linear", "compiled_panels", "program"]
     if compiler.has_byte_products():
@@ -265,6 +265,22 @@ def packed_int8_linear(
     from tokenmill.kernels import compiled_int8
 
     return compiled_int8.linear(x, packed, weight_scales, bias)
+
+
+def can_filter(logits: torch.Tensor) -> bool:
+    """Whether `keep_likely` takes logits [R, V]."""
+    if not compiler.is_available():
+        return False
+    from tokenmill.kernels import compiled_filter
+
+    return compiled_filter.can_filter(logits)
+
+
+def keep_likely(logits: torch.Tensor, params: list[tuple[float, float, float]]) -> None:
+    """Set to -inf what top_k, top_p and min_p of each row leave out of `logits` [R, V]."""
+    from tokenmill.kernels import compiled_filter
+
+    compiled_filter.keep_likely(logits, params)
 
 
 def can_draw(logits: torch.Tensor) -> bool:

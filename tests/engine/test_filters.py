@@ -8,6 +8,7 @@ import torch
 from tokenmill.engine import filters
 from tokenmill.engine.filters import keep_likely
 from tokenmill.engine.sequence import Sequence
+from tokenmill.kernels import ops
 from tokenmill.producer.params import SamplingParams
 
 LOGITS = [2.0, 1.0, 0.5, 0.0, -1.0, -30.0]
@@ -53,11 +54,14 @@ def test_filters_keep_what_they_say(sampling: dict[str, Any], kept: list[int]) -
     assert left[kept].tolist() == [LOGITS[n] for n in kept]
 
 
-@pytest.mark.parametrize("heads", [(1,), (2, 9), (7,), (64,), (64, 128), (1000,)], ids=str)
-def test_any_heads_give_what_sorting_gives(
-    heads: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(filters, "HEADS", heads)
+@pytest.mark.parametrize("heads", [None, (1,), (2, 9), (7,), (64,), (64, 128), (1000,)], ids=str)
+def test_what_sorting_gives(heads: tuple[int, ...] | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the compiled form, where there is one, and by torch's operations with any heads."""
+    if heads is None:
+        heads = ()
+    else:
+        monkeypatch.setattr(ops, "can_filter", lambda _logits: False)
+        monkeypatch.setattr(filters, "HEADS", heads)
     torch.manual_seed(sum(heads))
     generator = torch.Generator().manual_seed(sum(heads))
     seqs = [
