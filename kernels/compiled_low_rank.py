@@ -26,7 +26,10 @@ _NARROW = WIDTH * _LINES
 #: Rows of a tile, and of an item, at the most.
 _TILE, _MOST_ROWS = 4, 32
 #: What the numbers of a step are called in a `Program`.
-STEP_NAMES = ("items", "items at", "rows at", "pairs at", "pair stride", "low", "low stride")
+STEP_NAMES = (
+    *("adapted items", "adapted items at", "adapted rows", "adapter places"),
+    *("adapted linears", "low ranks", "low ranks a row"),
+)
 
 _ZEROS = torch.zeros(_NARROW)
 _down_1, _down_2, _down_4 = (panel_product(rows, 0, _LINES) for rows in (1, 2, 4))
@@ -148,7 +151,7 @@ class AdaptedRows:
         """
         counts = [len(of_adapter) for of_adapter in rows]
         each = -(-sum(counts) // torch.get_num_threads())
-        most = min(-(-each // _TILE) * _TILE, _MOST_ROWS)
+        most = max(min(-(-each // _TILE) * _TILE, _MOST_ROWS), _TILE)
         items: list[tuple[int, int, int]] = []
         first = 0
         for adapter, count in enumerate(counts):
@@ -180,7 +183,7 @@ def add_low_rank(y: torch.Tensor, x: torch.Tensor, rows: torch.Tensor, panels: P
     if x.stride(-1) != 1:
         x = x.contiguous()
     step = AdaptedRows([rows], torch.tensor([[panels.place]]))
-    run(low_rank_call(x, y, 0, step.numbers), step.numbers["items"])
+    run(low_rank_call(x, y, 0, step.numbers), step.numbers[STEP_NAMES[0]])
 
 
 def low_rank_call(

@@ -48,7 +48,7 @@ class Decoder:
 
     def forward(self, batch: RaggedBatch, cache: KVCache) -> torch.Tensor:
         """Compute one step; returns the last hidden states [L, H] of the wanted tokens."""
-        program = None if batch.adapted else self._program_for(cache)
+        program = self._program_for(cache)
         added: torch.Tensor | None
         if program is not None:
             added, residual = program.run(batch, self._embed(batch))

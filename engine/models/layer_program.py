@@ -4,13 +4,14 @@ Where every part of every layer has a compiled kernel, a step's layers are one s
 in memory that stays. They are the kernels that the decoder calls one by one for other models, so
 the bits are the same; what falls away is Python between them, and the waking of threads. Of the
 last layer, keys and values are computed of all tokens, the rest of those alone whose logits are
-wanted.
+wanted. Steps with adapters have a program of their own, in which what they add follows each linear.
 
 Imported only where there are such kernels, as it brings numba.
 """
 
 from collections.abc import Iterator
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -29,6 +30,9 @@ from tokenmill.kernels.parallel import Call
 from tokenmill.kernels.program import Program
 from tokenmill.kernels.vectors import WIDTH
 
+if TYPE_CHECKING:
+    from tokenmill.engine.models.adapter_places import AdapterPlaces
+
 #: Rows that there is memory for at first; then twice as many, until a step fits. A kernel may fill
 #: up those of a step to a multiple of 4.
 _FEWEST_ROWS = 64
@@ -38,6 +42,11 @@ _BLOCKS = 16
 _ROTATION = "rope and KV write"
 #: What is put before the names of numbers that say the same of wanted rows as of all.
 _WANTED = "wanted "
+#: The part that steps without adapters do not have.
+_ADAPTERS = "adapters"
+
+#: With the name of the part that each call is of.
+_Parts = tuple[Program, list[str]]
 
 
 class _Activations:
@@ -77,6 +86,8 @@ class LayerProgram:
         self._layers = layers
         self._cos_sin = cos_sin
         self._num_blocks_used = 0
+        #: From the first step with adapters on: it brings a kernel to load.
+        self._places: AdapterPlaces | None = None
         self._allocate(_FEWEST_ROWS)
 
     def run(self, batch: RaggedBatch, embedded: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -92,7 +103,8 @@ class LayerProgram:
             num_rows *= 2
         if num_rows > self._made[0].num_rows:
             self._allocate(num_rows)
-        (rows, program, parts), keys = self._made, self.cache.keys[0]
+        rows, keys = self._made[0], self.cache.keys[0]
+        program, parts = self._ran = self._program(is_adapted=bool(batch.adapted))
         rows.residual[:count] = embedded
         self._use_blocks(int(batch.slot_mapping.max()) // keys.shape[1] + 1)
         wanted = WantedRows.of(batch)
@@ -104,6 +116,10 @@ class LayerProgram:
         )
         of_all |= {"rows": count}
         of_wanted = of_wanted | {"rows": len(wanted.places)}
+        if self._places and batch.adapted:
+            adapted, adapted_wanted = self._places.of_step(batch.adapted, wanted)
+            of_all |= adapted.numbers
+            of_wanted |= adapted_wanted.numbers
         program.run(
             {
                 **of_all,
@@ -130,24 +146,39 @@ class LayerProgram:
 
     def part_shares(self) -> dict[str, float]:
         """Of the last run's time, the share of each part."""
-        _, program, parts = self._made
+        program, parts = self._ran
         shares: dict[str, float] = dict.fromkeys(parts, 0.0)
         for part, share in zip(parts, program.shares(), strict=True):
             shares[part] += share
         return shares
 
     def _allocate(self, num_rows: int) -> None:
-        """New memory for rows, and the program of its addresses: both or neither."""
+        """New memory for rows, and a program of its addresses: both or neither."""
         with torch.inference_mode(mode=False):
             rows = _Activations(self._spec, num_rows)
+        plain = self._new_program(rows, is_adapted=False)
+        # In one assignment: a program whose rows have gone would write to memory of others.
+        self._made: tuple[_Activations, dict[bool, _Parts]] = rows, {False: plain}
+        self._ran = plain
+
+    def _program(self, *, is_adapted: bool) -> _Parts:
+        rows, programs = self._made
+        if is_adapted and self._places is None:
+            from tokenmill.engine.models.adapter_places import AdapterPlaces
+
+            self._places = AdapterPlaces(self._layers)
+        if is_adapted not in programs:
+            programs[is_adapted] = self._new_program(rows, is_adapted=is_adapted)
+        return programs[is_adapted]
+
+    def _new_program(self, rows: _Activations, *, is_adapted: bool) -> _Parts:
         named: list[tuple[str, Call]] = []
         last = len(self._layers) - 1
         for number in range(last + 1):
             named += self._key_calls(number, rows)
             named += self._rest_calls(number, rows) if number < last else self._last_calls(rows)
-        program = Program([call for _, call in named])
-        # In one assignment: a program whose rows have gone would write to memory of others.
-        self._made = rows, program, [part for part, _ in named]
+        chosen = [one for one in named if is_adapted or one[0] != _ADAPTERS]
+        return Program([call for _, call in chosen]), [part for part, _ in chosen]
 
     def _key_calls(self, number: int, rows: _Activations) -> Iterator[tuple[str, Call]]:
         """Of a layer up to the queries, and to keys and values in the cache."""
@@ -157,7 +188,7 @@ class LayerProgram:
         else:
             norm = _norm_call(layer.attention_norm, rows.residual, None, rows.hidden, "rows")
         yield "norms", norm
-        yield from _linear_calls(layer.qkv, rows.hidden, rows.qkv, rows, "rows")
+        yield from self._linear_calls(layer.qkv, rows.hidden, rows.qkv, rows, "")
         keys, values = self.cache.keys[number], self.cache.values[number]
         rotated = (rows.q, rows.k, rows.v, self._cos_sin[number], keys, values)
         yield _ROTATION, compiled_rows.rope_call(*rotated, "rows", "positions", "slots")
@@ -191,11 +222,20 @@ class LayerProgram:
                 [which + name for name in compiled_attention.STEP_VALUES],
             ),
         )
-        yield from _linear_calls(layer.attention_out, rows.attended, rows.added, rows, count)
+        yield from self._linear_calls(layer.attention_out, rows.attended, rows.added, rows, which)
         yield "norms", _norm_call(layer.mlp_norm, rows.added, residual, rows.hidden, count)
-        yield from _linear_calls(mlp.up, rows.hidden, rows.gate_up, rows, count)
+        yield from self._linear_calls(mlp.up, rows.hidden, rows.gate_up, rows, which)
         yield "MLP's activation", compiled_rows.gate_call(rows.gate_up, rows.inner, count)
-        yield from _linear_calls(mlp.down, rows.inner, rows.added, rows, count)
+        yield from self._linear_calls(mlp.down, rows.inner, rows.added, rows, which)
+
+    def _linear_calls(
+        self, linear: Linear, x: torch.Tensor, y: torch.Tensor, rows: _Activations, which: str
+    ) -> Iterator[tuple[str, Call]]:
+        """A linear, and what adapters add to it."""
+        for call in linear.calls(x, y, rows.codes, which + "rows"):
+            yield "linears", call
+        if self._places:
+            yield _ADAPTERS, self._places.call(linear, x, y, which)
 
 
 def _norm_call(
@@ -204,13 +244,6 @@ def _norm_call(
     if norm is None:
         raise TypeError("layers without a norm have no program")
     return compiled_rows.norm_call(x, residual, norm.weight, norm.eps, y, count)
-
-
-def _linear_calls(
-    linear: Linear, x: torch.Tensor, y: torch.Tensor, rows: _Activations, count: str
-) -> Iterator[tuple[str, Call]]:
-    for call in linear.calls(x, y, rows.codes, count):
-        yield "linears", call
 
 
 def can_run(spec: ModelSpec, layers: list[LayerWeights], cache: KVCache) -> bool:

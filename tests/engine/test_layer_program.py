@@ -1,6 +1,6 @@
 """A model whose layers are one program computes the same bits as part by part."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,8 @@ from tokenmill.engine.loader import LoadedModel, load
 from tokenmill.engine.models import decoder
 from tokenmill.engine.models.decoder import Decoder
 from tokenmill.engine.models.layer_program import LayerProgram
+from tokenmill.engine.models.linear import Linear
+from tokenmill.engine.models.low_rank import Adapter, LowRank
 from tokenmill.kernels import compiler, ops
 
 pytestmark = pytest.mark.skipif(
@@ -153,6 +155,94 @@ def test_the_bits_of_a_cache_of_bfloat16(
     assert all(torch.equal(*both) for both in zip(together, apart, strict=True))
     assert not any(logits.isnan().any() for logits in together)
     assert not torch.equal(together[-1], outputs(model, 16)[-1]), "the cache is not of bfloat16"
+
+
+def adapters_of(model: LoadedModel) -> list[Adapter]:
+    """One of every linear, and one of a few, of other ranks."""
+    generator = torch.Generator().manual_seed(1)
+
+    def pair(inputs: int, outputs: int, ranks: int) -> LowRank:
+        shapes = (ranks, inputs), (outputs, ranks)
+        return LowRank(*(0.2 * torch.randn(shape, generator=generator) for shape in shapes))
+
+    spec = model.spec
+    qkv, inner = spec.q_size + 2 * spec.kv_size, spec.intermediate_size
+    whole: dict[Linear, LowRank] = {}
+    part: dict[Linear, LowRank] = {}
+    for layer in model.weights.layers:
+        mlp: Any = layer.mlp
+        whole |= {
+            layer.qkv: pair(spec.hidden_size, qkv, 12),
+            layer.attention_out: pair(spec.q_size, spec.hidden_size, 4),
+            mlp.up: pair(spec.hidden_size, 2 * inner, 8),
+            mlp.down: pair(inner, spec.hidden_size, 4),
+        }
+        part[layer.qkv] = pair(spec.hidden_size, qkv, 40)
+    return [whole, part]
+
+
+def adapted_of(
+    chunks: Sequence[tuple[int, int]], adapters: Sequence[Adapter]
+) -> list[tuple[Adapter, torch.Tensor]]:
+    """Every third sequence, from the first on, has the first adapter; the next ones the second."""
+    rows: list[list[int]] = [[] for _ in (*adapters, None)]
+    first = 0
+    for number, (_, length) in enumerate(chunks):
+        rows[number % len(rows)] += range(first, first + length)
+        first += length
+    pairs = zip(adapters, rows, strict=False)
+    return [(adapter, torch.tensor(of_it)) for adapter, of_it in pairs if of_it]
+
+
+@pytest.mark.parametrize("quantization", ["none", "int8"])
+@torch.inference_mode()
+def test_the_bits_of_adapters(
+    quantization: str, tiny_checkpoint: TinyCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one program, part by part, and of wanted rows alone; steps without adapters between."""
+    path = str(tiny_checkpoint("llama", **LLAMA)[0])
+    model = load(path, device="cpu", quantization=quantization)
+    adapters = adapters_of(model)
+    steps = [(chunks, n != 1) for n, chunks in enumerate(STEPS)]
+
+    def computed(last_alone: bool) -> list[torch.Tensor]:
+        cache, found = cache_of(model), []
+        run = Decoder(model.spec, model.weights, 128, ALONE)
+        for chunks, is_adapted in steps:
+            batch = batch_of(*chunks)
+            if last_alone:
+                batch = replace(batch, logits_indices=batch.cu_seqlens_q[1:].long() - 1)
+            if is_adapted:
+                batch = replace(batch, adapted=adapted_of(chunks, adapters))
+            found.append(run.logits(run.forward(batch, cache)))
+        return found
+
+    together, wanted = computed(last_alone=False), computed(last_alone=True)
+    plain = outputs(model)
+    with monkeypatch.context() as patched:
+        patched.setattr(ops, "has_programs", lambda _weight: False)
+        apart = computed(last_alone=False)
+    assert all(torch.equal(*both) for both in zip(together, apart, strict=True))
+    for (chunks, _), every, last in zip(steps, together, wanted, strict=True):
+        ends = torch.tensor([length for _, length in chunks]).cumsum(0) - 1
+        assert torch.equal(every[ends], last)
+    differ = [not torch.equal(*both) for both in zip(together, plain, strict=True)]
+    assert all(differ), "adapters that do nothing prove nothing"
+
+
+@torch.inference_mode()
+def test_a_step_with_adapters_is_one_program(model: LoadedModel, programs: list[bool]) -> None:
+    run, cache = Decoder(model.spec, model.weights, 128, ALONE), cache_of(model)
+    chunks = [(0, 5), (0, 3), (0, 2), (0, 9)]
+    plain, adapters = batch_of(*chunks), adapters_of(model)
+    batch = replace(plain, adapted=adapted_of(chunks, adapters))
+    run.forward(batch, cache)
+    assert programs == [True]
+    program = run._program_for(cache)
+    assert program is not None
+    assert program.part_shares()["adapters"] > 0
+    run.forward(plain, cache)
+    assert "adapters" not in program.part_shares()
 
 
 @torch.inference_mode()
