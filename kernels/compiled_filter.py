@@ -10,9 +10,9 @@ row's probabilities are added up, in the second-level cache. An item of work is 
 
 import numpy as np
 import torch
-from numba import carray, njit, types
+from numba import carray, types
 
-from tokenmill.kernels.compiler import compiled
+from tokenmill.kernels.compiler import compiled, inner
 from tokenmill.kernels.filter_vectors import STRIDE, count_above, drop_below, mass_above, weigh_row
 from tokenmill.kernels.parallel import Call, run
 from tokenmill.kernels.vectors import WIDTH, fetch_add, floats, int64s
@@ -21,7 +21,7 @@ from tokenmill.kernels.vectors import WIDTH, fetch_add, floats, int64s
 _ONE = 0x3F800000
 
 
-@njit(nogil=True)
+@inner
 def _least_by_count(weights, size, top_k):
     """The lowest bits that fewer than `top_k` weights are above."""
     low, high = 0, _ONE
@@ -34,7 +34,7 @@ def _least_by_count(weights, size, top_k):
     return high
 
 
-@njit(nogil=True)
+@inner
 def _least_by_mass(weights, size, low, target):
     """The lowest bits from `low` on that weights with a sum below `target` are above."""
     high = _ONE

@@ -13,9 +13,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from numba import carray, njit, types
+from numba import carray, types
 
-from tokenmill.kernels.compiler import compiled
+from tokenmill.kernels.compiler import compiled, inner
 from tokenmill.kernels.panel_product import PANEL, panel_product
 from tokenmill.kernels.parallel import Call, run
 from tokenmill.kernels.vectors import WIDTH, fetch_add, int64s
@@ -36,7 +36,7 @@ _down_1, _down_2, _down_4 = (panel_product(rows, 0, _LINES) for rows in (1, 2, 4
 _up_1, _up_2, _up_4 = (panel_product(rows, 0) for rows in (1, 2, 4))
 
 
-@njit(nogil=True)
+@inner
 def _alike(rows, place, count):
     """How many rows from `place` on can be a tile: 4, 2 or 1."""
     if count - place < 2:
@@ -48,7 +48,7 @@ def _alike(rows, place, count):
     return 4
 
 
-@njit(nogil=True)
+@inner
 def _to_low(rows, count, x, x_stride, panel, zeros, low, low_stride, depth):
     """Low [count, 32] = x[rows] @ panel [depth, 32]."""
     place = 0
@@ -65,7 +65,7 @@ def _to_low(rows, count, x, x_stride, panel, zeros, low, low_stride, depth):
         place += taken
 
 
-@njit(nogil=True)
+@inner
 def _add_up(rows, count, low, low_stride, panel, y, y_stride, ranks):
     """y[rows] [count, 64] += low [count, ranks] @ panel [ranks, 64]."""
     place = 0
