@@ -24,6 +24,8 @@ from typing import Any
 LOGGER = logging.getLogger(__name__)
 #: While numba's settings, which are those of the whole process, are ours.
 _LOCK = threading.Lock()
+#: Seconds that the process beside has at the most; it needs some 10.
+_MOST_BESIDE_S = 180
 
 
 @functools.cache
@@ -54,9 +56,24 @@ def _has(feature: str) -> bool:
     return bool(get_host_cpu_features().get(feature, False))
 
 
+@functools.cache
+def _prepare() -> None:
+    """Have numba make its context before anything is compiled.
+
+    Two threads that begin to use numba wait for each other for ever, if one makes a dispatcher,
+    which takes the lock of the context and then that of the compiler, and the other compiles, which
+    takes them the other way round. A context that is there is read without a lock.
+    """
+    from numba.core.registry import cpu_target
+
+    _ = cpu_target.target_context
+
+
 def compiled(signature: Any) -> Callable[[Callable[..., Any]], Any]:
     """Decorate a function that `parallel.run` calls; compiling takes seconds the first time."""
     from numba import cfunc
+
+    _prepare()
 
     def kept(function: Callable[..., Any]) -> Any:
         with _keeping():
@@ -89,6 +106,8 @@ def compile_beside(modules: Sequence[str]) -> "subprocess.Popen[bytes] | None":
 
     Numba compiles one function at a time in a process, so the first start has a second one.
     """
+    if not Path(sys.executable).name.startswith("python"):  # Python within another program
+        return None
     try:
         kept = {path.name.partition(".")[0] for path in cache_directory().rglob("*.nbi")}
         if kept.issuperset(module.rpartition(".")[2] for module in modules):
@@ -100,10 +119,28 @@ def compile_beside(modules: Sequence[str]) -> "subprocess.Popen[bytes] | None":
         return None
 
 
+def wait_for(process: "subprocess.Popen[bytes]") -> None:
+    """Wait for `compile_beside`; what it has not compiled is compiled in this process."""
+    try:
+        process.wait(_MOST_BESIDE_S)
+        ended = f"exit status {process.returncode}"
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+        ended = f"no end after {_MOST_BESIDE_S} s"
+    if process.returncode:
+        LOGGER.warning(
+            "kernels were to be compiled by a process beside this one, which had %s: "
+            "this one compiles them",
+            ended,
+        )
+
+
 def inner(function: Callable[..., Any]) -> Any:
     """Decorate a function that compiled ones call: Python cannot, which saves compiling time."""
     from numba import njit
 
+    _prepare()
     return njit(nogil=True, no_cpython_wrapper=True, no_cfunc_wrapper=True)(function)
 
 

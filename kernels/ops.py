@@ -29,7 +29,7 @@ def load_compiled() -> None:
     beside = compiler.compile_beside(names)
     importlib.import_module(f"{__package__}.compiled_attention")  # the longest to compile
     if beside is not None:
-        beside.wait()
+        compiler.wait_for(beside)
     for name in names:
         importlib.import_module(name)
 

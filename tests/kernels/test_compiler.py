@@ -169,6 +169,34 @@ def test_a_process_beside_compiles_for_all_to_come(
     assert other.wait(60) != 0
 
 
+@pytest.mark.parametrize(
+    ("program", "seconds", "told"),
+    [
+        ("raise SystemExit(3)", 60, "status 3"),
+        ("import time; time.sleep(60)", 0.01, "no end after"),
+    ],
+)
+def test_a_process_beside_that_fails_is_told_of(
+    program: str,
+    seconds: float,
+    told: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(compiler, "_MOST_BESIDE_S", seconds)
+    process = subprocess.Popen([sys.executable, "-c", program])
+    compiler.wait_for(process)
+    assert process.returncode is not None
+    assert told in caplog.text
+
+
+def test_nothing_is_compiled_beside_within_another_program(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "executable", "/usr/bin/uwsgi")
+    assert compiler.compile_beside(["tokenmill.kernels.compiled_rows"]) is None
+
+
 def test_nothing_is_compiled_beside_where_it_cannot_be_kept(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -177,6 +205,39 @@ def test_nothing_is_compiled_beside_where_it_cannot_be_kept(
 
     monkeypatch.setattr(compiler, "cache_directory", nowhere)
     assert compiler.compile_beside(["tokenmill.kernels.compiled_rows"]) is None
+
+
+def test_two_threads_that_begin_to_use_numba_do_not_wait_for_each_other() -> None:
+    """One makes a dispatcher, which is slow here between its two locks; one compiles meanwhile."""
+    program = """
+import threading, time
+from numba import types
+from numba.core.compiler_lock import _CompilerLock
+from tokenmill.kernels.compiler import compiled, inner
+
+acquire, begun = _CompilerLock.acquire, threading.Event()
+
+def slowly(lock):
+    if threading.current_thread().name == "inner":
+        begun.set()
+        time.sleep(0.5)
+    acquire(lock)
+
+_CompilerLock.acquire = slowly
+first = threading.Thread(target=inner, args=(lambda: 1,), name="inner", daemon=True)
+first.start()
+begun.wait()
+compiling = compiled(types.void(types.int64))
+second = threading.Thread(target=compiling, args=(lambda n: None,), daemon=True)
+second.start()
+for thread in (first, second):
+    thread.join(20)
+print("alive" if first.is_alive() or second.is_alive() else "done")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert done.stdout == "done\n"
 
 
 def test_a_start_loads_every_kernel_of_a_step() -> None:
