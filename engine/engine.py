@@ -21,6 +21,7 @@ from tokenmill.engine.loader import LoadedModel
 from tokenmill.engine.messages import CacheSize
 from tokenmill.engine.probe import Probe
 from tokenmill.engine.runner import Runner
+from tokenmill.engine.sampler import NO_TOKEN
 from tokenmill.engine.scheduler import SchedulerOutput
 from tokenmill.engine.sequence import FinishReason, Sequence
 from tokenmill.engine.sizing import DEFAULTS, make_scheduler, max_model_len, num_kv_blocks
@@ -33,6 +34,10 @@ from tokenmill.producer.params import SamplingParams
 
 #: An engine with nothing else to do waits this long for a constraint before it returns.
 COMPILE_WAIT_S = 1.0
+_NO_NUMBERS = (
+    "logits must be finite for a token to be chosen, and are not: the weights of the model or of "
+    "its adapter may be damaged, or the request leaves no token to choose"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -334,6 +339,8 @@ class Engine:
             self.scheduler.restart()
 
     def _advance(self, seq: Sequence, token: int, told: TokenLogprobs | None) -> StepOutput:
+        if token == NO_TOKEN:
+            return replace(self._end(seq, FinishReason.ERROR), error=_NO_NUMBERS)
         ends = token in seq.params.stop_token_ids or (
             token in self.tokenizer.eos_token_ids and not seq.params.ignore_eos
         )

@@ -10,6 +10,7 @@ from collections.abc import Sequence as Seq
 
 import torch
 
+from tokenmill.engine.logprobs import logsumexp
 from tokenmill.engine.sequence import Sequence
 from tokenmill.kernels import ops
 
@@ -31,7 +32,7 @@ def keep_likely(logits: torch.Tensor, seqs: Seq[Sequence]) -> torch.Tensor:
         return logits
 
     def column(values: list[float]) -> torch.Tensor:
-        return torch.tensor(values, device=logits.device)[:, None]
+        return logits.new_tensor(values)[:, None]
 
     top_k = column([float(min(s.params.top_k or vocabulary, vocabulary)) for s in seqs])
     # Rounded sums reach 1 before the last token does: a top_p of 1 must drop nothing.
@@ -49,7 +50,7 @@ def _ranked_threshold(
 ) -> torch.Tensor:
     """The lowest logit [R, 1] that top_k and top_p keep; columns [R, 1], top_p inf for none."""
     vocabulary = logits.shape[1]
-    total = logits.logsumexp(dim=-1, keepdim=True)
+    total = logsumexp(logits)
     threshold = torch.empty_like(total)
     left = torch.arange(len(logits), device=logits.device)
     for size in (*(size for size in HEADS if size < vocabulary), vocabulary):
@@ -77,7 +78,7 @@ def _threshold(
     beyond = torch.arange(size, device=ranked.device)[None, :] >= top_k
     kept = ranked.masked_fill(beyond, -torch.inf)
     # Renormalised over the k likeliest; exact only where all of those are here.
-    total = torch.where(top_k < vocabulary, kept.logsumexp(dim=-1, keepdim=True), total)
+    total = torch.where(top_k < vocabulary, logsumexp(kept), total)
     reached = (kept - total).exp().cumsum(dim=-1)
     # A token is kept while those before it have not reached top_p: the first one always is.
     count = (reached < top_p).sum(dim=-1, keepdim=True) + 1

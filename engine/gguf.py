@@ -135,12 +135,17 @@ class GGUFFile:
 
         info = self.tensors[name]
         block, block_bytes = _SIZES.get(info.ggml_type) or _rare_sizes(name, info.ggml_type)
+        if info.shape[-1:] and info.shape[-1] % block:
+            raise UnsupportedModel(
+                f"{self.path} is damaged: rows of {name} must be whole blocks of {block}, "
+                f"got {info.shape[-1]} values"
+            )
         count = math.prod(info.shape)
         size = count // block * block_bytes
         if info.offset + size > len(self._map):
             raise UnsupportedModel(f"{self.path} is not a whole GGUF file: {name} is cut short")
         raw = np.frombuffer(self._map, np.uint8, count=size, offset=info.offset)
-        values = torch.empty(count)
+        values = torch.empty(count, dtype=torch.float32)
         if info.ggml_type == _F32:
             values.numpy()[:] = raw.view(np.float32)
         elif ops.can_dequantize(info.ggml_type):

@@ -41,7 +41,8 @@ class LoadedModel:
     dtype: torch.dtype
     #: The ranks that the model is divided among; spec and weights are those of this one.
     group: Group = ALONE
-    #: The format of linears that the checkpoint has quantized; "" where it has floats.
+    #: The format in which linears stay as the checkpoint has them quantized; "" where they are
+    #: floats, or made so.
     stored_as: str = ""
     #: What its linears are computed by, of `quantization.QUANTIZATIONS`.
     quantization: str = "none"
@@ -73,14 +74,15 @@ def load(
     file = GGUFFile(path) if path.suffix == ".gguf" else None
     # One after the other: both hold Python's lock, and the weights wait for the kernels alone.
     with ThreadPoolExecutor(1) as beside:
-        if place.type == "cpu":
-            beside.submit(ops.load_compiled)
+        kernels = beside.submit(ops.load_compiled) if place.type == "cpu" else None
         tokenizer = beside.submit(_tokenizer, path, file)
         try:
             stored = None if file else stored_weights(read_json(path / "config.json"))
             spec, weights = _load_weights(path, file, place, kind, group.shard, scheme)
         except torch.OutOfMemoryError as error:
             raise OutOfMemory(f"{model} in {kind} does not fit {place}: {error}") from error
+        if kernels is not None:
+            kernels.result()
         return LoadedModel(
             model,
             spec,
@@ -89,7 +91,7 @@ def load(
             place,
             kind,
             group,
-            stored.name if stored else "",
+            stored.name if stored and weights.layers[0].qkv.is_quantized else "",
             quantization,
         )
 

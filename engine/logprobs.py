@@ -33,10 +33,19 @@ def measure(
 
     Shapes [R], [R, num_top] and [R, num_top]; nothing is read back.
     """
-    total = logits.logsumexp(dim=-1, keepdim=True)
+    total = logsumexp(logits)
     values = (logits.gather(1, chosen[:, None]) - total).flatten()
     best = logits.topk(num_top, dim=-1)
     return values, best.indices, best.values - total
+
+
+def logsumexp(logits: torch.Tensor) -> torch.Tensor:
+    """Of `logits` [R, V], [R, 1]: of a row alone the same bits as of that row among others.
+
+    Torch divides one long sum among its threads on a CPU, and several not.
+    """
+    rows = logits.expand(2, -1) if len(logits) == 1 else logits
+    return rows.logsumexp(dim=-1, keepdim=True)[: len(logits)]
 
 
 def told_of(

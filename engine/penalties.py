@@ -28,7 +28,7 @@ def apply_bias(logits: torch.Tensor, seqs: Seq[Sequence]) -> None:
     rows = torch.tensor([row for row, bias in biased for _ in bias], device=logits.device)
     tokens = torch.tensor([token for _, bias in biased for token in bias], device=logits.device)
     values = [value for _, bias in biased for value in bias.values()]
-    logits[rows, tokens] += torch.tensor(values, device=logits.device)
+    logits[rows, tokens] += logits.new_tensor(values)
 
 
 def apply_penalties(logits: torch.Tensor, seqs: Seq[Sequence]) -> None:
@@ -40,10 +40,10 @@ def apply_penalties(logits: torch.Tensor, seqs: Seq[Sequence]) -> None:
     counted = [_counts(seqs[row]) for row in rows]
     sizes = torch.tensor([len(c.token_ids) for c in counted], device=device)
 
-    def spread(values: list[int] | list[float]) -> torch.Tensor:
-        return torch.tensor(values, device=device).repeat_interleave(sizes)
+    def spread(values: list[float]) -> torch.Tensor:
+        return logits.new_tensor(values).repeat_interleave(sizes)
 
-    row = spread(rows)
+    row = torch.tensor(rows, device=device).repeat_interleave(sizes)
     token = _joined((c.token_ids for c in counted), torch.int64).to(device)
     count = _joined((c.counts for c in counted), torch.float32).to(device)
     value = logits[row, token]

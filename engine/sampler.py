@@ -5,6 +5,7 @@ tokens alone or in a batch, and goes on as it would have on another worker. A to
 argmax(logits / temperature + Gumbel noise), which is an exact draw from the softmax.
 """
 
+import math
 from collections.abc import Collection
 from collections.abc import Sequence as Seq
 
@@ -19,12 +20,16 @@ from tokenmill.kernels import ops
 from tokenmill.producer.logprobs import TokenLogprobs
 
 _MASK = 0xFFFFFFFF
+#: Instead of a token, where the logits are no numbers, or none is left to choose.
+NO_TOKEN = -1
 
 
 def sample(
     logits: torch.Tensor, seqs: Seq[Sequence], eos_token_ids: Collection[int]
 ) -> tuple[list[int], list[TokenLogprobs | None]]:
     """The next token of each sequence, and its log probabilities where they are asked for.
+
+    On a CPU the token is `NO_TOKEN` where the highest logit is not finite.
 
     `logits` [L, V] float32 are changed. Rows are taken in slices, so that what is allocated beside
     them does not grow with the batch.
@@ -40,9 +45,8 @@ def sample(
         told: dict[int, TokenLogprobs] = {}
         if asked:
             num_top = [part[row].params.logprobs or 0 for row in asked]
-            told = dict(
-                zip(asked, logprobs_of(raw, [chosen[row] for row in asked], num_top), strict=True)
-            )
+            tokens_asked = [max(chosen[row], 0) for row in asked]
+            told = dict(zip(asked, logprobs_of(raw, tokens_asked, num_top), strict=True))
         tokens += chosen
         logprobs += [told.get(row) for row in range(len(part))]
     return tokens, logprobs
@@ -55,11 +59,22 @@ def _choose(logits: torch.Tensor, seqs: Seq[Sequence], eos_token_ids: Collection
     drawn = [row for row, seq in enumerate(seqs) if seq.params.temperature > 0]
     if len(drawn) == len(seqs):
         return _draw(logits, seqs)
-    tokens: list[int] = logits.numpy().argmax(axis=-1).tolist()  # torch's takes 7 times as long
+    tokens = _highest(logits)
     if drawn:
         for row, token in zip(drawn, _draw(logits[drawn], [seqs[n] for n in drawn]), strict=True):
             tokens[row] = token
     return tokens
+
+
+def _highest(logits: torch.Tensor) -> list[int]:
+    """Of each row of `logits` [R, V], on a CPU, the token of the highest, if that is finite."""
+    rows = logits.numpy()  # torch's argmax takes 7 times as long
+    found = rows.argmax(axis=-1)
+    highest = rows[range(len(rows)), found].tolist()
+    return [
+        token if math.isfinite(value) else NO_TOKEN
+        for token, value in zip(found.tolist(), highest, strict=True)
+    ]
 
 
 def edit(logits: torch.Tensor, seqs: Seq[Sequence], eos_token_ids: Collection[int]) -> None:
@@ -78,8 +93,8 @@ def draw_by_kernel(logits: torch.Tensor, seqs: Seq[Sequence]) -> tuple[torch.Ten
     from tokenmill.kernels.sampling import sample as draw
 
     device, params = logits.device, [seq.params for seq in seqs]
-    floats = torch.tensor([(p.temperature, p.top_p, p.min_p) for p in params]).T.contiguous()
-    temperature, top_p, min_p = floats.to(device)
+    told = [(p.temperature, p.top_p, p.min_p) for p in params]
+    temperature, top_p, min_p = torch.tensor(told, dtype=torch.float32).T.contiguous().to(device)
     keys = torch.tensor([(signed64(seq.seed), seq.num_tokens) for seq in seqs]).T.contiguous()
     seeds, positions = keys.to(device)
     return draw(
@@ -98,15 +113,12 @@ def _draw(logits: torch.Tensor, seqs: Seq[Sequence]) -> list[int]:
     scaled = _scaled(logits, seqs)
     if ops.can_draw(scaled):
         return ops.draw(scaled, [noise_key(seq.seed, seq.num_tokens) for seq in seqs])
-    tokens: list[int] = (
-        gumbel_noise(seqs, scaled.shape[1], scaled.device).add_(scaled).argmax(-1).tolist()
-    )
-    return tokens
+    return _highest(gumbel_noise(seqs, scaled.shape[1], scaled.device).add_(scaled))
 
 
 def _scaled(logits: torch.Tensor, seqs: Seq[Sequence]) -> torch.Tensor:
     """Logits [R, V] by temperature, less what filters leave out."""
-    temperature = torch.tensor([s.params.temperature for s in seqs], device=logits.device)
+    temperature = logits.new_tensor([s.params.temperature for s in seqs])
     # The largest becomes 0, so that no temperature, however small, makes it overflow.
     logits = (logits - logits.amax(dim=-1, keepdim=True)).div_(temperature.clamp(min=1e-6)[:, None])
     filtered = [

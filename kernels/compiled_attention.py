@@ -63,13 +63,13 @@ class _Kept(threading.local):
     """Memory of the calling thread, kept: fresh pages cost more than what is done in them."""
 
     def __init__(self) -> None:
-        self._scratch = torch.empty(0)
+        self._scratch = torch.empty(0, dtype=torch.float32)
 
     def scratch(self, size: int) -> torch.Tensor:
         """At least `size` floats."""
         if self._scratch.numel() < size:
             with torch.inference_mode(mode=False):
-                self._scratch = torch.empty(size)
+                self._scratch = torch.empty(size, dtype=torch.float32)
         return self._scratch
 
 

@@ -102,14 +102,16 @@ def dequantize(stored: "np.ndarray[Any, Any]", kind: int, values: torch.Tensor) 
     """Write what `stored`, the bytes of blocks of a type of `BLOCK_BYTES`, stands for to `values`.
 
     Raises:
-        ValueError: another type, or not as many bytes as the contiguous float32 values need.
+        ValueError: another type, or not as many bytes as the float32 values need; or either of them
+            is not contiguous.
     """
     block_bytes, num_blocks = BLOCK_BYTES.get(kind, 0), values.numel() // BLOCK
     fits = stored.nbytes == num_blocks * block_bytes and values.numel() == num_blocks * BLOCK
-    if not block_bytes or not fits or values.dtype != torch.float32 or not values.is_contiguous():
+    is_plain = stored.flags.c_contiguous and values.is_contiguous()
+    if not block_bytes or not fits or values.dtype != torch.float32 or not is_plain:
         raise ValueError(
-            f"blocks must be of a type of {sorted(BLOCK_BYTES)} and fill contiguous float32 "
-            f"values, got {stored.nbytes} bytes of type {kind} for {values.numel()} of "
+            f"contiguous blocks must be of a type of {sorted(BLOCK_BYTES)} and fill contiguous "
+            f"float32 values, got {stored.nbytes} bytes of type {kind} for {values.numel()} of "
             f"{values.dtype}"
         )
     if num_blocks:

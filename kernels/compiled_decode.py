@@ -119,7 +119,7 @@ def ask_for(cache, row_bytes, table, block_size, position, last, length):
 
 @inner
 def attend_few(at, table, scratch, shape, before, num_tokens, window, scale_at):
-    """As `_attend`, for at most four rows and blocks of whole vectors of keys."""
+    """As `attend_many`, for at most four rows and blocks of whole vectors of keys."""
     q, keys, values, out = at
     size, block_size, num_kv_heads, dim, group, q_stride, out_stride = shape
     stride = num_kv_heads * dim

@@ -33,7 +33,7 @@ def can_draw(logits: torch.Tensor) -> bool:
 def draw(logits: torch.Tensor, keys: list[int]) -> list[int]:
     """The token of each row of `logits` [R, V], which have their temperature; 64 bits each of key.
 
-    A row of which all logits are -inf, or not numbers, gives 0.
+    A row of which all logits are -inf, or no numbers, gives -1.
     """
     halves = torch.tensor([(key & 0xFFFFFFFF, key >> 32, 0) for key in keys], dtype=torch.int64)
     num_rows, vocabulary = logits.shape

@@ -91,7 +91,7 @@ def keep_likely(logits: torch.Tensor, params: list[tuple[float, float, float]]) 
     num_rows, vocabulary = logits.shape
     size = -(-vocabulary // STRIDE) * STRIDE
     told = torch.tensor(params, dtype=torch.float64)
-    weights = torch.empty(size * min(torch.get_num_threads(), num_rows))
+    weights = torch.empty(size * min(torch.get_num_threads(), num_rows), dtype=torch.float32)
     if num_rows:
         addresses = [logits.data_ptr(), logits.stride(0), told.data_ptr(), weights.data_ptr()]
         run(Call(_work, [num_rows, vocabulary, *addresses]), num_rows)

@@ -11,7 +11,7 @@ import torch
 from numba import carray, types
 
 from tokenmill.kernels.compiler import compiled, inner
-from tokenmill.kernels.int8_vectors import GROUP, OFFSET, QUAD, product, quantize
+from tokenmill.kernels.int8_vectors import GROUP, OFFSET, QUAD, code_bytes, product, quantize
 from tokenmill.kernels.parallel import Call, run
 from tokenmill.kernels.vectors import ROWS, fetch_add, floats, int64s
 
@@ -102,18 +102,13 @@ def linear(
         x = x.contiguous()
     filled = num_rows + -num_rows % ROWS  # what the last rows are filled up with goes nowhere
     codes = torch.empty(code_bytes(filled, depth), dtype=torch.uint8)
-    y = torch.empty(filled, num_panels * _PANEL)
+    y = torch.empty(filled, num_panels * _PANEL, dtype=torch.float32)
     if num_rows:
         weight = (packed, weight_scales, bias)
         quantize_rows, multiply = linear_calls(x, *weight, y, codes, num_rows)
         run(quantize_rows, -(-num_rows // _ROWS))
         run(multiply, num_panels)
     return y[:num_rows]
-
-
-def code_bytes(num_rows: int, depth: int) -> int:
-    """Memory of rows [num_rows, depth] when quantized."""
-    return num_rows * (depth + 8 * depth // GROUP)
 
 
 def linear_calls(

@@ -26,7 +26,7 @@ _TERMS = 96
 _NUM_GIVEN = 10
 
 #: Where the sums of a panel begin that has no bias.
-_ZEROS = torch.zeros(PANEL)
+_ZEROS = torch.zeros(PANEL, dtype=torch.float32)
 
 # The next part of a panel is asked of memory by the first tiles of this one, in equal shares. One
 # tile alone asks for a quarter: it is through so soon that the processor's own guesses do better.
@@ -120,7 +120,7 @@ def linear(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None) -> 
     num_rows, num_panels = x.shape[0], packed.shape[0]
     if x.stride(-1) != 1:
         x = x.contiguous()
-    y = torch.empty(num_rows, num_panels * PANEL)
+    y = torch.empty(num_rows, num_panels * PANEL, dtype=torch.float32)
     if num_rows:
         run(linear_call(x, packed, bias, y, num_rows), num_panels)
     return y

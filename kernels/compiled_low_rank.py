@@ -31,7 +31,7 @@ STEP_NAMES = (
     *("adapted linears", "low ranks", "low ranks a row"),
 )
 
-_ZEROS = torch.zeros(_NARROW)
+_ZEROS = torch.zeros(_NARROW, dtype=torch.float32)
 _down_1, _down_2, _down_4 = (panel_product(rows, 0, _LINES) for rows in (1, 2, 4))
 _up_1, _up_2, _up_4 = (panel_product(rows, 0) for rows in (1, 2, 4))
 
@@ -161,7 +161,7 @@ class AdaptedRows:
             ]
             first += count
         ranks = -(-int(pairs[:, :, 2].max()) // _NARROW) * _NARROW
-        low = torch.empty(sum(counts), ranks)
+        low = torch.empty(sum(counts), ranks, dtype=torch.float32)
         self._kept = torch.tensor(items), torch.cat(list(rows)), pairs.contiguous(), low
         addresses = [tensor.data_ptr() for tensor in self._kept]
         values = [len(items), *addresses[:3], pairs.shape[1], addresses[3], ranks]
@@ -172,7 +172,7 @@ class AdaptedRows:
 def pack(down: torch.Tensor, up: torch.Tensor) -> Panels:
     """Lay out down [r, K] and up [N, r] of float32, N a multiple of 64, in new memory."""
     ranks, depth = down.shape
-    filled = torch.zeros(-(-ranks // _NARROW) * _NARROW, depth)
+    filled = torch.zeros(-(-ranks // _NARROW) * _NARROW, depth, dtype=torch.float32)
     filled[:ranks] = down
     panels = filled.view(-1, _NARROW, depth).transpose(1, 2).contiguous()
     return Panels(panels, up.view(-1, PANEL, ranks).transpose(1, 2).contiguous())

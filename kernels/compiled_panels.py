@@ -47,7 +47,8 @@ def pack(weight: torch.Tensor) -> torch.Tensor:
     num_columns, depth = weight.shape
     num_panels = num_columns // PANEL
     if num_panels and depth:
-        scratch = torch.empty(min(torch.get_num_threads(), num_panels), depth * PANEL)
+        num_threads = min(torch.get_num_threads(), num_panels)
+        scratch = torch.empty(num_threads, depth * PANEL, dtype=torch.float32)
         addresses = [weight.data_ptr(), scratch.data_ptr()]
         run(Call(_work, [num_panels, depth, *addresses]), num_panels)
     return weight.view(num_panels, depth, PANEL)

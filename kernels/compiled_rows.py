@@ -181,7 +181,7 @@ def add_rms_norm(
 def _normed(
     x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float
 ) -> torch.Tensor:
-    y = torch.empty(x.shape)
+    y = torch.empty(x.shape, dtype=torch.float32)
     run(norm_call(x, residual, weight, eps, y, len(x)), -(-len(x) // _ROWS))
     return y
 
@@ -207,7 +207,7 @@ def norm_call(
 def gated_activation(gate_up: torch.Tensor) -> torch.Tensor:
     """As `reference.gated_activation` of kind silu."""
     num_rows, width = gate_up.shape[0], gate_up.shape[1] // 2
-    y = torch.empty(num_rows, width)
+    y = torch.empty(num_rows, width, dtype=torch.float32)
     run(gate_call(gate_up, y, num_rows), -(-num_rows // _ROWS))
     return y
 

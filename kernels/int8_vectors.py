@@ -36,6 +36,11 @@ _ROUND, _ROUND_BITS = 12582912.0, 0x4B400000
 _LEAST_BITS = 0x0DA24260
 
 
+def code_bytes(num_rows: int, depth: int) -> int:
+    """Memory of rows [num_rows, depth] when quantized."""
+    return num_rows * (depth + 8 * depth // GROUP)
+
+
 def _ints(value: int) -> Any:
     return ir.Constant(INTS, [value] * WIDTH)
 

@@ -12,7 +12,7 @@ from typing import Any
 from llvmlite import ir
 from numba import types
 
-from tokenmill.kernels.vectors import INDEX, INT, INTS, VECTOR, WIDTH, Emitter, as_function
+from tokenmill.kernels.vectors import FLOAT, INDEX, INT, INTS, VECTOR, WIDTH, Emitter, as_function
 
 #: Noise is lower than that: it is 16.64 at the most.
 _MOST_NOISE = 16.7
@@ -110,13 +110,15 @@ def _draw_row(e: Emitter, row: Any, vocabulary: Any, low: Any, high: Any) -> Any
     state = [e.of(float("-inf")), _ints(0)]
     count = b.sdiv(b.add(vocabulary, INDEX(WIDTH - 1)), INDEX(WIDTH))
     best, where = e.loop(count, state, look)
-    most = e.reduced(best, e.larger)
+    most = e.reduced(best, e.larger)  # finite, unless there were no numbers, or none to choose
+    is_number = b.fcmp_ordered(">", most, ir.Constant(FLOAT, float("-inf")))
     # Of the highest, the first, as argmax has it.
     is_best = b.fcmp_ordered("==", best, e.splat(most))
     token = b.select(is_best, where, _ints(0x7FFFFFFF))
     smaller = e.reduced(token, lambda one, two: b.select(b.icmp_signed("<", one, two), one, two))
-    return b.sext(smaller, INDEX)
+    return b.sext(b.select(is_number, smaller, INT(-1)), INDEX)
 
 
-#: Of (row, vocabulary, low, high): the token of the logits at `row`, by a key in two halves.
+#: Of (row, vocabulary, low, high): the token of the logits at `row`, by a key in two halves; -1 if
+#: all are -inf or no numbers.
 draw_row = as_function(_draw_row, types.int64, 4)

@@ -133,6 +133,8 @@ class Serving:
 
     def _check_adapter(self, name: str) -> None:
         if name and self._names and name not in self._adapters:
+            self._learn(self._workers())  # one may have come since
+        if name and self._names and name not in self._adapters:
             has = ", ".join(sorted(self._adapters)) or "none"
             expected = f"one that a worker of {self.model} has ({has})"
             raise InvalidRequest("adapter", expected, name, "load it with --lora NAME=DIRECTORY")

@@ -24,7 +24,7 @@ from tokenmill.engine.models.spec import ModelSpec
 from tokenmill.engine.models.wanted_rows import WantedRows
 from tokenmill.engine.models.weights import LayerWeights
 from tokenmill.kernels import compiled_attention, compiled_rows
-from tokenmill.kernels.compiled_int8 import code_bytes
+from tokenmill.kernels.int8_vectors import code_bytes
 from tokenmill.kernels.pages import bring_in
 from tokenmill.kernels.parallel import Call
 from tokenmill.kernels.program import Program
@@ -55,15 +55,16 @@ class _Activations:
     def __init__(self, spec: ModelSpec, num_rows: int) -> None:
         hidden, inner = spec.hidden_size, spec.intermediate_size
         self.num_rows = num_rows
-        self.residual = torch.zeros(num_rows, hidden)
-        self.hidden = torch.zeros(num_rows, hidden)
-        self.qkv = torch.zeros(num_rows, spec.q_size + 2 * spec.kv_size)
-        self.attended = torch.zeros(num_rows, spec.q_size)
-        self.wanted_q = torch.zeros(num_rows, spec.q_size)
-        self.wanted_residual = torch.zeros(num_rows, hidden)
-        self.added = torch.zeros(num_rows, hidden)
-        self.gate_up = torch.zeros(num_rows, 2 * inner)
-        self.inner = torch.zeros(num_rows, inner)
+        zeros = partial(torch.zeros, dtype=torch.float32)
+        self.residual = zeros(num_rows, hidden)
+        self.hidden = zeros(num_rows, hidden)
+        self.qkv = zeros(num_rows, spec.q_size + 2 * spec.kv_size)
+        self.attended = zeros(num_rows, spec.q_size)
+        self.wanted_q = zeros(num_rows, spec.q_size)
+        self.wanted_residual = zeros(num_rows, hidden)
+        self.added = zeros(num_rows, hidden)
+        self.gate_up = zeros(num_rows, 2 * inner)
+        self.inner = zeros(num_rows, inner)
         widest = max(hidden, inner, spec.q_size)
         self.codes = torch.zeros(code_bytes(num_rows, widest), dtype=torch.uint8)
         heads = self.qkv.view(num_rows, -1, spec.head_dim)

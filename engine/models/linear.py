@@ -53,6 +53,11 @@ class Linear:
         self._plain_bytes = weight.nbytes
 
     @property
+    def is_quantized(self) -> bool:
+        """Whether the weight is held as integers or 8-bit floats."""
+        return self._quantized is not None
+
+    @property
     def nbytes(self) -> int:
         """Memory of the weight and the bias."""
         weight = self._quantized.nbytes if self._quantized else self._plain_bytes
@@ -65,6 +70,8 @@ class Linear:
 
     def pack(self, scheme: Scheme | None = None) -> None:
         """Replace the weight by its layout for the device; it can no longer be read or written.
+
+        It may be laid out in its own memory, so whoever gave it must not use it any more.
 
         `scheme`: what the linear is quantized by.
         """

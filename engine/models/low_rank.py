@@ -23,7 +23,7 @@ class LowRank:
         self.panels: Panels | None = ops.pack_low_rank(down, up) if ops.can_pack(up) else None
         self._linears: tuple[Linear, ...] = ()
         if self.panels is None:
-            self._linears = Linear(down), Linear(up)
+            self._linears = Linear(down.clone()), Linear(up.clone())  # packing takes their memory
             for linear in self._linears:
                 linear.pack()
 

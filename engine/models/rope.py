@@ -153,7 +153,7 @@ def rotary_table(rope: Rope | None, max_model_len: int) -> torch.Tensor:
     Without a rope the table of one pair that is not turned.
     """
     if rope is None:
-        return torch.tensor([1.0, 0.0]).repeat(max_model_len, 1)
+        return torch.tensor([1.0, 0.0], dtype=torch.float32).repeat(max_model_len, 1)
     frequencies = torch.tensor(inverse_frequencies(rope, max_model_len), dtype=torch.float64)
     angles = torch.outer(torch.arange(max_model_len, dtype=torch.float64), frequencies)
     return torch.cat([angles.cos(), angles.sin()], dim=1).mul_(rope.attention_factor).float()

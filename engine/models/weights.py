@@ -6,6 +6,7 @@ in place where they can be: at no time is more than one linear in memory twice.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -231,9 +232,8 @@ class _Allocation:
         return self._linear(width, out, bias=bias and self.shard.rank == 0, row_bits=row_bits)
 
     def _norm(self, width: int) -> Norm:
-        weight = torch.empty(width, device=self.device)
-        bias = torch.empty(width, device=self.device) if self.spec.layer_norm else None
-        return Norm(weight, bias, self.spec.norm_eps)
+        new = partial(torch.empty, width, dtype=torch.float32, device=self.device)
+        return Norm(new(), new() if self.spec.layer_norm else None, self.spec.norm_eps)
 
     def _new(self, *shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=self.dtype, device=self.device)

@@ -17,6 +17,7 @@ from tokenmill.engine.loader import LoadedModel
 from tokenmill.engine.models.families import spec_from_config
 from tokenmill.engine.models.weights import empty_weights, pack, random_weights
 from tokenmill.engine.probe import Probe
+from tokenmill.engine.runner import Runner
 from tokenmill.engine.sequence import FinishReason
 from tokenmill.engine.sizing import best_budget
 from tokenmill.engine.tokenizer import Tokenizer
@@ -340,3 +341,32 @@ def test_a_bad_configuration_is_refused(
 ) -> None:
     with pytest.raises(InvalidRequest, match=message):
         make_engine(tiny, **config)
+
+
+def test_a_request_whose_logits_are_no_numbers_ends_alone(
+    tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As those of a damaged adapter: the others of the step lose nothing."""
+    params = SamplingParams(max_tokens=5, ignore_eos=True)
+    engine = make_engine(tiny)
+    engine.add("good", [1, 2, 3], params, seed=1)
+    usual = run(engine)["good"]
+    logits, damaged = Runner.logits, [True]
+
+    def logits_of(self: Runner, start: int, stop: int) -> torch.Tensor:
+        rows = logits(self, start, stop)
+        if damaged:
+            rows[0] = float("nan")
+            damaged.clear()
+        return rows
+
+    monkeypatch.setattr(Runner, "logits", logits_of)
+    engine.add("bad", [4, 5], params, seed=1)
+    engine.add("good", [1, 2, 3], params, seed=1)
+    first = {output.seq_id: output for output in engine.step()}
+    assert first["bad"].finish_reason is FinishReason.ERROR
+    assert first["bad"].token_ids == ()
+    assert "logits must be finite" in first["bad"].error
+    tokens, reason = run(engine)["good"]
+    assert ([*first["good"].token_ids, *tokens], reason) == usual
+    engine.check_integrity()

@@ -11,7 +11,7 @@ from gguf.quants import dequantize, quantize
 
 from tokenmill.engine import gguf
 from tokenmill.engine.errors import UnsupportedModel
-from tokenmill.engine.gguf import GGUFFile, _half_split, config_from_gguf
+from tokenmill.engine.gguf import GGUFFile, TensorInfo, _half_split, config_from_gguf
 from tokenmill.kernels import ops
 
 
@@ -76,6 +76,14 @@ def test_a_file_cut_short_is_refused(written: Path, length: int) -> None:
     written.write_bytes(written.read_bytes()[:length])
     with pytest.raises(UnsupportedModel, match="GGUF"):
         GGUFFile(written)
+
+
+def test_a_row_of_parts_of_blocks_is_refused(written: Path) -> None:
+    file = GGUFFile(written)
+    info = file.tensors["Q8_0"]
+    file.tensors["Q8_0"] = TensorInfo((2, 31), info.ggml_type, info.offset)
+    with pytest.raises(UnsupportedModel, match="rows of Q8_0 must be whole blocks of 32, got 31"):
+        file.tensor("Q8_0")
 
 
 def test_a_tensor_cut_short_is_refused(written: Path) -> None:

@@ -1,5 +1,8 @@
 """int8 linears: the integers are multiplied exactly, and no row depends on another."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -120,3 +123,16 @@ def test_groups_of_eight_bits_stand_in_for_rows_of_sixteen() -> None:
 def test_a_shape_without_whole_groups_is_a_product_of_the_library(shape: tuple[int, int]) -> None:
     weight = torch.randn(shape)
     assert isinstance(int8_weight(weight, 16), Int8Weight)
+
+
+@pytest.mark.skipif(not compiler.has_wide_vectors(), reason="this processor has no AVX-512")
+def test_a_program_of_floats_needs_no_products_of_bytes() -> None:
+    """On a processor without VNNI, LLVM ends the process where such a kernel is compiled."""
+    told = "import sys, tokenmill.engine.models.layer_program; print(*sys.modules)"
+    ended = subprocess.run(
+        [sys.executable, "-c", told], capture_output=True, text=True, check=True, timeout=60
+    )
+    modules = ended.stdout.split()
+    assert "tokenmill.kernels.compiled_linear" not in modules  # each linear brings its own
+    assert "tokenmill.kernels.compiled_int8" not in modules
+    assert "tokenmill.kernels.compiled_attention" in modules

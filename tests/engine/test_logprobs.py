@@ -103,3 +103,16 @@ def test_a_resumed_sequence_is_not_told_of_its_prompt_again(both: tuple[LoadedMo
     outputs = [output for _ in range(3) for output in engine.step()]
     assert [len(output.logprobs) for output in outputs] == [1, 1, 1]
     assert not any(output.prompt_logprobs for output in outputs)
+
+
+def test_a_row_alone_has_the_log_probabilities_that_it_has_among_others() -> None:
+    """Of a long row alone, torch divides the sum among its threads."""
+    logits = 3 * torch.randn(60, 49_152, generator=torch.Generator().manual_seed(0))
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        together = logprobs.logprobs_of(logits, [7] * 60, [2] * 60)
+        alone = [logprobs.logprobs_of(row[None], [7], [2])[0] for row in logits]
+    finally:
+        torch.set_num_threads(before)
+    assert together == alone

@@ -10,6 +10,7 @@ import torch
 from tokenmill.engine import sampler
 from tokenmill.engine.sampler import gumbel_noise, gumbel_of, noise_key
 from tokenmill.engine.sequence import Sequence
+from tokenmill.kernels import ops
 from tokenmill.producer.params import SamplingParams
 
 LOGITS = [2.0, 1.0, 0.5, 0.0, -1.0, -30.0]
@@ -163,3 +164,28 @@ def test_ends_are_not_sampled_before_min_tokens() -> None:
     assert sample(torch.tensor([LOGITS]), [seq], {0}) == [2]
     seq.token_ids.append(2)
     assert sample(torch.tensor([LOGITS]), [seq], {0}) == [0]
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("value", [math.nan, -math.inf, math.inf])
+def test_logits_that_are_no_numbers_give_no_token(
+    value: float, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And take none from the other rows, with log probabilities or without."""
+    if not compiled:
+        monkeypatch.setattr(ops, "can_draw", lambda _logits: False)
+        monkeypatch.setattr(ops, "can_filter", lambda _logits: False)
+    kinds: list[dict[str, Any]] = [
+        {},
+        {"logprobs": 2},
+        {"temperature": 1.0},
+        {"temperature": 1.0, "top_p": 0.9},
+        {"temperature": 1.0, "top_k": 3, "logprobs": 1},
+    ]
+    seqs = [make_sequence(seed, **kind) for seed, kind in enumerate([*kinds, *kinds])]
+    logits = torch.randn(10, 40, generator=torch.Generator().manual_seed(3))
+    usual = sample(logits[5:].clone(), seqs[5:])
+    logits[:5] = value
+    tokens = sample(logits, seqs)
+    assert tokens[:5] == [sampler.NO_TOKEN] * 5
+    assert tokens[5:] == usual

@@ -81,3 +81,12 @@ def test_what_it_takes() -> None:
     assert not can_draw(torch.zeros(2, 15))
     assert not can_draw(torch.zeros(16, 2).T)
     assert not can_draw(torch.zeros(2, 16, dtype=torch.float64))
+
+
+def test_no_token_where_there_is_no_number() -> None:
+    logits = torch.zeros(4, 33)
+    logits[0] = -torch.inf
+    logits[1] = torch.nan
+    logits[2, 32] = 1.0
+    logits[3, :32] = torch.nan
+    assert [token < 0 for token in draw(logits, keys(sequences(4)))] == [True, True, False, False]
