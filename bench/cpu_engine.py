@@ -149,7 +149,8 @@ def main() -> None:
                 runners[system] = stack.enter_context(peer)
                 runs.about[system] = peer.about
                 print(f"{system} is up after {peer.about['start_s']:.0f} s", flush=True)
-        runs.about["agreement"] = check(runners, ours.model.spec.vocab_size)
+        agreement = runs.about.setdefault("agreement", {})
+        agreement |= check(runners, ours.model.spec.vocab_size)
         for number in range(1, options.rounds + 1):
             _round(number, runners, ours, workloads, runs)
     print(*runs.rows(), runs.path, sep="\n")
