@@ -22,25 +22,16 @@ _ONE = 0x3F800000
 
 
 @inner
-def _least_by_count(weights, size, top_k):
-    """The lowest bits that fewer than `top_k` weights are above."""
-    low, high = 0, _ONE
-    while low < high:
-        middle = (low + high) // 2
-        if count_above(weights, size, middle) < top_k:
-            high = middle
-        else:
-            low = middle + 1
-    return high
-
-
-@inner
-def _least_by_mass(weights, size, low, target):
-    """The lowest bits from `low` on that weights with a sum below `target` are above."""
+def _least(weights, size, low, target, is_counted):
+    """The lowest bits from `low` on above which weights are fewer than that, or add up to less."""
     high = _ONE
     while low < high:
         middle = (low + high) // 2
-        if mass_above(weights, size, middle) < target:
+        if is_counted:
+            above = count_above(weights, size, middle)
+        else:
+            above = mass_above(weights, size, middle)
+        if above < target:
             high = middle
         else:
             low = middle + 1
@@ -66,13 +57,14 @@ def _work(data):
         total = mass_above(weights, size, 0)
         by_count = 0
         if top_k < vocabulary:
-            by_count = _least_by_count(weights, size, top_k)
+            by_count = _least(weights, size, 0, np.float32(top_k), True)
             value = np.int32(by_count).view(np.float32)
             above = count_above(weights, size, by_count)
             total = mass_above(weights, size, by_count) + np.float32(top_k - above) * value
             least = max(least, by_count)
         if top_p < 1:
-            least = max(least, _least_by_mass(weights, size, by_count, np.float32(top_p) * total))
+            target = np.float32(top_p) * total
+            least = max(least, _least(weights, size, by_count, target, False))
         drop_below(at, weights, vocabulary, least)
         row = fetch_add(data + 8, 1)
 

@@ -91,7 +91,7 @@ class Run:
         begun, named = self._journal.header.model, self._dataset.survey.model
         is_served = self._serving.settle(begun, named, check_model)
         for name in ("quantization", "kv_cache_dtype", "lora") if is_served else ():
-            # A worker does not say how it computes: whoever started it has chosen.
+            # Whoever started it has chosen how it computes.
             if chosen := getattr(self._plan, name):
                 shown = chosen if isinstance(chosen, str) else " ".join(chosen)
                 self._report.note(
