@@ -6,6 +6,7 @@ that a process on a CPU never loads triton, and a process on a GPU never numba.
 
 import importlib
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -151,10 +152,17 @@ def paged_attention(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    fixed_tiles: bool = False,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Causal attention of ragged chunks over the blocked KV cache; returns [T, Hq, D]."""
-    attend = _attention_on_gpu if q.is_cuda else _attention_on_cpu
+    """Causal attention of ragged chunks over the blocked KV cache; returns [T, Hq, D].
+
+    With `fixed_tiles` a row has the same bits in any batch and however its sequence is cut into
+    chunks; on a GPU that is slower, and a CPU does so anyway (decision 14).
+    """
+    attend: Callable[..., torch.Tensor] = _attention_on_cpu
+    if q.is_cuda:
+        attend = partial(_attention_on_gpu, fixed_tiles=fixed_tiles)
     return attend(
         q,
         k_cache,
@@ -177,11 +185,19 @@ def _attention_on_gpu(
     *,
     max_query_len: int,
     out: torch.Tensor | None,
+    fixed_tiles: bool = False,
     **arguments: Any,
 ) -> torch.Tensor:
-    """Sequences that decode and longer chunks, each by their kernel, in one result."""
+    """Sequences that decode and longer chunks, each by their kernel, in one result.
+
+    With `fixed_tiles` all by the one for chunks.
+    """
     from tokenmill.kernels import decode_attention, paged_attention
 
+    if fixed_tiles:
+        return paged_attention.paged_attention(
+            q, k_cache, v_cache, **arguments, max_query_len=max_query_len, fixed_tiles=True, out=out
+        )
     if max_query_len > 1:
         out = paged_attention.paged_attention(
             q, k_cache, v_cache, **arguments, max_query_len=max_query_len, skip_single=True, out=out

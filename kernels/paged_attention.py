@@ -26,6 +26,10 @@ binary search and leaves if it stands in a gap.
 Keys are visited from position 0 in tiles of TILE, in one program: a row's result depends neither on
 the other chunks of the step nor on where its own chunk started. With a window the first tile is the
 one that the tile's first row begins to see; a later row skips it with weights of zero.
+
+A row's bits depend on the height of its tile, since other heights are other instructions. With
+`fixed_tiles` there is one height for all steps, so that they depend on the row alone: a sequence's
+rows are the same alone or among others, whole, in chunks that end anywhere, or decoded.
 """
 
 import torch
@@ -157,13 +161,14 @@ def paged_attention(
     window: int | None = None,
     softcap: float | None = None,
     skip_single: bool = False,
+    fixed_tiles: bool = False,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attend as in the formula above; returns `out`, or a new contiguous tensor, [T, Hq, D].
 
-    `max_query_len` chooses the tile: 1 when every sequence decodes. Rows behind the last chunk are
-    padding and are not written, nor, with `skip_single`, are those of chunks of one query, which
-    `decode_attention.py` is for.
+    `max_query_len` chooses the tile, unless they are fixed: 1 when every sequence decodes. Rows
+    behind the last chunk are padding and are not written, nor, with `skip_single`, are those of
+    chunks of one query, which `decode_attention.py` is for.
 
     Raises:
         ValueError: an argument that does not fit the table above.
@@ -177,7 +182,8 @@ def paged_attention(
     if not num_tokens or not num_seqs:
         return out
     group = num_heads // num_kv_heads
-    block_m = max(triton.next_power_of_2(group), 16 if max_query_len == 1 else 64)
+    decodes_alone = max_query_len == 1 and not fixed_tiles
+    block_m = max(triton.next_power_of_2(group), 16 if decodes_alone else 64)
     block_q = block_m // group
     _paged_attention_kernel[(num_tokens // block_q + num_seqs, num_kv_heads)](
         q,

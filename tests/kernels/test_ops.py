@@ -2,6 +2,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -77,6 +78,25 @@ def test_chunks_and_decodes_on_a_gpu_fill_one_result(
         return ops._attention_on_gpu(*args, **kwargs)
 
     assert_close(case.run(attend), case.run(reference.paged_attention))
+
+
+def test_with_fixed_tiles_decodes_on_a_gpu_are_chunks(
+    device: torch.device, poisoned: None, attention_case: BuildCase
+) -> None:
+    from tokenmill.kernels.paged_attention import paged_attention
+
+    case = attention_case([(1, 33), (7, 20), (1, 70)], device=device)
+    attended = case.run(partial(ops._attention_on_gpu, fixed_tiles=True))
+    assert torch.equal(attended, case.run(partial(paged_attention, fixed_tiles=True)))
+    alone = replace(
+        case,
+        q=case.q[:1],
+        cu_seqlens_q=case.cu_seqlens_q[:2],
+        context_lens=case.context_lens[:1],
+        block_tables=case.block_tables[:1],
+        max_query_len=1,
+    )
+    assert torch.equal(alone.run(partial(ops._attention_on_gpu, fixed_tiles=True)), attended[:1])
 
 
 @pytest.mark.gpu

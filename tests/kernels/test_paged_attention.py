@@ -1,5 +1,7 @@
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import pytest
@@ -87,8 +89,6 @@ def test_rows_behind_the_last_chunk_are_not_written(
 def test_chunks_of_one_query_can_be_left_out(
     device: torch.device, assert_close: Compare, attention_case: BuildCase
 ) -> None:
-    from functools import partial
-
     from tokenmill.kernels.paged_attention import paged_attention
 
     case = attention_case([(1, 20), (3, 9), (1, 5)], device=device)
@@ -151,3 +151,48 @@ def test_windows_and_soft_caps(
     chunks = [(1, 40), (63, 70), (1, 3), (7, 7), (1, 100), (5, 90)]
     case = replace(attention_case(chunks, device=device), window=window, softcap=softcap)
     assert_close(case.run(paged_attention), case.run(reference.paged_attention))
+
+
+@pytest.mark.parametrize(("window", "softcap"), [(None, None), (40, 3.0)])
+def test_with_fixed_tiles_the_bits_of_a_row_are_its_own(
+    device: torch.device,
+    attention_case: BuildCase,
+    assert_close: Compare,
+    poisoned: None,
+    window: int | None,
+    softcap: float | None,
+) -> None:
+    """Alone, among others, whole, in chunks that end anywhere, and decoded."""
+    from tokenmill.kernels.paged_attention import paged_attention
+
+    head_dim, dtype = (128, torch.bfloat16) if device.type == "cuda" else (32, torch.float32)
+    case = attention_case(
+        [(90, 90), (40, 40)], heads=(3, 1), head_dim=head_dim, dtype=dtype, device=device
+    )
+    case = replace(case, window=window, softcap=softcap)
+    attend = partial(paged_attention, fixed_tiles=True)
+    whole = case.run(attend)
+    assert_close(whole, case.run(reference.paged_attention))
+
+    def check(*pieces: tuple[int, int, int]) -> None:
+        """Of sequence s the positions from `start` to `end`, for each piece."""
+        places = [90 * s + p for s, start, end in pieces for p in range(start, end)]
+        lengths = [0, *accumulate(end - start for _, start, end in pieces)]
+        part = replace(
+            case,
+            q=case.q[places],
+            cu_seqlens_q=torch.tensor(lengths, dtype=torch.int32, device=device),
+            context_lens=torch.tensor([p[2] for p in pieces], dtype=torch.int32, device=device),
+            block_tables=case.block_tables[[s for s, *_ in pieces]],
+            max_query_len=max(end - start for _, start, end in pieces),
+        )
+        assert torch.equal(part.run(attend), whole[places])
+
+    check((0, 0, 90))
+    check((1, 3, 40), (0, 0, 1))
+    for cut in (1, 21, 64):
+        check((0, 0, cut))
+        check((0, cut, 90), (1, 0, cut % 40))
+    for position in (0, 63, 64, 89):
+        check((0, position, position + 1))
+    check((1, 39, 40), (0, 70, 71), (0, 71, 72), (1, 20, 21))
