@@ -84,7 +84,12 @@ def provenance() -> dict[str, object]:
 
 @cache
 def commit() -> str:
-    """The commit when this was first asked; "-dirty" where code differs from it."""
+    """The commit when this was first asked; "-dirty" where code differs from it.
+
+    A copy of the tree without its history has none: there TOKENMILL_COMMIT says it, or else "".
+    """
+    if said := os.environ.get("TOKENMILL_COMMIT"):
+        return said
     written = [f":!{path}" for path in ("bench/results", "docs", "engine/planning/devices")]
     return _git("describe", "--always") + (
         "-dirty" if _git("status", "--porcelain", "--", ".", *written) else ""
@@ -93,7 +98,10 @@ def commit() -> str:
 
 def _git(*arguments: str) -> str:
     command = ["git", *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    except FileNotFoundError:  # no git here
+        return ""
     return done.stdout.strip()
 
 

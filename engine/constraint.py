@@ -1,7 +1,8 @@
 """`Constraint`: what the output of one sequence may be, by a JSON schema, a regex or a choice.
 
 Built on llguidance. Its state is a function of the output's tokens alone, so a resumed sequence
-feeds what was committed and goes on. Whatever comes from outside is bounded: the size by
+feeds what was committed and goes on. The library is loaded with the first request that needs it.
+Whatever comes from outside is bounded: the size by
 `SamplingParams`, the work by `LIMITS`, which count steps and not seconds, so that a schema passes
 everywhere or nowhere.
 """
@@ -10,24 +11,25 @@ import json
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
-
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from typing import TYPE_CHECKING, Any
 
 from tokenmill.engine.constraint_error import described
 from tokenmill.producer.errors import InvalidRequest, Words
 from tokenmill.producer.params import SamplingParams
 
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
+
 #: Measured: up to 0.3 s to compile (2,000 properties), and some 10 ms for a mask, at the most.
-LIMITS = LLParserLimits(
-    initial_lexer_fuel=1_000_000,
-    step_lexer_fuel=100_000,
-    step_max_items=50_000,
-    max_items_in_row=2_000,
-    max_lexer_states=50_000,
-    max_grammar_size=200_000,
-    verbose_errors=False,
-)
+LIMITS: dict[str, Any] = {
+    "initial_lexer_fuel": 1_000_000,
+    "step_lexer_fuel": 100_000,
+    "step_max_items": 50_000,
+    "max_items_in_row": 2_000,
+    "max_lexer_states": 50_000,
+    "max_grammar_size": 200_000,
+    "verbose_errors": False,
+}
 #: Compiled constraints that are kept: the rows of a dataset share one.
 MAX_KEPT = 64
 #: JSON as `json.dumps` writes it: one form, and no room for endless white space.
@@ -42,7 +44,7 @@ _LITERALS = ("const", "default", "enum", "examples")
 class Constraint:
     """The state of one sequence; once in error, it stays so and allows everything."""
 
-    def __init__(self, matcher: LLMatcher) -> None:
+    def __init__(self, matcher: "LLMatcher") -> None:
         self._matcher = matcher
 
     @property
@@ -114,11 +116,14 @@ class ConstraintCompiler:
             raise InvalidRequest(field, "what the output so far follows", Words(constraint.error))
         return constraint
 
-    def _matcher(self, field: str, value: str | tuple[str, ...]) -> LLMatcher:
+    def _matcher(self, field: str, value: str | tuple[str, ...]) -> "LLMatcher":
         if self._tokenizer is None:
             self._tokenizer = self._load(field)
+        from llguidance import LLMatcher, LLParserLimits
+
         try:
-            matcher = LLMatcher(self._tokenizer, _grammar(value, field), log_level=0, limits=LIMITS)
+            limits = LLParserLimits(**LIMITS)
+            matcher = LLMatcher(self._tokenizer, _grammar(value, field), log_level=0, limits=limits)
             if not matcher.is_error():
                 matcher.compute_bitmask()  # some limits show in the first mask only
             if not matcher.is_error():
@@ -130,7 +135,12 @@ class ConstraintCompiler:
             reason = type(error).__name__
         raise InvalidRequest(field, _EXPECTED[field], Words(reason))
 
-    def _load(self, field: str) -> LLTokenizer:
+    def _load(self, field: str) -> "LLTokenizer":
+        try:
+            from llguidance import LLTokenizer
+        except ImportError as error:
+            expected = "not given: llguidance is not installed where the worker runs"
+            raise InvalidRequest(field, expected, Words("a constraint")) from error
         try:
             return LLTokenizer(
                 self._tokenizer_json(), n_vocab=self._vocab_size, eos_token=self._eos_token_ids
@@ -148,6 +158,8 @@ _EXPECTED = {
 
 
 def _grammar(value: str | tuple[str, ...], field: str) -> str:
+    from llguidance import LLMatcher
+
     if isinstance(value, tuple):
         texts = " | ".join(json.dumps(text, ensure_ascii=False) for text in value)
         return LLMatcher.grammar_from_lark(f"start: {texts}")

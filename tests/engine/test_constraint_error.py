@@ -1,9 +1,9 @@
 """What is told of a constraint that is refused: a category, and nothing of the user's text."""
 
+import sys
 from typing import Any
 
 import pytest
-from llguidance import LLParserLimits
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
@@ -108,8 +108,7 @@ def test_what_is_too_large_is_not_quoted(
     sampling: dict[str, Any],
     limit: str,
 ) -> None:
-    limits = LLParserLimits(**{limit: 1})  # type: ignore[arg-type]
-    monkeypatch.setattr(constraint, "LIMITS", limits)
+    monkeypatch.setattr(constraint, "LIMITS", {limit: 1})
     text = refusal(compiler, sampling)
     assert text.endswith(f"got {TOO_LARGE}")
     assert CANARY not in text
@@ -131,6 +130,14 @@ def test_a_panic_of_the_library_ends_one_request(
 
     monkeypatch.setattr(constraint, "_grammar", panic)
     assert refusal(compiler, {"choice": ["a"]}).endswith("got Panic")
+
+
+def test_a_request_is_refused_where_the_library_is_not_installed(
+    compiler: ConstraintCompiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    with pytest.raises(InvalidRequest, match=r"choice must be not given: llguidance is not inst"):
+        compiler.compile(SamplingParams(choice=(CANARY,)))
 
 
 def test_an_output_that_does_not_follow_is_not_quoted(
