@@ -31,7 +31,7 @@ class Admission:
 
     def num_reserved_blocks(self) -> int:
         """Blocks that the running sequences are still expected to ask for."""
-        return sum(self.blocks_expected(seq) - len(seq.held_blocks) for seq in self._running)
+        return sum(map(self._blocks_missing, self._running))
 
     def num_unspoken_blocks(self) -> int:
         """Free blocks that nobody is expected to ask for, but for the margin."""
@@ -45,6 +45,11 @@ class Admission:
 
     def blocks_expected(self, seq: Sequence) -> int:
         """Blocks that the sequence will hold at the most, as far as can be guessed now."""
+        return self._blocks_missing(seq) + len(seq.block_table) - seq.num_dropped_blocks
+
+    def _blocks_missing(self, seq: Sequence) -> int:
+        """What it lacks of them."""
         output = self._output_lengths.expect(seq.num_output_tokens)
         expected = min(seq.num_prompt_tokens + output, seq.max_num_tokens)
-        return max(self._tables.most_held(expected, self._token_budget), len(seq.held_blocks))
+        most = self._tables.most_held(expected, self._token_budget)
+        return max(most - len(seq.block_table) + seq.num_dropped_blocks, 0)

@@ -62,8 +62,8 @@ class BlockTables:
 
     def missing(self, seq: Sequence, length: int) -> int:
         """Blocks that the sequence lacks for its next `length` tokens."""
-        needed = self._pool.blocks_for(seq.num_computed_tokens + length)
-        return max(needed - len(seq.block_table), 0)
+        size = self._pool.block_size
+        return max(-(-(seq.num_computed_tokens + length) // size) - len(seq.block_table), 0)
 
     def grow(self, seq: Sequence, length: int) -> int:
         """Allocate for as many of its next `length` tokens as the pool can take; how many."""
@@ -77,7 +77,8 @@ class BlockTables:
         seq.num_computed_tokens += length
         if self._pool.is_caching:
             self._remember(seq)
-        self._drop(seq)
+        if self.window is not None:
+            self._drop(seq)
 
     def release(self, seq: Sequence) -> None:
         """Free what the sequence holds."""

@@ -27,10 +27,9 @@ class Detokenizer:
         self._tokenizer = tokenizer
         self._stop = tuple(stop)
         self._held = ""
-        # Tokens [_prefix, _read) give the context in which newer ones are decoded: a token's text
+        # The first `_read` tokens are the context in which newer ones are decoded: a token's text
         # may depend on the one before it (leading spaces), never on more.
         self._ids: list[int] = []
-        self._prefix = 0
         self._read = 0
         #: Whether a stop string is complete; further tokens are ignored.
         self.stopped = False
@@ -39,14 +38,14 @@ class Detokenizer:
 
     def feed(self, token_ids: Iterable[int]) -> str:
         """Take the next tokens; returns the text that is now certain."""
-        return "".join([self._feed_one(token_id) for token_id in token_ids])
+        return "".join(map(self._feed_one, token_ids))
 
     def finish(self) -> str:
         """The text still held back, when no more tokens come."""
         if self.stopped:
             return ""
         text = self._held + self._new_text()
-        self._held, self._prefix, self._read = "", len(self._ids), len(self._ids)
+        self._held, self._ids, self._read = "", [], 0
         cut = self._first_stop(text)
         return text if cut is None else text[:cut]
 
@@ -59,8 +58,10 @@ class Detokenizer:
         if not new or new.endswith(_REPLACEMENT):
             return ""
         # Keep the last word only: memory stays small whatever the length of the output.
-        self._ids = self._ids[self._read :]
-        self._prefix, self._read = 0, len(self._ids)
+        del self._ids[: self._read]
+        self._read = len(self._ids)
+        if not self._stop:
+            return new
         text = self._held + new
         cut = self._first_stop(text)
         if cut is not None:
@@ -71,8 +72,8 @@ class Detokenizer:
         return text[: len(text) - keep]
 
     def _new_text(self) -> str:
-        before = self._tokenizer.decode(self._ids[self._prefix : self._read])
-        return self._tokenizer.decode(self._ids[self._prefix :])[len(before) :]
+        decode, ids, read = self._tokenizer.decode, self._ids, self._read
+        return decode(ids)[len(decode(ids[:read])) :] if read else decode(ids)
 
     def _first_stop(self, text: str) -> int | None:
         found = [at for stop in self._stop if (at := text.find(stop)) >= 0]

@@ -146,7 +146,7 @@ class Scheduler:
         chunks = tuple(
             Chunk(seq, seq.num_computed_tokens, length) for seq, length in step.lengths.items()
         )
-        return SchedulerOutput(chunks, sum(c.length for c in chunks), tuple(step.preempted))
+        return SchedulerOutput(chunks, self.token_budget - step.left, tuple(step.preempted))
 
     def mark_computed(self, chunks: Iterable[Chunk]) -> None:
         """The chunks of a step are in the cache, or on their way: count them.
@@ -216,12 +216,14 @@ class Scheduler:
             if (
                 seq.is_prefilling is prefilling
                 and seq.status is SequenceStatus.RUNNING
-                and not seq.is_awaited
+                and not (seq.num_pending_tokens and seq.is_awaited)
             ):
                 self._take(step, seq, step.most(seq, seq.num_computed_tokens))
 
     def fill_waiting(self, step: Step, *, whole: bool = False) -> None:
         """Admit waiting sequences in order while budget, rows and blocks allow."""
+        if not self.waiting or step.left <= 0 or len(self.running) >= self.max_num_seqs:
+            return
         admission, passed = self._admission, list[Sequence]()
         free = admission.num_unspoken_blocks()
         for seq in self._unblocked():
@@ -275,12 +277,14 @@ class Scheduler:
 
     def _take(self, step: Step, seq: Sequence, length: int) -> None:
         """Schedule `length` tokens, preempting others or shrinking the chunk when out of blocks."""
-        while self._tables.missing(seq, length) > self.pool.num_free:
+        missing = self._tables.missing(seq, length)
+        while missing > self.pool.num_free:
             victim = choose_victim(self.running, seq, self.pool)
             if victim is None:
                 break
             self._preempt(step, victim)
-        length = self._tables.grow(seq, length)
+        if missing:
+            length = self._tables.grow(seq, length)
         if length > 0:
             step.take(seq, length, self.pool.block_size)
 

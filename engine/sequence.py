@@ -87,11 +87,11 @@ class Sequence:
 
     @property
     def num_output_tokens(self) -> int:
-        return self.num_tokens - self.num_prompt_tokens
+        return len(self.token_ids) + self.num_pending_tokens - self.num_prompt_tokens
 
     @property
     def num_uncomputed_tokens(self) -> int:
-        return self.num_tokens - self.num_computed_tokens
+        return len(self.token_ids) + self.num_pending_tokens - self.num_computed_tokens
 
     @property
     def num_skippable_tokens(self) -> int:
@@ -109,7 +109,7 @@ class Sequence:
     @property
     def is_prefilling(self) -> bool:
         """More than its newest token is missing from the cache."""
-        return self.num_uncomputed_tokens > 1
+        return len(self.token_ids) + self.num_pending_tokens - self.num_computed_tokens > 1
 
     @property
     def is_awaited(self) -> bool:

@@ -1,6 +1,7 @@
 """`Step`: the token budget and the time limit of one step, while it is filled. No torch."""
 
 import bisect
+import math
 
 from tokenmill.engine.cost_model import CostModel
 from tokenmill.engine.sequence import Sequence
@@ -23,7 +24,7 @@ class Step:
 
     def most(self, seq: Sequence, start: int) -> int:
         """The longest chunk from `start` on that fits; a step with nothing else takes some."""
-        most = min(seq.num_tokens - start, self.left)
+        most = min(len(seq.token_ids) + seq.num_pending_tokens - start, self.left)
         if most <= 1 or self._cost.seconds_of(start, most) <= self._seconds_left:
             return most
         sizes = range(most)
@@ -37,15 +38,19 @@ class Step:
         self.lengths[seq] = length
         self.left -= length
         start = seq.num_computed_tokens
-        self._seconds_left -= self._cost.seconds_of(start, length)
-        for block_hash in seq.block_hashes[start // block_size : (start + length) // block_size]:
-            self._computing.setdefault(block_hash, seq)
+        if self._seconds_left < math.inf:
+            self._seconds_left -= self._cost.seconds_of(start, length)
+        first, end = start // block_size, (start + length) // block_size
+        if first < end:
+            for block_hash in seq.block_hashes[first:end]:
+                self._computing.setdefault(block_hash, seq)
 
     def drop(self, seq: Sequence) -> None:
         """The sequence has lost its blocks; what it would have computed is free for others."""
         length = self.lengths.pop(seq, 0)
         self.left += length
-        self._seconds_left += self._cost.seconds_of(seq.num_computed_tokens, length)
+        if self._seconds_left < math.inf:
+            self._seconds_left += self._cost.seconds_of(seq.num_computed_tokens, length)
         self.preempted.append(seq)
 
     def is_computing(self, block_hash: bytes | None) -> bool:

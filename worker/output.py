@@ -72,7 +72,8 @@ class Output:
         self._text += self._detokenizer.feed(token_ids)
         kept = self._detokenizer.num_tokens - before
         self._token_ids += token_ids[:kept]
-        self._logprobs += pack_logprobs(logprobs[:kept])
+        if logprobs:
+            self._logprobs += pack_logprobs(logprobs[:kept])
 
     def feed_prompt(self, logprobs: Sequence[TokenLogprobs]) -> None:
         """Take what was told of the prompt; it goes with the first token."""

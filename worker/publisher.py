@@ -221,8 +221,10 @@ class Publisher:
             output = self._outputs.get(given.seq_id)
             if output is None or output.finish_reason:  # fenced, cancelled or stopped meanwhile
                 continue
-            output.feed_prompt(given.prompt_logprobs)
-            output.feed(given.token_ids, given.logprobs)
+            if given.prompt_logprobs:
+                output.feed_prompt(given.prompt_logprobs)
+            if given.token_ids:
+                output.feed(given.token_ids, given.logprobs)
             if output.is_stopped:
                 output.end("stop")
                 if given.finish_reason is None:
