@@ -125,19 +125,34 @@ def rope_store_kv(
     slot_mapping: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
-) -> None:
-    """Rotate `q` and `k` in place, then write `k` and `v` into the caches."""
-    rope_store = reference.rope_store_kv
+    *,
+    q_norm: torch.Tensor | None = None,
+    k_norm: torch.Tensor | None = None,
+    eps: float = 0.0,
+) -> torch.Tensor:
+    """Norm `q` and `k` where norms are given, turn them, write `k` and `v` into the caches.
+
+    Returns the queries, which may be `q` itself; what `q` and `k` hold then is not said.
+    """
     if q.is_cuda:
         from tokenmill.kernels import rope_kv as on_gpu
 
-        rope_store = on_gpu.rope_store_kv
-    elif compiler.is_available():
+        given = (q, k, v, positions, cos_sin, slot_mapping, k_cache, v_cache)
+        return on_gpu.rope_store_kv(*given, q_norm=q_norm, k_norm=k_norm, eps=eps)
+    if q_norm is not None and k_norm is not None:
+        q, k = _norm_heads(q, q_norm, eps), _norm_heads(k, k_norm, eps)
+    if compiler.is_available():
         from tokenmill.kernels import compiled_rows
 
         if compiled_rows.can_rotate(q, k, v, positions, cos_sin, slot_mapping, k_cache, v_cache):
-            rope_store = compiled_rows.rope_store_kv
-    rope_store(q, k, v, positions, cos_sin, slot_mapping, k_cache, v_cache)
+            compiled_rows.rope_store_kv(q, k, v, positions, cos_sin, slot_mapping, k_cache, v_cache)
+            return q
+    return reference.rope_store_kv(q, k, v, positions, cos_sin, slot_mapping, k_cache, v_cache)
+
+
+def _norm_heads(heads: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """Norm [T, heads, D] in rows as wide as the norm: of one head, or of all of them."""
+    return rms_norm(heads.reshape(-1, weight.shape[0]), weight, eps).view(heads.shape)
 
 
 def paged_attention(

@@ -68,24 +68,49 @@ def rope_store_kv(
     slot_mapping: torch.Tensor,  # [T] int64: block * block_size + offset, or < 0
     k_cache: torch.Tensor,  # [num_blocks, block_size, Hkv, D]
     v_cache: torch.Tensor,  # [num_blocks, block_size, Hkv, D]
-) -> None:
-    """Rotate `q` and `k` in place by their positions, then write `k` and `v` to their slots.
+    *,
+    q_norm: torch.Tensor | None = None,  # [D] of each head, or [Hq * D] of all of them
+    k_norm: torch.Tensor | None = None,  # [D] or [Hkv * D]
+    eps: float = 0.0,
+) -> torch.Tensor:
+    """Norm `q` and `k` in place, turn them by their positions, write `k` and `v` to their slots.
 
     Half-split (NeoX) rotation of the first R channels of each head. Rows with a slot below zero
-    are padding: rotated, not stored.
+    are padding: turned, not stored. Returns `q`.
     """
-    cos, sin = cos_sin[positions].unsqueeze(1).chunk(2, dim=-1)  # [T, 1, R/2] each
-    half = cos.shape[-1]
-    for heads in (q, k):
-        first, second = heads[..., :half].float(), heads[..., half : 2 * half].float()
-        # Both halves before either is written: `first` and `second` may be views of `heads`.
-        turned = first * cos - second * sin, second * cos + first * sin
-        heads[..., :half] = turned[0].to(heads.dtype)
-        heads[..., half : 2 * half] = turned[1].to(heads.dtype)
+    for heads, weight in ((q, q_norm), (k, k_norm)):
+        if weight is not None:
+            heads.copy_(norm_heads(heads, weight, eps))
+    if cos_sin.shape[1]:
+        cos, sin = cos_sin[positions].unsqueeze(1).chunk(2, dim=-1)  # [T, 1, R/2] each
+        _turn(q, cos, sin)
+        _turn(k, cos, sin)
     stored = slot_mapping >= 0
     block, offset = _split(slot_mapping[stored], k_cache.shape[1])
-    k_cache[block, offset] = k[stored].to(k_cache.dtype)
-    v_cache[block, offset] = v[stored].to(v_cache.dtype)
+    k_cache[block, offset] = _cached(k[stored], k_cache.dtype)
+    v_cache[block, offset] = _cached(v[stored], v_cache.dtype)
+    return q
+
+
+def _turn(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
+    half = cos.shape[-1]
+    first, second = heads[..., :half].float(), heads[..., half : 2 * half].float()
+    # Both halves before either is written: `first` and `second` may be views of `heads`.
+    turned = first * cos - second * sin, second * cos + first * sin
+    heads[..., :half] = turned[0].to(heads.dtype)
+    heads[..., half : 2 * half] = turned[1].to(heads.dtype)
+
+
+def norm_heads(heads: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """RMSNorm of heads [T, heads, D] in rows as wide as `weight`: of one head, or of all."""
+    return rms_norm(heads.reshape(-1, weight.shape[0]), weight, eps).view(heads.shape)
+
+
+def _cached(rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Rounded to `dtype`; torch makes NaN of what float8_e4m3fn is too small for."""
+    if dtype == torch.float8_e4m3fn:
+        rows = rows.float().clamp(-448.0, 448.0)
+    return rows.to(dtype)
 
 
 def paged_attention(

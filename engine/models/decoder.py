@@ -4,7 +4,7 @@ A step goes in as a `RaggedBatch`; keys and values are written to the cache; the
 wanted tokens come out. The language-model head is applied to those tokens alone.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.functional import embedding, pad
@@ -152,9 +152,15 @@ class Decoder:
         q, k, v = heads.split_with_sizes(
             [spec.num_heads, spec.num_kv_heads, spec.num_kv_heads], dim=1
         )
-        q, k = self._norm_heads(q, k, layer)
-        cos_sin = self._cos_sin[number]
-        ops.rope_store_kv(q, k, v, batch.positions, cos_sin, batch.slot_mapping, keys, values)
+        norms: dict[str, Any] = {}
+        if layer.q_norm is not None and layer.k_norm is not None:
+            if self._has_plain_head_norms(layer.q_norm):
+                weights = layer.q_norm.weight, layer.k_norm.weight
+                norms = {"q_norm": weights[0], "k_norm": weights[1], "eps": spec.norm_eps}
+            else:
+                q, k = self._norm_heads(q, k, layer.q_norm, layer.k_norm)
+        cos_sin, slots = self._cos_sin[number], batch.slot_mapping
+        q = ops.rope_store_kv(q, k, v, batch.positions, cos_sin, slots, keys, values, **norms)
         attended = ops.paged_attention(
             q,
             keys,
@@ -171,25 +177,25 @@ class Decoder:
         )
         return layer.attention_out(attended.view(hidden.shape[0], -1), batch.adapted)
 
+    def _has_plain_head_norms(self, norm: Norm) -> bool:
+        """Whether the norms of queries and keys are done with the rotation."""
+        is_divided = self._group.shard.size > 1 and self.spec.qk_norm == "whole"
+        return norm.bias is None and not is_divided
+
     def _norm_heads(
-        self, q: torch.Tensor, k: torch.Tensor, layer: LayerWeights
+        self, q: torch.Tensor, k: torch.Tensor, q_norm: Norm, k_norm: Norm
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Norm queries and keys, [T, heads, D] each, where the model does."""
-        if (
-            self._group.shard.size == 1
-            or self.spec.qk_norm != "whole"
-            or layer.q_norm is None
-            or layer.k_norm is None
-        ):
-            return _norm_rows(q, layer.q_norm), _norm_rows(k, layer.k_norm)
+        """Norm queries and keys, [T, heads, D] each."""
+        if self.spec.qk_norm != "whole":
+            return _norm_rows(q, q_norm), _norm_rows(k, k_norm)
         # Over the heads of all ranks. A KV head that several have counts as often in both sums.
         rows = [heads.flatten(1) for heads in (q, k)]
         squares = torch.stack([row.float().square().sum(dim=-1) for row in rows])
         counts = torch.tensor([row.shape[1] for row in rows], device=q.device)
         sums = self._summed(torch.stack([squares, counts[:, None].expand_as(squares)]))
         q_mean, k_mean = sums[0] / sums[1]
-        q_rows = layer.q_norm.scaled(rows[0], q_mean)
-        return q_rows.view(q.shape), layer.k_norm.scaled(rows[1], k_mean).view(k.shape)
+        q_rows, k_rows = q_norm.scaled(rows[0], q_mean), k_norm.scaled(rows[1], k_mean)
+        return q_rows.view(q.shape), k_rows.view(k.shape)
 
 
 def _norm(x: torch.Tensor, norm: Norm | None) -> torch.Tensor:
@@ -208,8 +214,6 @@ def _add_norm(
     return norm.add(added, residual)
 
 
-def _norm_rows(heads: torch.Tensor, norm: Norm | None) -> torch.Tensor:
-    """Norm [T, heads, D] in rows as wide as the norm: of one head, or of all of them."""
-    if norm is None:
-        return heads
-    return norm(heads.reshape(-1, norm.weight.shape[0])).view(heads.shape)
+def _norm_rows(heads: torch.Tensor, norm: Norm) -> torch.Tensor:
+    """Norm each head of [T, heads, D]."""
+    return norm(heads.reshape(-1, heads.shape[-1])).view(heads.shape)

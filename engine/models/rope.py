@@ -150,10 +150,10 @@ def _yarn(plain: list[float], rope: Rope) -> list[float]:
 def rotary_table(rope: Rope | None, max_model_len: int) -> torch.Tensor:
     """Cosines and sines of every position: [max_model_len, dim] float32, cosines first.
 
-    Without a rope the table of one pair that is not turned.
+    Without a rope it has no columns: nothing is turned.
     """
     if rope is None:
-        return torch.tensor([1.0, 0.0], dtype=torch.float32).repeat(max_model_len, 1)
+        return torch.empty(max_model_len, 0)
     frequencies = torch.tensor(inverse_frequencies(rope, max_model_len), dtype=torch.float64)
     angles = torch.outer(torch.arange(max_model_len, dtype=torch.float64), frequencies)
     return torch.cat([angles.cos(), angles.sin()], dim=1).mul_(rope.attention_factor).float()
