@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from copy import deepcopy
+from typing import Any
 
 import pytest
 import torch
@@ -112,7 +113,8 @@ def test_other_types_and_layouts_are_rotated_by_torch(assert_close: Compare) -> 
     ):
         results = []
         for form in (reference.rope_store_kv, ops.rope_store_kv):
-            own, given = heads.clone(), deepcopy(plain | odd)  # strides too
+            given: dict[str, Any] = deepcopy(plain | odd)  # strides too
+            own = heads.clone()
             form(own[:, :4], own[:, 4:6], own[:, 6:], **given)
             results.append((own, given["k_cache"], given["v_cache"]))
         for expected, actual in zip(*results, strict=True):

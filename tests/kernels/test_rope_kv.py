@@ -119,8 +119,7 @@ def test_norms_are_rounded_before_the_rotation(device: torch.device) -> None:
         apart[index] = rms_norm(rows, weight, 1e-6).view(given[index].shape)
     q = rope_store_kv(*apart)
     together = [tensor.clone() for tensor in given]
-    norms = {"q_norm": weights[0], "k_norm": weights[1], "eps": 1e-6}
-    found = rope_store_kv(*together, **norms)
+    found = rope_store_kv(*together, q_norm=weights[0], k_norm=weights[1], eps=1e-6)
     differing = (found != q).sum() + (together[6] != apart[6]).sum() - apart[6].isnan().sum()
     assert differing <= 2  # sums of squares in another order
 
