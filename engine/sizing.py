@@ -12,6 +12,7 @@ from tokenmill.engine.loader import LoadedModel
 from tokenmill.engine.messages import CacheSize
 from tokenmill.engine.scheduler import Scheduler
 from tokenmill.engine.step import MIN_CHUNK
+from tokenmill.engine.step_graphs import MOST_TOKENS
 from tokenmill.engine.worst_step import Most, kv_memory
 from tokenmill.producer.errors import InvalidRequest
 
@@ -36,7 +37,7 @@ def num_kv_blocks(
     memory = config.kv_cache_memory
     if memory is None:
         longest = min(config.max_model_len or model.spec.max_position, model.spec.max_position)
-        budget = config.token_budget or DEFAULTS[model.device.type][0][1]
+        budget = config.token_budget or budgets_of(config, model.device)[1]
         size = CacheSize(2, block_size, longest, kv_dtype)
         memory = kv_memory(model, Most(max(budget, max_num_seqs), max_num_seqs, longest), size)
     blocks = num_blocks_in(memory, model.spec, block_size=block_size, dtype=kv_dtype)
@@ -51,7 +52,7 @@ def make_scheduler(
     Raises:
         InvalidRequest: no step is as quick as is asked for.
     """
-    budgets, *_ = DEFAULTS[model.device.type]
+    budgets = budgets_of(config, model.device)
     return Scheduler(
         pool,
         token_budget=config.token_budget or max(best_budget(cost, *budgets), max_num_seqs),
@@ -61,6 +62,13 @@ def make_scheduler(
         max_step_s=max_step_s(config, cost),
         window=model.spec.window,
     )
+
+
+def budgets_of(config: EngineConfig, device: torch.device) -> tuple[int, int, int]:
+    """The smallest and the largest budget to choose from, and what it is a multiple of."""
+    least, most, multiple = DEFAULTS[device.type][0]
+    # Longer steps are not captured; and the costs timed at the start are those of launches.
+    return least, min(most, MOST_TOKENS) if config.cuda_graphs else most, multiple
 
 
 def best_budget(cost: CostModel, least: int, most: int, multiple: int) -> int:

@@ -19,7 +19,7 @@ from tokenmill.engine.models.weights import empty_weights, pack, random_weights
 from tokenmill.engine.probe import Probe
 from tokenmill.engine.runner import Runner
 from tokenmill.engine.sequence import FinishReason
-from tokenmill.engine.sizing import best_budget
+from tokenmill.engine.sizing import best_budget, budgets_of
 from tokenmill.engine.tokenizer import Tokenizer
 from tokenmill.producer.errors import InvalidRequest
 from tokenmill.producer.params import SamplingParams
@@ -227,6 +227,12 @@ def test_the_best_budget_is_aligned_and_bounded(
     cost = CostModel()
     monkeypatch.setattr(CostModel, "knee", lambda *_: knee)
     assert best_budget(cost, 128, 512, 64) == budget
+
+
+def test_steps_that_are_captured_are_no_longer_than_graphs_are() -> None:
+    device = torch.device("cuda")
+    assert budgets_of(EngineConfig(), device) == (512, 8192, 256)
+    assert budgets_of(EngineConfig(cuda_graphs=True), device) == (512, 2048, 256)
 
 
 def test_an_impossible_step_time_is_refused_with_the_possible_one(tiny: LoadedModel) -> None:
