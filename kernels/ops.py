@@ -348,3 +348,12 @@ def dequant_linear(
     else:
         multiply = reference.dequant_linear
     return multiply(x, words, scales, zeros, bias, bits=bits, group_size=group_size)
+
+
+def fixed_linear(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """Return x [M, K] @ w.T + bias, of a plain weight [N, K]; on a GPU with bits of a row's own."""
+    if x.is_cuda:
+        from tokenmill.kernels import fixed_linear as on_gpu
+
+        return on_gpu.fixed_linear(x, w, bias)
+    return torch.nn.functional.linear(x, w, bias)

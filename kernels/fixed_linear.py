@@ -1,0 +1,195 @@
+"""A linear whose rows have the same bits in any batch, in Triton.
+
+    y[m, n] = sum_k x[m, k] * w[n, k] + bias[n]           summed in float32, rounded once
+
+| tensor | shape  | dtype                   | strides    |
+| ------ | ------ | ----------------------- | ---------- |
+| x      | [M, K] | float32, bfloat16, half | rows, 1    |
+| w      | [N, K] | that of x               | contiguous |
+| bias   | [N]    | that of x               | contiguous |
+| y      | [M, N] | that of x               | contiguous |
+
+cuBLAS chooses a kernel, and into how many parts it divides K, by the number of rows. Here a result
+is one sum over K, in one program, in one order: from 0 in steps of 16 (the depth of a tensor core's
+instruction), each added to the float32 sum so far. The number of rows chooses the tile alone, and
+that is no other sum:
+
+- All tiles are at least 64 rows high, so that on Hopper all use wgmma.m64nNk16, never the mma of
+  lower tiles. An element of its result depends on a row of one operand, a column of the other and
+  the sum so far; height and width of a tile only say how many elements are computed beside it.
+  PTX promises no order within the 16, but those who probed the units of V100, A100 and H100 found
+  one order for all elements. So it is a property of the device: tests hold it there (`-m gpu`), and
+  an engine that is to be deterministic compares bits at its start.
+- More inputs to a tile are more of the same steps. Those behind K are zeros, which change nothing.
+
+In float32 there is one tile.
+
+Few rows read the weight, and little else: then there must be programs enough to keep memory busy,
+so that narrow outputs get narrow tiles. Many rows want large tiles, for each reads 1 / BLOCK_N + 1
+/ BLOCK_M elements for a product. Programs beside each other share their rows of x or w in the L2.
+"""
+
+import functools
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from tokenmill.kernels.checks import (
+    check_contiguous,
+    check_device,
+    check_dtype,
+    check_floating,
+    check_rows,
+    check_shape,
+)
+
+#: Tiles below each other whose programs run beside each other.
+_BAND = 8
+
+
+class Tile(NamedTuple):
+    """Rows, outputs and inputs that a program takes at a time, its warps, stages of its loop."""
+
+    rows: int
+    outputs: int
+    inputs: int
+    warps: int
+    stages: int
+
+
+#: Widest first, with the programs that there must be for it. Within 96 KiB of shared memory, which
+#: every GPU since 8.6 has, but for the first, which needs 192. Chosen without a GPU.
+_LOW = (
+    (64, Tile(64, 128, 64, 4, 4)),
+    (64, Tile(64, 64, 64, 4, 6)),
+    (64, Tile(64, 32, 64, 4, 8)),
+    (0, Tile(64, 16, 128, 4, 4)),
+)
+_HIGH = (
+    (128, Tile(128, 256, 64, 8, 4)),
+    (64, Tile(128, 128, 64, 8, 3)),
+    (64, Tile(128, 64, 64, 8, 4)),
+    (0, Tile(128, 32, 64, 8, 4)),
+)
+_FLOAT32 = Tile(64, 32, 32, 4, 2)
+#: Devices, by the first part of their compute capability, that have the memory for the widest.
+_LARGE = (9, 10)
+
+
+@triton.jit(do_not_specialize=["M"])
+def _fixed_linear_kernel(
+    x_ptr,
+    w_ptr,
+    bias_ptr,
+    y_ptr,
+    x_row,
+    M,
+    N,
+    K,
+    HAS_BIAS: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BAND: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    program = tl.program_id(0)
+    row_tiles = tl.cdiv(M, BLOCK_M)
+    band_size = BAND * tl.cdiv(N, BLOCK_N)
+    first_tile = program // band_size * BAND
+    height = tl.minimum(row_tiles - first_tile, BAND)
+    row_tile = first_tile + program % band_size % height
+    output_tile = program % band_size // height
+    rows = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    outputs = output_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    row_inside, output_inside = rows < M, outputs < N
+    inputs = tl.arange(0, BLOCK_K)
+    x_at = x_ptr + rows.to(tl.int64)[:, None] * x_row + inputs[None, :]
+    w_at = w_ptr + outputs.to(tl.int64)[:, None] * K + inputs[None, :]
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for k in range(0, K, BLOCK_K):
+        x_inside, w_inside = row_inside[:, None], output_inside[:, None]
+        if not EVEN_K:
+            x_inside &= (k + inputs < K)[None, :]
+            w_inside &= (k + inputs < K)[None, :]
+        x = tl.load(x_at + k, mask=x_inside, other=0.0)
+        w = tl.load(w_at + k, mask=w_inside, other=0.0)
+        total = tl.dot(x, tl.trans(w), total, input_precision=PRECISION)
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + outputs, mask=output_inside, other=0.0)
+        total += bias.to(tl.float32)[None, :]
+    y_at = y_ptr + rows.to(tl.int64)[:, None] * N + outputs[None, :]
+    inside = row_inside[:, None] & output_inside[None, :]
+    tl.store(y_at, total.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+def fixed_linear(
+    x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Return y [M, N] of the formula above.
+
+    Raises:
+        ValueError: an argument that does not fit the table above.
+    """
+    _check(x, w, bias)
+    (num_rows, depth), num_outputs = x.shape, w.shape[0]
+    y = torch.empty((num_rows, num_outputs), dtype=x.dtype, device=x.device)
+    if not y.numel():
+        return y
+    tile = choose_tile(num_rows, num_outputs, x.dtype, is_large=_is_large(x.device))
+    count = triton.cdiv(num_rows, tile.rows) * triton.cdiv(num_outputs, tile.outputs)
+    _fixed_linear_kernel[(count,)](
+        x,
+        w,
+        x if bias is None else bias,
+        y,
+        x.stride(0),
+        num_rows,
+        num_outputs,
+        depth,
+        HAS_BIAS=bias is not None,
+        EVEN_K=depth % tile.inputs == 0,
+        BAND=_BAND,
+        BLOCK_M=tile.rows,
+        BLOCK_N=tile.outputs,
+        BLOCK_K=tile.inputs,
+        PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+        enable_fp_fusion=True,  # said outright, since Triton 3.10 changes the default
+    )
+    return y
+
+
+def choose_tile(num_rows: int, num_outputs: int, dtype: torch.dtype, *, is_large: bool) -> Tile:
+    """The widest tile that leaves programs enough; `is_large`: whether it may take 192 KiB."""
+    if dtype == torch.float32:
+        return _FLOAT32
+    tiles = _LOW if num_rows <= _LOW[0][1].rows else _HIGH[0 if is_large else 1 :]
+    for least, tile in tiles[:-1]:
+        if triton.cdiv(num_rows, tile.rows) * triton.cdiv(num_outputs, tile.outputs) >= least:
+            return tile
+    return tiles[-1][1]
+
+
+@functools.cache
+def _is_large(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in _LARGE
+
+
+def _check(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None) -> None:
+    check_shape("x", x, "M", "K")
+    check_shape("w", w, "N", x.shape[1])
+    check_floating("x", x)
+    check_dtype("w", w, x.dtype)
+    check_rows(x=x)
+    check_contiguous(w=w)
+    check_device(x.device, w=w)
+    if bias is not None:
+        check_shape("bias", bias, w.shape[0])
+        check_dtype("bias", bias, x.dtype)
+        check_contiguous(bias=bias)
+        check_device(x.device, bias=bias)
