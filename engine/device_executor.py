@@ -54,6 +54,7 @@ class Launch:
     graphs: StepGraphs | None
     #: Those a token is drawn for, and of these: copies of whose logits are changed before.
     sampled: list[int]
+    is_filtered: bool
     edited: list[tuple[int, Sequence]]
     #: Whose log probabilities are told, and how many of the likeliest tokens at the most.
     asked: list[int]
@@ -116,6 +117,7 @@ class DeviceExecutor:
             num_seqs=len(chunks),
             graphs=graphs if padded else None,
             sampled=sampled,
+            is_filtered=any(chunks[n].seq.params.is_ranked for n in sampled),
             edited=[(n, _copied(chunks[n].seq)) for n in sampled if _is_edited(chunks[n].seq)],
             asked=asked,
             num_top=max((chunks[n].seq.params.logprobs or 0 for n in asked), default=0),
@@ -189,18 +191,21 @@ class DeviceExecutor:
             changed = logits[places]
             edit(changed, [seq for _, seq in launch.edited], self._eos_token_ids)
             logits[places] = changed
-        rows = buffers.rows[: len(hidden)].long()
-        temperature, top_p, min_p = self._rows.floats[rows].T.contiguous()
+        resident = self._rows
         tokens, _ = sampling.sample(
             logits,
-            temperature=temperature,
-            top_k=self._rows.top_k[rows],
-            top_p=top_p,
-            min_p=min_p,
-            seeds=self._rows.seeds[rows],
-            positions=buffers.context_lens[: len(hidden)].long(),
+            rows=buffers.rows[: len(hidden)],
+            temperature=resident.temperature,
+            top_k=resident.top_k,
+            top_p=resident.top_p,
+            min_p=resident.min_p,
+            seeds=resident.seeds,
+            positions=buffers.context_lens[: len(hidden)],
+            is_filtered=launch.is_filtered,
         )
-        return tokens, measure(raw, tokens[asked], launch.num_top) if launch.asked else ()
+        if not launch.asked:
+            return tokens, ()
+        return tokens, measure(raw, tokens[asked].clamp_(min=0), launch.num_top)
 
     def _told(self, launch: Launch, hidden: torch.Tensor) -> Tensors:
         """Of the prompts: slices of logits, so that a long one takes no more memory."""

@@ -72,7 +72,8 @@ class DeviceRows:
         self.tokens = new(num_rows, max_model_len)
         self.computed = new(num_rows)
         self.tables = new(num_rows, -(-max_model_len // block_size))
-        self.floats = new(num_rows, 3, dtype=torch.float32)  # temperature, top_p, min_p
+        self._floats = new(3, num_rows, dtype=torch.float32)
+        self.temperature, self.top_p, self.min_p = self._floats
         self.top_k = new(num_rows)
         self.seeds = new(num_rows, dtype=torch.int64)
         self._rows: dict[Sequence, Row] = {}
@@ -170,8 +171,8 @@ class DeviceRows:
             (self.tokens.view(-1), tokens_at, tokens),
             (self.seeds, rows, seeds),
             (self.top_k, rows, top_k),
-            (self.floats, rows, message.floats),
+            (self._floats, rows, message.floats.T),
         ):
             if len(at):
-                resident.index_copy_(0, at, values.to(resident.dtype))
+                resident.index_copy_(-1, at, values.to(resident.dtype))
         return numbers, starts, is_sampled

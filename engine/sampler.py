@@ -29,7 +29,7 @@ def sample(
 ) -> tuple[list[int], list[TokenLogprobs | None]]:
     """The next token of each sequence, and its log probabilities where they are asked for.
 
-    On a CPU the token is `NO_TOKEN` where the highest logit is not finite.
+    The token is `NO_TOKEN` where the highest logit is not finite.
 
     `logits` [L, V] float32 are changed. Rows are taken in slices, so that what is allocated beside
     them does not grow with the batch.
@@ -105,6 +105,7 @@ def draw_by_kernel(logits: torch.Tensor, seqs: Seq[Sequence]) -> tuple[torch.Ten
         min_p=min_p,
         seeds=seeds,
         positions=positions,
+        is_filtered=any(p.is_ranked for p in params),
     )
 
 

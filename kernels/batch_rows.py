@@ -122,7 +122,7 @@ def _advance_kernel(
         computed = tl.load(computed_ptr + row) + length
         tl.store(computed_ptr + row, computed)
         if (tl.load(is_sampled_ptr + chunk) != 0) & (computed < L):
-            token = tl.load(sampled_ptr + chunk)
+            token = tl.maximum(tl.load(sampled_ptr + chunk), 0)
             tl.store(tokens_ptr + row * L + computed, token.to(tl.int32))
 
 
@@ -208,7 +208,8 @@ def advance(
 ) -> None:
     """Count each chunk as computed, and append `sampled` [S] where `is_sampled` [S] is not 0.
 
-    The next step then finds its ids without the host having seen them. Both are int64.
+    The next step then finds its ids without the host having seen them. Both are int64. Where no
+    token could be drawn, -1, it finds 0: an id like any other, in a row that has ended.
 
     Raises:
         ValueError: an argument that does not fit the table above.

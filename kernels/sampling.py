@@ -3,18 +3,20 @@
     x[t]     = (logits[t] - max logits) / max(temperature, 1e-6)
     kept     = the tokens that top_k, then top_p of what is left, and min_p leave
     token    = argmax over kept of x[t] + noise(seed, position, t);   temperature 0: argmax logits
+               -1 where the highest logit is not finite, or one is no number
     logprob  = logits[token] - log sum exp(logits)
 
-| tensor          | shape  | dtype         | strides | meaning                                     |
-| --------------- | ------ | ------------- | ------- | ------------------------------------------- |
-| logits          | [R, V] | float32       | rows, 1 | not changed                                 |
-| temperature     | [R]    | float32       | 1       | 0 is greedy                                 |
-| top_k           | [R]    | int32         | 1       | 0: all                                      |
-| top_p, min_p    | [R]    | float32       | 1       | 1 and 0: all                                |
-| seeds           | [R]    | int64         | 1       | the seed's 64 bits                          |
-| positions       | [R]    | int64         | 1       | of the token that is drawn                  |
-| tokens          | [R]    | int64         | 1       | result; the lowest of those that tie        |
-| logprobs        | [R]    | float32       | 1       | result                                      |
+| tensor          | shape  | dtype            | strides | meaning                                  |
+| --------------- | ------ | ---------------- | ------- | ---------------------------------------- |
+| logits          | [R, V] | float32, 16 bits | rows, 1 | not changed; computed in float32         |
+| rows            | [R]    | int32            | 1       | where the parameters of each are         |
+| temperature     | [N]    | float32          | 1       | 0 is greedy                              |
+| top_k           | [N]    | int32            | 1       | 0: all                                   |
+| top_p, min_p    | [N]    | float32          | 1       | 1 and 0: all                             |
+| seeds           | [N]    | int64            | 1       | the seed's 64 bits                       |
+| positions       | [R]    | int32, int64     | 1       | of the token that is drawn               |
+| tokens          | [R]    | int64            | 1       | result; the lowest of those that tie     |
+| logprobs        | [R]    | float32          | 1       | result; not a number where token is -1   |
 
 The noise is standard Gumbel noise from 23 bits of a counter hash: splitmix64's finaliser of seed
 and position gives two words, MurmurHash3's 32-bit finaliser mixes them with the token id. Those
@@ -25,8 +27,14 @@ x <= 0, so its bits without the sign grow as x falls, and the 32 bits of the thr
 from the top, two in each of 16 passes over the row, by counting (top_k) or by adding up
 probabilities (top_p). Tokens that tie with the last one kept are kept.
 
-One program per row. Memory-bound: the row is read twice, the second time and in the passes of a
-search mostly from the L2 cache.
+    highest   a program for each part of a row        its highest logit
+    search    a program for each row, only if asked   the threshold
+    draw      a program for each part of a row        its best token, its sum of exp(logits - max)
+    merge     a program for each row                  token and log probability
+
+Parts have a fixed number of tokens, so a row's sums do not depend on its batch. Memory-bound: the
+row is read twice, by as many programs as it has parts: one program a row would leave all but one
+processor idle at batch 1, and the passes of a search do.
 """
 
 import torch
@@ -37,11 +45,13 @@ from tokenmill.kernels.checks import (
     check_contiguous,
     check_device,
     check_dtype,
+    check_floating,
     check_rows,
     check_shape,
 )
 
-_BLOCK = 4096
+#: Tokens of a part, and of a block of a search.
+PART = 4096
 
 
 @triton.jit
@@ -80,7 +90,7 @@ def _gumbel(bits):
 @triton.jit
 def _scaled(row, columns, V, highest, temperature):
     """The x of these columns, and its bits without the sign, which grow as x falls."""
-    logits = tl.load(row + columns, mask=columns < V, other=float("-inf"))
+    logits = tl.load(row + columns, mask=columns < V, other=float("-inf")).to(tl.float32)
     x = tl.div_rn(logits - highest, temperature)
     return x, tl.abs(x).to(tl.uint32, bitcast=True)
 
@@ -140,37 +150,53 @@ def _search(row, V, highest, temperature, limit, wanted, MASS: tl.constexpr, BLO
 
 
 @triton.jit
-def _sample_kernel(
+def _highest_of(highest_ptr, place, P, BLOCK_P: tl.constexpr):
+    """Of a row, from its parts; infinite if one of its logits is, or is no number."""
+    parts = tl.arange(0, BLOCK_P)
+    found = tl.load(highest_ptr + place * P + parts, mask=parts < P, other=float("-inf"))
+    return tl.max(found, axis=0)
+
+
+@triton.jit
+def _highest_kernel(logits_ptr, highest_ptr, last_ptr, logits_row, V, P, BLOCK: tl.constexpr):
+    place = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
+    columns = part * BLOCK + tl.arange(0, BLOCK)
+    row = logits_ptr + place * logits_row
+    logits = tl.load(row + columns, mask=columns < V, other=float("-inf")).to(tl.float32)
+    logits = tl.where(logits == logits, logits, float("inf"))  # no number: as if it were infinite
+    tl.store(highest_ptr + place * P + part, tl.max(logits, axis=0))
+    if part == 0:
+        tl.store(last_ptr + place, -1)  # all bits: nothing is left out, unless a search says so
+
+
+@triton.jit
+def _search_kernel(
     logits_ptr,
+    highest_ptr,
+    rows_ptr,
     temperature_ptr,
     top_k_ptr,
     top_p_ptr,
-    min_p_ptr,
-    seeds_ptr,
-    positions_ptr,
-    tokens_ptr,
-    logprobs_ptr,
+    last_ptr,
     logits_row,
     V,
+    P,
     BLOCK: tl.constexpr,
+    BLOCK_P: tl.constexpr,
 ):
     place = tl.program_id(0).to(tl.int64)
     row = logits_ptr + place * logits_row
-    lanes = tl.full([BLOCK], float("-inf"), tl.float32)
-    for start in range(0, V, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
-        logits = tl.load(row + columns, mask=columns < V, other=float("-inf"))
-        lanes = tl.maximum(lanes, logits)
-    highest = tl.max(lanes, axis=0)
-
-    asked = tl.load(temperature_ptr + place)
-    temperature = tl.maximum(asked, 1e-6)
-    top_k = tl.load(top_k_ptr + place)
-    top_p = tl.load(top_p_ptr + place)
-    min_p = tl.load(min_p_ptr + place)
-    last = tl.full([1], 0xFFFFFFFF, tl.uint32)  # the bits of the last token that is kept
-    if asked > 0.0:
-        is_ranked = (top_k > 0) & (top_k < V)
+    given = tl.load(rows_ptr + place)
+    asked = tl.load(temperature_ptr + given)
+    top_k = tl.load(top_k_ptr + given)
+    top_p = tl.load(top_p_ptr + given)
+    highest = _highest_of(highest_ptr, place, P, BLOCK_P)
+    is_ranked = (top_k > 0) & (top_k < V)
+    is_filtered = (asked > 0.0) & (is_ranked | (top_p < 1.0))
+    if is_filtered & (tl.abs(highest) < float("inf")):
+        temperature = tl.maximum(asked, 1e-6)
+        last = tl.full([1], 0xFFFFFFFF, tl.uint32)  # the bits of the last token that is kept
         k = top_k.to(tl.float32)
         before = k
         if is_ranked:
@@ -181,34 +207,92 @@ def _sample_kernel(
                 total += (k - before) * tl.sum(tl.exp(-last.to(tl.float32, bitcast=True)), axis=0)
             found, before = _search(row, V, highest, temperature, last, top_p * total, True, BLOCK)
             last = tl.minimum(last, found)
-    least = float("-inf")
-    if min_p > 0.0:
-        least = tl.log(min_p)
+        tl.store(last_ptr + place + tl.zeros([1], tl.int64), last.to(tl.int32, bitcast=True))
 
-    one = tl.zeros([1], tl.int64)
-    seed = tl.load(seeds_ptr + place + one).to(tl.uint64, bitcast=True)
-    position = tl.load(positions_ptr + place + one).to(tl.uint64, bitcast=True)
-    best = tl.full([BLOCK], float("-inf"), tl.float32)
-    best_column = tl.zeros([BLOCK], tl.int32)
-    sums = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, V, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
-        logits = tl.load(row + columns, mask=columns < V, other=float("-inf"))
-        sums += tl.exp(logits - highest)
+
+@triton.jit
+def _draw_kernel(
+    logits_ptr,
+    highest_ptr,
+    last_ptr,
+    rows_ptr,
+    temperature_ptr,
+    min_p_ptr,
+    seeds_ptr,
+    positions_ptr,
+    best_ptr,
+    tokens_ptr,
+    sums_ptr,
+    logits_row,
+    V,
+    P,
+    BLOCK: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    place = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
+    row = logits_ptr + place * logits_row
+    given = tl.load(rows_ptr + place)
+    asked = tl.load(temperature_ptr + given)
+    highest = _highest_of(highest_ptr, place, P, BLOCK_P)
+    if tl.abs(highest) < float("inf"):
+        columns = part * BLOCK + tl.arange(0, BLOCK)
+        logits = tl.load(row + columns, mask=columns < V, other=float("-inf")).to(tl.float32)
+        sums = tl.sum(tl.exp(logits - highest), axis=0)
         score = logits
         if asked > 0.0:
-            x, bits = _scaled(row, columns, V, highest, temperature)
+            min_p = tl.load(min_p_ptr + given)
+            least = float("-inf")
+            if min_p > 0.0:
+                least = tl.log(min_p)
+            one = tl.zeros([1], tl.int64)
+            last = tl.load(last_ptr + place + one).to(tl.uint32, bitcast=True)
+            seed = tl.load(seeds_ptr + given + one).to(tl.uint64, bitcast=True)
+            position = tl.load(positions_ptr + place + one).to(tl.int64)
+            position = position.to(tl.uint64, bitcast=True)
+            x = tl.div_rn(logits - highest, tl.maximum(asked, 1e-6))
+            bits = tl.abs(x).to(tl.uint32, bitcast=True)
             noise = _gumbel(noise_bits(seed, position, columns.to(tl.uint32)))
-            kept = (bits <= last) & (x >= least) & (columns < V)
-            score = tl.where(kept, x + noise, float("-inf"))
-        is_better = score > best
-        best = tl.where(is_better, score, best)
-        best_column = tl.where(is_better, columns, best_column)
-    top = tl.max(best, axis=0)
-    token = tl.min(tl.where(best == top, best_column, V), axis=0)
-    logprob = tl.load(row + token) - highest - tl.log(tl.sum(sums, axis=0))
-    tl.store(tokens_ptr + place, token.to(tl.int64))
-    tl.store(logprobs_ptr + place, logprob)
+            kept = (bits <= last) & (x >= least)
+            score = tl.where(kept & (columns < V), x + noise, float("-inf"))
+        best = tl.max(score, axis=0)
+        token = tl.min(tl.where(score == best, columns, V - 1), axis=0)
+        tl.store(best_ptr + place * P + part, best)
+        tl.store(tokens_ptr + place * P + part, token)
+        tl.store(sums_ptr + place * P + part, sums)
+
+
+@triton.jit
+def _merge_kernel(
+    logits_ptr,
+    highest_ptr,
+    best_ptr,
+    found_ptr,
+    sums_ptr,
+    tokens_ptr,
+    logprobs_ptr,
+    logits_row,
+    V,
+    P,
+    BLOCK_P: tl.constexpr,
+):
+    place = tl.program_id(0).to(tl.int64)
+    highest = _highest_of(highest_ptr, place, P, BLOCK_P)
+    if tl.abs(highest) < float("inf"):
+        parts = tl.arange(0, BLOCK_P)
+        at = place * P + parts
+        inside = parts < P
+        best = tl.load(best_ptr + at, mask=inside, other=float("-inf"))
+        found = tl.load(found_ptr + at, mask=inside, other=0)
+        sums = tl.load(sums_ptr + at, mask=inside, other=0.0)
+        top = tl.max(best, axis=0)
+        token = tl.min(tl.where(inside & (best == top), found, V - 1), axis=0)
+        logit = tl.load(logits_ptr + place * logits_row + token).to(tl.float32)
+        tl.store(tokens_ptr + place, token.to(tl.int64))
+        tl.store(logprobs_ptr + place, logit - highest - tl.log(tl.sum(sums, axis=0)))
+    else:
+        tl.store(tokens_ptr + place, tl.full([], -1, tl.int64))
+        tl.store(logprobs_ptr + place, float("nan"))
 
 
 def sample(
@@ -220,48 +304,101 @@ def sample(
     min_p: torch.Tensor,
     seeds: torch.Tensor,
     positions: torch.Tensor,
+    rows: torch.Tensor | None = None,
+    is_filtered: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Draw as in the table above; returns the tokens and their log probabilities, [R] each.
+
+    Without `rows` the parameters are those of the rows in their order. Where it is known that
+    nobody has top_k or top_p, `is_filtered` False saves the search.
 
     Raises:
         ValueError: an argument that does not fit the table.
     """
     check_shape("logits", logits, "R", "V")
-    check_dtype("logits", logits, torch.float32)
+    check_floating("logits", logits)
     check_rows(logits=logits)
+    num_rows, vocabulary = logits.shape
+    device = logits.device
+    if rows is None:
+        rows = torch.arange(num_rows, dtype=torch.int32, device=device)
+        check_shape("temperature", temperature, num_rows)
     columns = {
         "temperature": (temperature, torch.float32),
         "top_k": (top_k, torch.int32),
         "top_p": (top_p, torch.float32),
         "min_p": (min_p, torch.float32),
         "seeds": (seeds, torch.int64),
-        "positions": (positions, torch.int64),
     }
-    num_rows, vocabulary = logits.shape
     for name, (column, dtype) in columns.items():
-        check_shape(name, column, num_rows)
+        check_shape(name, column, *temperature.shape)
         check_dtype(name, column, dtype)
-        check_contiguous(**{name: column})
-        check_device(logits.device, **{name: column})
+    check_shape("temperature", temperature, "N")
+    check_shape("rows", rows, num_rows)
+    check_dtype("rows", rows, torch.int32)
+    check_shape("positions", positions, num_rows)
+    check_dtype("positions", positions, torch.int32, torch.int64)
+    tensors = {name: column for name, (column, _) in columns.items()}
+    tensors |= {"rows": rows, "positions": positions}
+    check_contiguous(**tensors)
+    check_device(device, **tensors)
     if not vocabulary:
         raise ValueError("logits: expected at least one token, got none")
-    tokens = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
-    logprobs = torch.empty(num_rows, dtype=torch.float32, device=logits.device)
-    if num_rows:
-        _sample_kernel[(num_rows,)](
+    tokens = torch.empty(num_rows, dtype=torch.int64, device=device)
+    logprobs = torch.empty(num_rows, dtype=torch.float32, device=device)
+    if not num_rows:
+        return tokens, logprobs
+    block = min(PART, max(32, triton.next_power_of_2(vocabulary)))
+    num_parts = triton.cdiv(vocabulary, block)
+    sizes = {"BLOCK": block, "BLOCK_P": triton.next_power_of_2(num_parts)}
+    # Said outright, since Triton 3.10 changes the default.
+    options = {"num_warps": 4, "enable_fp_fusion": True}
+    # Each with memory of its own: addresses that are aligned otherwise would be compiled for anew.
+    highest, best, sums = (torch.empty(num_rows, num_parts, device=device) for _ in range(3))
+    found = torch.empty(num_rows, num_parts, dtype=torch.int32, device=device)
+    last = torch.empty(num_rows, dtype=torch.int32, device=device)
+    shape = (logits.stride(0), vocabulary, num_parts)
+    grid = (num_rows, num_parts)
+    _highest_kernel[grid](logits, highest, last, *shape, BLOCK=block, **options)
+    if is_filtered:
+        _search_kernel[(num_rows,)](
             logits,
+            highest,
+            rows,
             temperature,
             top_k,
             top_p,
-            min_p,
-            seeds,
-            positions,
-            tokens,
-            logprobs,
-            logits.stride(0),
-            vocabulary,
-            BLOCK=min(_BLOCK, max(32, triton.next_power_of_2(vocabulary))),
-            num_warps=8,
-            enable_fp_fusion=True,  # said outright, since Triton 3.10 changes the default
+            last,
+            *shape,
+            **sizes,
+            **(options | {"num_warps": 8}),
         )
+    _draw_kernel[grid](
+        logits,
+        highest,
+        last,
+        rows,
+        temperature,
+        min_p,
+        seeds,
+        positions,
+        best,
+        found,
+        sums,
+        *shape,
+        **sizes,
+        **options,
+    )
+    _merge_kernel[(num_rows,)](
+        logits,
+        highest,
+        best,
+        found,
+        sums,
+        tokens,
+        logprobs,
+        *shape,
+        BLOCK_P=sizes["BLOCK_P"],
+        **(options | {"num_warps": 1}),
+    )
     return tokens, logprobs

@@ -113,6 +113,11 @@ class SamplingParams:
                 _integer(name, getattr(self, name), 0, MAX_LOGPROBS)
 
     @property
+    def is_ranked(self) -> bool:
+        """Whether a token is drawn from the likeliest, by top_k or top_p."""
+        return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1)
+
+    @property
     def has_penalties(self) -> bool:
         """Whether logits depend on the tokens so far."""
         return (

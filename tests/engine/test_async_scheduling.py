@@ -23,7 +23,7 @@ from tokenmill.engine.loader import LoadedModel
 from tokenmill.engine.models.families import spec_from_config
 from tokenmill.engine.models.weights import empty_weights, pack, random_weights
 from tokenmill.engine.scheduler import Chunk, Policy
-from tokenmill.engine.sequence import Sequence, SequenceStatus
+from tokenmill.engine.sequence import FinishReason, Sequence, SequenceStatus
 from tokenmill.engine.step_graphs import decode_sizes
 from tokenmill.engine.tokenizer import Tokenizer
 from tokenmill.producer.errors import InvalidRequest
@@ -302,6 +302,45 @@ def test_a_step_that_fails_leaves_an_engine_that_can_go_on(
     }
 
 
+@pytest.mark.parametrize("num_ahead", [0, 1])
+def test_logits_that_are_no_numbers_end_their_request_alone(
+    monkeypatch: pytest.MonkeyPatch, *, num_ahead: int
+) -> None:
+    """With the error of a CPU, though the next step is on its way; by the kernels themselves."""
+    requests = [
+        Request(0, 5, 0, 3, 1, 0),
+        Request(0, 6, 1, 4, 2, 0),
+        Request(1, 4, 2, 3, 0, 0),
+    ]
+    found = []
+    config = {"token_budget": 40}
+    plain, late = make_engine(None, **config), make_engine(None, **config)
+    for engine in (plain, ahead(late, num_ahead=num_ahead)):
+        logits_of, damaged = engine._runner._decoder.logits, list[float]()
+
+        def logits(
+            hidden: torch.Tensor,
+            logits_of: Any = logits_of,
+            damaged: list[float] = damaged,
+        ) -> torch.Tensor:
+            """Of the second step, the second request's are no numbers."""
+            rows: torch.Tensor = logits_of(hidden)
+            damaged.append(0)
+            if len(damaged) == 2:
+                rows[1, 3] = torch.nan
+            return rows
+
+        monkeypatch.setattr(engine._runner._decoder, "logits", logits)
+        found.append(answers(engine, requests, aborts=False))
+    expected, by_kernels = found
+    assert expected["1"].outputs[-1].finish_reason is FinishReason.ERROR
+    assert "logits must be finite" in expected["1"].outputs[-1].error
+    assert [len(expected[key].token_ids) for key in "012"] == [3, 1, 3]
+    for key, answer in expected.items():
+        assert by_kernels[key].token_ids == answer.token_ids
+        assert by_kernels[key].outputs[-1].error == answer.outputs[-1].error
+
+
 @pytest.mark.usefixtures("_plain_kernels")
 def test_a_name_taken_anew_gets_nothing_of_the_step_before() -> None:
     params = SamplingParams(max_tokens=4, ignore_eos=True)
@@ -345,7 +384,7 @@ def test_changes_in_a_table_are_sent_and_nothing_twice() -> None:
         assert rows.computed[0] == start
         rows.computed[0] += length
         assert message.sizes == [1, 2, 1, *sizes]
-    assert rows.floats[0].tolist() == [0.5, 0.25, 0.125]
+    assert [v[0].item() for v in (rows.temperature, rows.top_p, rows.min_p)] == [0.5, 0.25, 0.125]
     assert rows.seeds.tolist() == [-1, 0]
     assert rows.top_k.tolist() == [3, 0]
     seq.status = SequenceStatus.FINISHED

@@ -137,7 +137,7 @@ def test_sampled_tokens_are_the_ids_of_the_next_step(device: torch.device) -> No
     step = Step(device, [decoding, unfinished, full], [6, 0, 3])
     rows, starts = step.sent(4)
     before = step.tokens.clone()
-    sampled = torch.tensor([77, 88, 99, 66], device=device)
+    sampled = torch.tensor([77, 88, 99, -1], device=device)
     is_sampled = torch.tensor([1, 0, 1, 1], device=device)
     advance(rows, starts, is_sampled, sampled, tokens=step.tokens, computed=step.computed)
     assert [step.computed[row].item() for row in (6, 0, 3)] == [6, 6, 50]

@@ -1,5 +1,6 @@
 """The sampling kernel against the engine's sampler: the same noise, the same tokens."""
 
+import math
 from typing import Any
 
 import pytest
@@ -72,6 +73,66 @@ def test_tokens_and_logprobs_are_the_samplers(
     expected = logits.log_softmax(dim=-1).gather(1, tokens[:, None]).squeeze(1)
     assert_close(logprobs, expected, rtol=1e-5, atol=1e-5)
     assert tokens.tolist() == sampler.sample(logits.clone(), seqs, ())[0]
+
+
+@pytest.fixture
+def _short_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row is several parts, though it is short enough for an interpreter."""
+    from tokenmill.kernels import sampling
+
+    monkeypatch.setattr(sampling, "PART", 32)
+
+
+@pytest.mark.usefixtures("_short_parts", "poisoned")
+def test_parts_are_merged(device: torch.device) -> None:
+    """Of 16-bit logits, from resident parameters that lie in another order."""
+    from tokenmill.kernels.sampling import sample
+
+    kinds = [SAMPLINGS[n] for n in (0, 2, 7, 9, 11)]
+    seqs = [make_sequence(n, 1 + n, kind) for n, kind in enumerate(kinds)]
+    logits = random_logits(len(seqs), 100).bfloat16()
+    logits[0, [70, 99]] = 20.0  # the first of equals, in another part than the second
+    order = torch.tensor([4, 6, 1, 0, 3], dtype=torch.int32)
+
+    def resident(values: list[Any], dtype: torch.dtype) -> torch.Tensor:
+        column = torch.full((7,), 1, dtype=dtype)
+        column[order.long()] = torch.tensor(values, dtype=dtype)
+        return column.to(device)
+
+    params = [seq.params for seq in seqs]
+    tokens, logprobs = sample(
+        logits.to(device),
+        rows=order.to(device),
+        temperature=resident([p.temperature for p in params], torch.float32),
+        top_k=resident([p.top_k for p in params], torch.int32),
+        top_p=resident([p.top_p for p in params], torch.float32),
+        min_p=resident([p.min_p for p in params], torch.float32),
+        seeds=resident([seq.seed for seq in seqs], torch.int64),
+        positions=torch.tensor([s.num_tokens for s in seqs], dtype=torch.int32, device=device),
+    )
+    expected, _ = sampler.sample(logits.float(), seqs, ())
+    assert tokens.tolist() == expected
+    assert expected[0] == 70
+    told = logits.float().log_softmax(dim=-1).gather(1, tokens.cpu()[:, None]).squeeze(1)
+    assert_close(logprobs.cpu(), told, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("_short_parts", "poisoned")
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_logits_that_are_no_numbers_give_no_token(device: torch.device, value: float) -> None:
+    """And take none from their neighbours; a single infinite one takes the row, but not -inf."""
+    kinds = [SAMPLINGS[n] for n in (0, 2, 7, 11)]
+    seqs = [make_sequence(n, 1 + n, kind) for n, kind in enumerate(kinds * 3)]
+    logits = random_logits(len(seqs), 70)
+    logits[:4] = value
+    logits[4:8, 65] = value
+    expected = sampler.sample(logits.clone(), seqs, ())[0]
+    assert expected[:4] == [sampler.NO_TOKEN] * 4
+    assert (sampler.NO_TOKEN in expected[4:8]) == (value != -math.inf)
+    assert sampler.NO_TOKEN not in expected[8:]
+    tokens, logprobs = on_device(logits, seqs, device)
+    assert tokens.tolist() == expected
+    assert logprobs.isnan().tolist() == [token == sampler.NO_TOKEN for token in expected]
 
 
 @pytest.mark.parametrize(

@@ -82,7 +82,7 @@ def advance(
         if row >= 0:
             computed[row] += cu_seqlens_q[place + 1] - cu_seqlens_q[place]
             if is_sampled[place] and computed[row] < tokens.shape[1]:
-                tokens[row, computed[row]] = sampled[place].int()
+                tokens[row, computed[row]] = max(int(sampled[place]), 0)
 
 
 def sample(
@@ -94,9 +94,14 @@ def sample(
     min_p: torch.Tensor,
     seeds: torch.Tensor,
     positions: torch.Tensor,
+    rows: torch.Tensor,
+    is_filtered: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `kernels/sampling.py` says, by the sampler of a CPU."""
-    columns = (temperature, top_k, top_p, min_p, seeds, positions)
+    if not is_filtered:
+        top_k, top_p = torch.zeros_like(top_k), torch.ones_like(top_p)
+    resident = (temperature, top_k, top_p, min_p, seeds)
+    columns = [*(column[rows] for column in resident), positions]
     seqs = [
         Sequence(
             seq_id="",
