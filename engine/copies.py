@@ -15,8 +15,10 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
     Each copy has pinned memory of its own, which torch keeps until the copy has been made.
     """
-    if device.type == "cpu" or not tensor.numel():
-        return tensor.to(device)
+    if device.type == "cpu":
+        return tensor
+    if not tensor.numel():  # there is nothing to pin
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
