@@ -72,14 +72,24 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 def add_rms_norm(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor | None,
+    eps: float,
+    *,
+    post: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the normed sum and the sum, both [T, H]; `residual` may have become the sum."""
+    """Return the normed sum and the sum, both [T, H]; `residual` may have become the sum.
+
+    `post`: what `x` is normed by before it is added. Without a weight the sum comes twice.
+    """
     if x.is_cuda:
         from tokenmill.kernels import rms_norm as on_gpu
 
-        return on_gpu.add_rms_norm(x, residual, weight, eps)
-    if compiler.is_available():
+        return on_gpu.add_rms_norm(x, residual, weight, eps, post=post)
+    if post is not None:
+        x = rms_norm(x, post, eps)
+    if weight is not None and compiler.is_available():
         from tokenmill.kernels import compiled_rows
 
         if compiled_rows.can_norm(x) and residual.is_contiguous():
@@ -88,13 +98,29 @@ def add_rms_norm(
 
 
 def layer_norm(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float
 ) -> torch.Tensor:
-    """Norm the rows of `x` [T, H] to mean 0 and variance 1, times `weight`, plus `bias`.
+    """Norm the rows of `x` [T, H] to mean 0 and variance 1, times `weight`, plus `bias`."""
+    if x.is_cuda:
+        from tokenmill.kernels import layer_norm as on_gpu
 
-    Plain torch on every device: the families that use it are the older ones.
-    """
+        return on_gpu.layer_norm(x, weight, bias, eps)
     return reference.layer_norm(x, weight, bias, eps)
+
+
+def add_layer_norm(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the normed sum and the sum, both [T, H]; `residual` may have become the sum."""
+    if x.is_cuda:
+        from tokenmill.kernels import layer_norm as on_gpu
+
+        return on_gpu.add_layer_norm(x, residual, weight, bias, eps)
+    return reference.add_layer_norm(x, residual, weight, bias, eps)
 
 
 def activation(x: torch.Tensor, kind: str) -> torch.Tensor:

@@ -33,24 +33,43 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 def add_rms_norm(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor | None,
+    eps: float,
+    *,
+    post: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Add `x` to `residual` (both [T, H]) and norm the sum.
+    """Add `x`, normed by `post` if that is given, to `residual` (both [T, H]) and norm the sum.
 
-    Returns the normed rows [T, H] and the sum [T, H]. The sum is rounded to the dtype of
-    `residual` before it is normed, so that both results describe the same numbers.
+    Returns the normed rows [T, H] and the sum [T, H]; without a weight the sum twice. The sum is
+    rounded to the dtype of `residual` before it is normed, so that both results describe the same
+    numbers.
     """
-    total = (x.float() + residual.float()).to(residual.dtype)
-    return rms_norm(total, weight, eps), total
+    added = x if post is None else rms_norm(x, post, eps)
+    total = (added.float() + residual.float()).to(residual.dtype)
+    return total if weight is None else rms_norm(total, weight, eps), total
 
 
 def layer_norm(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float
 ) -> torch.Tensor:
     """Shift and scale each row of `x` [T, H] to mean 0 and variance 1, then `* weight + bias`."""
-    return functional.layer_norm(x.float(), x.shape[-1:], weight.float(), bias.float(), eps).to(
-        x.dtype
-    )
+    offset = None if bias is None else bias.float()
+    normed = functional.layer_norm(x.float(), x.shape[-1:], weight.float(), offset, eps)
+    return normed.to(x.dtype)
+
+
+def add_layer_norm(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `add_rms_norm`, with `layer_norm`."""
+    total = (x.float() + residual.float()).to(residual.dtype)
+    return layer_norm(total, weight, bias, eps), total
 
 
 def gated_activation(gate_up: torch.Tensor, kind: str) -> torch.Tensor:

@@ -48,9 +48,8 @@ def _squares(tile):
 
 
 @triton.jit
-def _normed(tile, scale, weights, inside):
-    weight = tl.load(weights, mask=inside, other=0.0).to(tl.float32)
-    return (tile.to(tl.float32) * scale[:, None] * weight).to(tile.dtype)
+def _normed(tile, scale, weight):
+    return (tile.to(tl.float32) * scale[:, None] * weight.to(tl.float32)).to(tile.dtype)
 
 
 @triton.jit
@@ -78,22 +77,26 @@ def _load_heads(
     c = a
     if R < D:
         c = tl.load(at + rest[None, :], mask=others, other=0.0)
-    if NORM != "":
-        squares = _squares(a) + _squares(b)
-        if R < D:
-            squares += _squares(c)
-        weights = norm_ptr + tl.zeros_like(heads)[:, None]
-        if NORM == "whole":
-            squares = tl.sum(squares, axis=0) / H + tl.zeros_like(squares)
-            weights += heads[:, None] * D
-        scale = tl.rsqrt(squares / D + eps)
-        a = _normed(a, scale, weights + half[None, :], turning)
-        b = _normed(b, scale, weights + R // 2 + half[None, :], turning)
-        if R < D:
-            c = _normed(c, scale, weights + rest[None, :], others)
-    if R > 0:
+    cos, sin, weights = a, a, norm_ptr + tl.zeros_like(heads)[:, None]
+    if R > 0:  # whatever is read is asked for before the sums are waited for
         cos = tl.load(angles + half, mask=half < R // 2, other=0.0)[None, :]
         sin = tl.load(angles + R // 2 + half, mask=half < R // 2, other=0.0)[None, :]
+    if NORM != "":
+        if NORM == "whole":
+            weights += heads[:, None] * D
+        weight_a = tl.load(weights + half[None, :], mask=turning, other=0.0)
+        weight_b = tl.load(weights + R // 2 + half[None, :], mask=turning, other=0.0)
+        squares = _squares(a) + _squares(b)
+        if R < D:
+            weight_c = tl.load(weights + rest[None, :], mask=others, other=0.0)
+            squares += _squares(c)
+        if NORM == "whole":
+            squares = tl.sum(squares, axis=0) / H + tl.zeros_like(squares)
+        scale = tl.rsqrt(squares / D + eps)
+        a, b = _normed(a, scale, weight_a), _normed(b, scale, weight_b)
+        if R < D:
+            c = _normed(c, scale, weight_c)
+    if R > 0:
         wide_a, wide_b = a.to(tl.float32), b.to(tl.float32)
         a = (wide_a * cos - wide_b * sin).to(a.dtype)
         b = (wide_b * cos + wide_a * sin).to(b.dtype)
@@ -157,27 +160,25 @@ def _rope_store_kv_kernel(
             tl.store(at + rest, c, mask=inside & (rest < D))
         return
     slot = tl.load(slots_ptr + token)
-    if slot < 0:
-        return
     heads = (tile - Q_TILES) * BLOCK_KV + tl.arange(0, BLOCK_KV)
     inside = (heads < Hkv)[:, None]
+    channels = tl.arange(0, BLOCK_D)[None, :]
+    v_at = v_ptr + token * v_token + heads[:, None] * v_head + channels
+    v = tl.load(v_at, mask=inside & (channels < D), other=0.0)
     row = k_ptr + token * k_token
     a, b, c = _load_heads(
         row, k_head, heads, angles, k_norm_ptr, eps, Hkv, D, R, NORM, BLOCK_HALF, BLOCK_REST
     )
+    inside = (heads < tl.where(slot < 0, 0, Hkv))[:, None]
+    cached = (slot * Hkv + heads[:, None]) * D
+    at = v_cache_ptr + cached + channels
+    tl.store(at, _cached(v, v_cache_ptr.dtype.element_ty), mask=inside & (channels < D))
+    at = k_cache_ptr + cached
     dtype = k_cache_ptr.dtype.element_ty
-    at = k_cache_ptr + (slot * Hkv + heads[:, None]) * D
     tl.store(at + half, _cached(a, dtype), mask=inside & (half < R // 2))
     tl.store(at + R // 2 + half, _cached(b, dtype), mask=inside & (half < R // 2))
     if R < D:
         tl.store(at + rest, _cached(c, dtype), mask=inside & (rest < D))
-    channels = tl.arange(0, BLOCK_D)[None, :]
-    inside = inside & (channels < D)
-    v = tl.load(
-        v_ptr + token * v_token + heads[:, None] * v_head + channels, mask=inside, other=0.0
-    )
-    at = v_cache_ptr + (slot * Hkv + heads[:, None]) * D + channels
-    tl.store(at, _cached(v, v_cache_ptr.dtype.element_ty), mask=inside)
 
 
 def rope_store_kv(

@@ -4,6 +4,7 @@ A step goes in as a `RaggedBatch`; keys and values are written to the cache; the
 wanted tokens come out. The language-model head is applied to those tokens alone.
 """
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,7 +28,7 @@ class Decoder:
     """What a model does is said by its spec and by the weights that it has, nowhere by its name.
 
     The residual of a layer is kept apart from what is to be added to it, so that the addition is
-    done with the norm that reads it.
+    done with the norms before and behind it.
 
     Where the model is divided among the ranks of a group, each of them computes a part of the sums
     that embedding, attention and MLP are, which `_summed` adds up; all else is computed by all.
@@ -49,32 +50,37 @@ class Decoder:
     def forward(self, batch: RaggedBatch, cache: KVCache) -> torch.Tensor:
         """Compute one step; returns the last hidden states [L, H] of the wanted tokens."""
         program = self._program_for(cache)
-        added: torch.Tensor | None
+        total: _Sum
         if program is not None:
-            added, residual = program.run(batch, self._embed(batch))
+            total = _Sum(*program.run(batch, self._embed(batch)))
         else:
-            added, residual = self._layers(batch, cache)
-            wanted = batch.logits_indices
-            added, residual = None if added is None else added[wanted], residual[wanted]
-        hidden, _ = _add_norm(added, residual, self._weights.final_norm)
+            total = self._layers(batch, cache)
+            if not _are_all_wanted(batch):
+                total = total.rows(batch.logits_indices)
+        hidden, _ = total.normed(self._weights.final_norm)
         return hidden
 
-    def _layers(
-        self, batch: RaggedBatch, cache: KVCache
-    ) -> tuple[torch.Tensor | None, torch.Tensor]:
-        """What the last layer adds, and its residual, both [T, H]."""
-        added, residual = None, self._embed(batch)
+    def _layers(self, batch: RaggedBatch, cache: KVCache) -> "_Sum":
+        """What the last layer adds, and its residual, [T, H]."""
+        total = _Sum(None, self._embed(batch))
+        attended: torch.Tensor | None = None
+        if batch.is_padded:
+            # Attention leaves padding as it is; what routes tokens must find numbers there.
+            shape = (len(batch.input_ids), self.spec.num_heads, self.spec.head_dim)
+            attended = total.residual.new_zeros(shape)
         for number, layer in enumerate(self._weights.layers):
-            hidden, residual = _add_norm(added, residual, layer.attention_norm)
-            attended = self._attention(hidden, number, layer, batch, cache)
+            hidden, residual = total.normed(layer.attention_norm)
+            added = self._attention(hidden, number, layer, batch, cache, attended)
             if self.spec.parallel:
                 hidden = hidden if layer.mlp_norm is None else layer.mlp_norm(residual)
-                added = self._summed(attended + layer.mlp(hidden, batch.adapted))
+                added = self._summed(added + layer.mlp(hidden, batch.adapted))
+                total = _Sum(added, residual)
             else:
-                attended = _norm(self._summed(attended), layer.attention_post_norm)
-                hidden, residual = _add_norm(attended, residual, layer.mlp_norm)
-                added = _norm(self._summed(layer.mlp(hidden, batch.adapted)), layer.mlp_post_norm)
-        return added, residual
+                total = _Sum(self._summed(added), residual, layer.attention_post_norm)
+                hidden, residual = total.normed(layer.mlp_norm)
+                added = self._summed(layer.mlp(hidden, batch.adapted))
+                total = _Sum(added, residual, layer.mlp_post_norm)
+        return total
 
     def _program_for(self, cache: KVCache) -> "LayerProgram | None":
         if self._program is None or self._program[0] is not cache:
@@ -146,6 +152,7 @@ class Decoder:
         layer: LayerWeights,
         batch: RaggedBatch,
         cache: KVCache,
+        out: torch.Tensor | None,  # [T, Hq, D], used for every layer
     ) -> torch.Tensor:
         spec, keys, values = self.spec, cache.keys[number], cache.values[number]
         heads = layer.qkv(hidden, batch.adapted).view(hidden.shape[0], -1, spec.head_dim)
@@ -172,8 +179,7 @@ class Decoder:
             scale=spec.attention_scale,
             window=spec.windows[number],
             softcap=spec.attention_softcap,
-            # Attention leaves padding as it is; what routes tokens must find numbers there.
-            out=q.new_zeros(q.shape) if batch.is_padded else None,
+            out=out,
         )
         return layer.attention_out(attended.view(hidden.shape[0], -1), batch.adapted)
 
@@ -198,20 +204,33 @@ class Decoder:
         return q_rows.view(q.shape), k_rows.view(k.shape)
 
 
-def _norm(x: torch.Tensor, norm: Norm | None) -> torch.Tensor:
-    return x if norm is None else norm(x)
+@dataclass(frozen=True, slots=True)
+class _Sum:
+    """A residual [T, H] and what is to be added to it, normed before that by `post`."""
 
+    added: torch.Tensor | None
+    residual: torch.Tensor
+    post: Norm | None = None
 
-def _add_norm(
-    added: torch.Tensor | None, residual: torch.Tensor, norm: Norm | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The normed sum and the sum; where there is no norm, the sum twice."""
-    if added is None:
-        return _norm(residual, norm), residual
-    if norm is None:
-        total = added + residual
+    def rows(self, wanted: torch.Tensor) -> "_Sum":
+        added = None if self.added is None else self.added[wanted]
+        return _Sum(added, self.residual[wanted], self.post)
+
+    def normed(self, norm: Norm | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """The normed sum and the sum; where there is no norm, the sum twice."""
+        if self.added is None:
+            return self.residual if norm is None else norm(self.residual), self.residual
+        if norm is not None:
+            return norm.add(self.added, self.residual, self.post)
+        if self.post is not None:
+            return self.post.add_normed(self.added, self.residual)
+        total = self.added + self.residual
         return total, total
-    return norm.add(added, residual)
+
+
+def _are_all_wanted(batch: RaggedBatch) -> bool:
+    """Whether the wanted tokens are those of the batch, in their order, as far as is known."""
+    return batch.is_padded and batch.max_query_len == 1
 
 
 def _norm_rows(heads: torch.Tensor, norm: Norm) -> torch.Tensor:

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from device_kernels import put_in_place
 from family_cases import CASES, RENAMED, WINDOW, rename
 from tokenmill.engine.config import EngineConfig
 from tokenmill.engine.engine import Engine
@@ -22,7 +23,6 @@ from tokenmill.engine.loader import LoadedModel, load
 from tokenmill.engine.models.decoder import Decoder
 from tokenmill.engine.models.families import FAMILIES, spec_from_config
 from tokenmill.engine.models.spec import ModelSpec
-from tokenmill.kernels import ops
 from tokenmill.producer.params import SamplingParams
 
 # Read where triton is first imported, which transformers may do.
@@ -147,18 +147,12 @@ def test_long_rope_of_a_short_context_has_the_short_factors(case_of: CaseOf) -> 
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels are not interpreted here")
-@pytest.mark.parametrize("name", ["gemma2", "gpt2"])
+@pytest.mark.parametrize("name", ["gemma2", "gpt2", "olmo2"])
 def test_the_triton_kernels_give_the_same(
     name: str, case_of: CaseOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Interpreted, in the place of what a CPU runs: window and soft cap, and no rotation."""
-    from tokenmill.kernels import gated_activation, rms_norm, rope_kv
-
-    monkeypatch.setattr(ops, "rms_norm", rms_norm.rms_norm)
-    monkeypatch.setattr(ops, "add_rms_norm", rms_norm.add_rms_norm)
-    monkeypatch.setattr(ops, "gated_activation", gated_activation.gated_activation)
-    monkeypatch.setattr(ops, "rope_store_kv", rope_kv.rope_store_kv)
-    monkeypatch.setattr(ops, "paged_attention", functools.partial(ops._attention_on_gpu, out=None))
+    """Interpreted: window and soft cap; layer norm and no rotation; a norm of all heads."""
+    put_in_place(monkeypatch)
     case = case_of(name)
     (prompt,) = random_prompts(WINDOW + 2)
     config = EngineConfig(token_budget=7, max_num_seqs=1, block_size=4, max_model_len=32)

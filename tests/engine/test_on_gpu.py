@@ -3,7 +3,6 @@
 Needs no fixture of the engine's tests: `bench/gpu.sh` runs it where little is installed.
 """
 
-import functools
 import os
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 from tokenizers import Tokenizer as Backend
 from tokenizers import models
 
+from device_kernels import put_in_place
 from tokenmill.engine.config import EngineConfig
 from tokenmill.engine.engine import Engine
 from tokenmill.engine.loader import LoadedModel
@@ -19,7 +19,6 @@ from tokenmill.engine.models.families import spec_from_config
 from tokenmill.engine.models.mlp import MoE
 from tokenmill.engine.models.weights import ModelWeights, empty_weights, pack, random_weights
 from tokenmill.engine.tokenizer import Tokenizer
-from tokenmill.kernels import ops
 from tokenmill.producer.params import SamplingParams
 
 # Read when a kernel is defined, that is when its module is first imported.
@@ -138,12 +137,6 @@ def test_the_cache_takes_what_the_largest_step_leaves() -> None:
 )
 def test_the_kernels_give_the_tokens_of_a_cpu(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """All but the sampler, which has a test beside its kernel."""
-    from tokenmill.kernels import gated_activation, rms_norm, rope_kv
-
     expected = tokens(make_model(family, CPU))
-    monkeypatch.setattr(ops, "rms_norm", rms_norm.rms_norm)
-    monkeypatch.setattr(ops, "add_rms_norm", rms_norm.add_rms_norm)
-    monkeypatch.setattr(ops, "gated_activation", gated_activation.gated_activation)
-    monkeypatch.setattr(ops, "rope_store_kv", rope_kv.rope_store_kv)
-    monkeypatch.setattr(ops, "paged_attention", functools.partial(ops._attention_on_gpu, out=None))
+    put_in_place(monkeypatch)
     assert tokens(make_model(family, CPU, stacked=True)) == expected

@@ -20,6 +20,7 @@ from tokenmill.kernels.dequant_gemm import _dequant_gemm_kernel
 from tokenmill.kernels.fixed_linear import _fixed_linear_kernel
 from tokenmill.kernels.moe import _grouped_linear_kernel, _route_kernel, _sum_experts_kernel
 from tokenmill.kernels.paged_attention import _paged_attention_kernel
+from tokenmill.kernels.layer_norm import _layer_norm_kernel
 from tokenmill.kernels.sampling import (
     _draw_kernel, _highest_kernel, _merge_kernel, _search_kernel
 )
@@ -96,7 +97,11 @@ resident += ["context_lens_ptr", "block_tables_ptr"]
 compile_kernel(_build_tokens_kernel, "i32", resident, [], BLOCK_SIZE=64, BLOCK=256)
 compile_kernel(_build_chunks_kernel, "i32", resident, [], BLOCK=256)
 compile_kernel(_advance_kernel, "i32", resident, [])
-compile_kernel(_rms_norm_kernel, "bf16", [], ["eps"], ADD=True, BLOCK=1024)
+for post in (True, False):
+    compile_kernel(
+        _rms_norm_kernel, "bf16", [], ["eps"], ADD=True, POST=post, NORM=not post, BLOCK=1024
+    )
+compile_kernel(_layer_norm_kernel, "bf16", [], ["eps"], ADD=True, HAS_BIAS=True, BLOCK=1024)
 for kind in ("silu", "gelu", "gelu_tanh", "relu"):
     compile_kernel(_gated_activation_kernel, "fp16", [], [], KIND=kind, BLOCK=1024)
 for rotary, half, norm in ((32, 16, "head"), (80, 64, "whole"), (0, 1, "")):  # 0: no positions
@@ -121,5 +126,5 @@ def test_kernels_compile_without_a_gpu(capability: int, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     shared = [int(line.split()[1]) for line in done.stdout.splitlines()]
-    assert len(shared) == 33
+    assert len(shared) == 35
     assert max(shared) <= 96 * 1024  # what every GPU from compute capability 8.6 on offers

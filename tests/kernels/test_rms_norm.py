@@ -48,6 +48,30 @@ def test_add_rms_norm(
     assert_close(y, expected_y)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("has_weight", [True, False])
+def test_what_is_added_may_be_normed_before(
+    device: torch.device,
+    assert_close: Compare,
+    poisoned: None,
+    has_weight: bool,
+    dtype: torch.dtype,
+) -> None:
+    from tokenmill.kernels.rms_norm import add_rms_norm
+
+    x, residual = (5 * torch.randn(2, 3, 100, device=device)).to(dtype)
+    post, weight = torch.randn(2, 100, device=device)
+    given = weight if has_weight else None
+    expected_y, expected_total = reference.add_rms_norm(x, residual, given, 1e-5, post=post)
+    before = x.clone()
+    y, total = add_rms_norm(x, residual, given, 1e-5, post=post)
+    assert total is residual
+    assert (y is residual) is not has_weight
+    assert torch.equal(x, before)
+    assert_close(total, expected_total)
+    assert_close(y, expected_y)
+
+
 def test_rows_may_be_strided(device: torch.device, assert_close: Compare) -> None:
     from tokenmill.kernels.rms_norm import rms_norm
 
