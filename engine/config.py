@@ -7,7 +7,7 @@ from tokenmill.engine.scheduler import Policy
 from tokenmill.producer.errors import InvalidRequest
 from tokenmill.producer.params import MAX_ADAPTER_CHARS
 
-KV_CACHE_DTYPES = ("auto", "float32", "bfloat16")
+KV_CACHE_DTYPES = ("auto", "float32", "bfloat16", "float16", "fp8")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +28,7 @@ class EngineConfig:
     block_size: int | None = None
     #: Bytes for the KV cache, of each rank.
     kv_cache_memory: int | None = None
-    #: What the KV cache holds: auto, float32 or bfloat16 (`kv_cache.choose_kv_cache_dtype`).
+    #: What the KV cache holds, of `KV_CACHE_DTYPES` (`kv_cache.choose_kv_cache_dtype`).
     kv_cache_dtype: str = "auto"
     policy: Policy = Policy.SPLITFUSE
     #: Whether the KV cache keeps the blocks of prefixes that have been computed, for others.

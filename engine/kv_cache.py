@@ -7,6 +7,7 @@ import torch
 
 from tokenmill.engine.config import KV_CACHE_DTYPES
 from tokenmill.engine.errors import OutOfMemory
+from tokenmill.engine.models.quantization import FP8_CAPABILITY, fp8_capability
 from tokenmill.engine.models.spec import ModelSpec
 from tokenmill.producer.errors import InvalidRequest
 
@@ -15,6 +16,14 @@ LOGGER = logging.getLogger(__name__)
 #: Share of the device memory left by the weights that the KV cache takes on a GPU.
 GPU_KV_SHARE = 0.85
 CPU_KV_BYTES = 2 << 30
+
+_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "fp8": torch.float8_e4m3fn,
+}
+_LEAVE_OUT = "leave out --kv-cache-dtype"
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,19 +50,27 @@ def choose_kv_cache_dtype(
     `auto` is the model's dtype, and bfloat16 beside linears in int8, whose loss is larger.
 
     Raises:
-        InvalidRequest: not of `KV_CACHE_DTYPES`, or nothing that this model can use.
+        InvalidRequest: not of `KV_CACHE_DTYPES`, or nothing that this model can use here.
     """
     if name == "auto":
         return torch.bfloat16 if quantization == "int8" else dtype
-    chosen = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(name)
-    if chosen is None:
+    if name not in _DTYPES:
         raise InvalidRequest("kv_cache_dtype", f"one of {', '.join(KV_CACHE_DTYPES)}", name)
-    is_narrower = device.type == "cpu" and dtype == torch.float32
-    if chosen != dtype and not is_narrower:
-        where = "on a GPU" if device.type == "cuda" else "in 16 bits"
+    chosen = _DTYPES[name]
+    if chosen == torch.float8_e4m3fn:
+        capability = fp8_capability(device)
+        if capability < FP8_CAPABILITY:
+            what = "{}.{}".format(*capability) if device.type == "cuda" else "none"
+            raise InvalidRequest(
+                "kv_cache_dtype",
+                "fp8 on a GPU of compute capability 8.9 or more",
+                f"fp8 on {device.type} (compute capability {what})",
+                _LEAVE_OUT,
+            )
+    elif chosen != dtype and (chosen, dtype) != (torch.bfloat16, torch.float32):
         model = str(dtype).removeprefix("torch.")
-        expected = f"auto for a model {where}, whose cache is {model} as it is"
-        raise InvalidRequest("kv_cache_dtype", expected, name, "leave out --kv-cache-dtype")
+        expected = f"auto for a model in {model}, whose cache is {model} as it is"
+        raise InvalidRequest("kv_cache_dtype", expected, name, _LEAVE_OUT)
     return chosen
 
 

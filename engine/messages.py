@@ -17,7 +17,7 @@ from tokenmill.engine.batch import RaggedBatch
 
 _SIZE, _STEP, _ROWS = 1, 2, 3
 #: Of a cache, by their numbers in a message.
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn)
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,11 +30,15 @@ def start_engine(
             `Engine` do.
     """
     times = StartTimes()
-    if config.lora:  # refused in a second, not after the model is loaded
+    # What cannot be had is refused in a second, not after the model is loaded.
+    if config.lora:
         check_adapters(config.lora, model, read_spec(model))
     if threads is not None:
         torch.set_num_threads(threads)
-    group = _start_group(model, config, device=device, dtype=dtype, threads=threads)
+    place = choose_device(device)
+    kind = choose_dtype(dtype, place)
+    choose_kv_cache_dtype(config.kv_cache_dtype, place, kind, quantization)
+    group = _start_group(model, config, place, kind, threads=threads)
     try:
         loaded = load(model, device=device, dtype=dtype, quantization=quantization, group=group)
         times.end("model")
@@ -45,16 +49,18 @@ def start_engine(
 
 
 def _start_group(
-    model: str, config: EngineConfig, *, device: str, dtype: str, threads: int | None
+    model: str,
+    config: EngineConfig,
+    place: torch.device,
+    kind: torch.dtype,
+    *,
+    threads: int | None,
 ) -> Group:
     size = config.tensor_parallel_size
     if size == 1:
         return ALONE
     from tokenmill.engine.ranks import Leader
 
-    place = choose_device(device)
-    kind = choose_dtype(dtype, place)
-    choose_kv_cache_dtype(config.kv_cache_dtype, place, kind)  # refused before ranks are started
     if threads is None and place.type == "cpu":
         torch.set_num_threads(max(torch.get_num_threads() // size, 1))
     *_, block_size = DEFAULTS[place.type]

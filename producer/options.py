@@ -158,7 +158,7 @@ def plan_options(command: Command) -> Command:
             option(
                 "--kv-cache-dtype",
                 envvar="TOKENMILL_KV_CACHE_DTYPE",
-                type=click.Choice(["auto", "float32", "bfloat16"]),
+                type=click.Choice(["auto", "float32", "bfloat16", "float16", "fp8"]),
                 default=None,
                 callback=_or_empty,
                 help="The same.",

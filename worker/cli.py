@@ -118,7 +118,7 @@ def _auto(value: str) -> int | None:
     envvar="TOKENMILL_KV_CACHE_DTYPE",
     type=click.Choice(KV_CACHE_DTYPES),
     default="auto",
-    help="auto is the model's, and bfloat16 with int8.",
+    help="auto is the model's, and bfloat16 with int8; fp8 on a GPU alone.",
 )
 @_option(
     "--policy",

@@ -26,8 +26,8 @@ from tokenmill.engine.models.shard import WHOLE, Shard
 from tokenmill.producer.errors import InvalidRequest
 
 QUANTIZATIONS = ("none", "int8", "fp8")
-#: The least compute capability whose tensor cores multiply fp8.
-_FP8_CAPABILITY = (8, 9)
+#: The least compute capability that converts to fp8, and whose tensor cores multiply it.
+FP8_CAPABILITY = (8, 9)
 
 
 class Quantized(Protocol):
@@ -135,7 +135,7 @@ def _int8_lacks(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
 def _fp8_lacks(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
     """What fp8 needs and does not get; both empty if nothing."""
     capability = fp8_capability(device)
-    if capability >= _FP8_CAPABILITY and dtype == torch.bfloat16:
+    if capability >= FP8_CAPABILITY and dtype == torch.bfloat16:
         return "", ""
     what = "{}.{}".format(*capability) if device.type == "cuda" else "none"
     place = f"fp8 on {device.type} (compute capability {what}) in {dtype}".replace("torch.", "")

@@ -7,13 +7,14 @@ from typing import Any
 import pytest
 import torch
 
-from tokenmill.engine import executor
+from tokenmill.engine import executor, kv_cache
 from tokenmill.engine.config import EngineConfig
 from tokenmill.engine.engine import Engine
 from tokenmill.engine.kv_cache import choose_kv_cache_dtype
 from tokenmill.engine.loader import LoadedModel, load
 from tokenmill.engine.messages import CacheSize, decode, encode
 from tokenmill.engine.sampler import sample
+from tokenmill.engine.start import start_engine
 from tokenmill.kernels import ops
 from tokenmill.producer.errors import InvalidRequest
 from tokenmill.producer.params import SamplingParams
@@ -93,34 +94,60 @@ def test_a_bfloat16_cache_has_twice_the_blocks(model: LoadedModel) -> None:
         ("auto", GPU, torch.bfloat16, "fp8", torch.bfloat16),
         ("bfloat16", GPU, torch.bfloat16, "none", torch.bfloat16),
         ("auto", GPU, torch.float32, "none", torch.float32),
+        ("bfloat16", GPU, torch.float32, "none", torch.bfloat16),
+        ("float16", GPU, torch.float16, "none", torch.float16),
+        ("fp8", GPU, torch.bfloat16, "fp8", torch.float8_e4m3fn),
     ],
 )
 def test_choice(
-    name: str, device: torch.device, dtype: torch.dtype, quantization: str, expected: torch.dtype
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    quantization: str,
+    expected: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(kv_cache, "fp8_capability", lambda _: (8, 9))
     assert choose_kv_cache_dtype(name, device, dtype, quantization) == expected
 
 
 @pytest.mark.parametrize(
     ("name", "device", "dtype", "says"),
     [
-        ("bfloat16", GPU, torch.float32, "auto for a model on a GPU, whose cache is float32"),
-        ("float32", GPU, torch.bfloat16, "auto for a model on a GPU, whose cache is bfloat16"),
-        ("float32", CPU, torch.bfloat16, "auto for a model in 16 bits, whose cache is bfloat16"),
-        ("fp8", CPU, torch.float32, "auto, float32, bfloat16"),
+        ("float32", GPU, torch.bfloat16, "auto for a model in bfloat16, whose cache is bfloat16"),
+        ("float32", CPU, torch.bfloat16, "auto for a model in bfloat16, whose cache is bfloat16"),
+        ("float16", CPU, torch.float32, "auto for a model in float32, whose cache is float32"),
+        ("fp8", CPU, torch.float32, r"fp8 on a GPU .* 8.9 or more, got 'fp8 on cpu \(.* none\)'"),
+        ("fp8", GPU, torch.bfloat16, r"8.9 or more, got 'fp8 on cuda \(compute capability 8.6\)'"),
+        ("int4", CPU, torch.float32, "auto, float32, bfloat16, float16, fp8"),
     ],
 )
-def test_refusals(name: str, device: torch.device, dtype: torch.dtype, says: str) -> None:
+def test_refusals(
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    says: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if device == GPU:
+        monkeypatch.setattr(kv_cache, "fp8_capability", lambda _: (8, 6))
     with pytest.raises(InvalidRequest, match=says):
         choose_kv_cache_dtype(name, device, dtype)
 
 
 def test_the_configuration_knows_the_names() -> None:
     with pytest.raises(InvalidRequest, match="kv_cache_dtype must be auto, float32, bfloat16"):
-        EngineConfig(kv_cache_dtype="fp8")
+        EngineConfig(kv_cache_dtype="int4")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_what_cannot_be_had_is_refused_before_the_model_is_looked_for() -> None:
+    with pytest.raises(InvalidRequest, match="kv_cache_dtype must be fp8 on a GPU"):
+        start_engine("nowhere", EngineConfig(kv_cache_dtype="fp8"), device="cpu")
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn], ids=str
+)
 def test_other_ranks_are_told_of_it(dtype: torch.dtype) -> None:
     size = CacheSize(7, 16, 100, dtype)
     assert decode(encode(size)) == size

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import models
 
 from device_kernels import put_in_place
+from tokenmill.engine import engine
 from tokenmill.engine.config import EngineConfig
 from tokenmill.engine.engine import Engine
 from tokenmill.engine.loader import LoadedModel
@@ -19,6 +20,7 @@ from tokenmill.engine.models.families import spec_from_config
 from tokenmill.engine.models.mlp import MoE
 from tokenmill.engine.models.weights import ModelWeights, empty_weights, pack, random_weights
 from tokenmill.engine.tokenizer import Tokenizer
+from tokenmill.kernels import ops
 from tokenmill.producer.params import SamplingParams
 
 # Read when a kernel is defined, that is when its module is first imported.
@@ -123,6 +125,43 @@ def test_a_gpu_that_is_not_waited_for_gives_the_same(family: str, mode: dict[str
     assert tokens(model, **mode) == tokens(make_model(family, CPU))
 
 
+def sharp_model(device: torch.device) -> LoadedModel:
+    """Its attention is to few keys, so that their last bits count."""
+    model = make_model("qwen3", device)
+    for layer in model.weights.layers:
+        for norm in (layer.q_norm, layer.k_norm):
+            if norm is not None:
+                norm.weight.fill_(4.0)
+    return model
+
+
+def tokens_of_8_bit_keys(monkeypatch: pytest.MonkeyPatch) -> Tokens:
+    """Those of a CPU that rounds what is in its cache of float32."""
+    store = ops.rope_store_kv
+
+    def rounding(*given: torch.Tensor, **norms: Any) -> torch.Tensor:
+        q = store(*given, **norms)
+        for cache in given[-2:]:
+            cache.copy_(cache.clamp(-448.0, 448.0).to(torch.float8_e4m3fn))
+        return q
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ops, "rope_store_kv", rounding)
+        patched.setattr(ops, "has_programs", lambda _: False)  # which would not call that
+        return tokens(sharp_model(CPU))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_gpu_keeps_keys_and_values_in_8_bits(
+    ahead: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mode = {"async_scheduling": ahead, "cuda_graphs": ahead}
+    found = tokens(sharp_model(torch.device("cuda")), kv_cache_dtype="fp8", **mode)
+    assert found == tokens_of_8_bit_keys(monkeypatch)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_the_cache_takes_what_the_largest_step_leaves() -> None:
@@ -140,3 +179,15 @@ def test_the_kernels_give_the_tokens_of_a_cpu(family: str, monkeypatch: pytest.M
     expected = tokens(make_model(family, CPU))
     put_in_place(monkeypatch)
     assert tokens(make_model(family, CPU, stacked=True)) == expected
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels are not interpreted here")
+def test_the_kernels_keep_keys_and_values_in_8_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    from exact_fp8 import convert_as_processors_do
+
+    expected = tokens_of_8_bit_keys(monkeypatch)
+    assert expected != tokens(sharp_model(CPU))
+    put_in_place(monkeypatch)
+    convert_as_processors_do(monkeypatch)
+    monkeypatch.setattr(engine, "choose_kv_cache_dtype", lambda *_: torch.float8_e4m3fn)
+    assert tokens(sharp_model(CPU)) == expected

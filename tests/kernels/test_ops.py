@@ -99,6 +99,23 @@ def test_with_fixed_tiles_decodes_on_a_gpu_are_chunks(
     assert torch.equal(alone.run(partial(ops._attention_on_gpu, fixed_tiles=True)), attended[:1])
 
 
+@pytest.mark.parametrize("held", [torch.float8_e4m3fn, torch.bfloat16], ids=str)
+def test_keys_and_values_of_fewer_bits_are_read_on_a_gpu(
+    device: torch.device,
+    attention_case: BuildCase,
+    assert_close: Compare,
+    held: torch.dtype,
+) -> None:
+    case = attention_case([(1, 33), (7, 20), (1, 300)], device=device)
+    caches = {name: getattr(case, name).to(held) for name in ("k_cache", "v_cache")}
+    expected = replace(case, **{name: cache.float() for name, cache in caches.items()})
+
+    def attend(*args: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        return ops._attention_on_gpu(*args, **kwargs)
+
+    assert_close(replace(case, **caches).run(attend), expected.run(reference.paged_attention))
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_cuda_results_match_the_references(
