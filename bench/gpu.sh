@@ -1,64 +1,101 @@
 #!/usr/bin/env bash
 set -euo pipefail
-usage="usage: bench/gpu.sh OUTDIR [--tiny]
+usage="usage: bench/gpu.sh OUTDIR [PART[:SECONDS]...] [--limit SECONDS] [--tiny]
 
-Within ten minutes on one GPU: the GPU tests, every kernel against its roofline, step times of
-Llama-3.1-8B's shapes, the nano workload on Qwen3-0.6B's with a profile of mixed and decode steps,
-and transformers' continuous batching on the same requests. Steps and the workload run in turns,
-one step ahead, and one step ahead with CUDA graphs. JSON and logs go to OUTDIR; the table comes
-last. A part that fails or runs out of its time leaves the others alone, and the exit status says
-so.
+Everything there is to learn of one GPU, on random weights of real shapes, within ten minutes.
+JSON and logs go to OUTDIR, written after every figure; the table of all that lies there comes last.
 
-Needs a CUDA device, torch, triton, tokenizers, jinja2, safetensors, huggingface_hub, gguf,
-llguidance, numpy, pytest and pytest-timeout; with pytest-xdist the tests are quicker, with
-transformers there is a comparison. Weights are random.
+  tests         the GPU tests
+  engine        the nano workload on Qwen3-0.6B's shapes: rates, the device's busy share, profiles
+  sync          random traffic one step ahead in graphs: everything in a launch that waits
+  kernels       every kernel against its roofline
+  steps         decode and mixed steps of Llama-3.1-8B's shapes, and the cost model for planning
+  transformers  its continuous batching on the nano workload
+  start         from process start to the first token, with an empty and a warm Triton cache
+  plan          Llama-2-70B on 4 GPUs, on paper, from what steps measured; needs no GPU
 
+Without PART all of them, in this order. SECONDS is what a part may take; it stops begun work by
+itself when they are over, and is stopped a little later. A part that fails or is stopped leaves the
+others alone, keeps what it has written, and makes the exit status 1.
+
+--limit  seconds for all parts together (570): one that would begin with less than 15 left does not
 --tiny   the same programs with tiny shapes under Triton's interpreter, without a GPU: a rehearsal,
-         whose figures mean nothing"
+         whose figures mean nothing
+
+PYTHON is the interpreter (python3). Where there is no .git, TOKENMILL_COMMIT says the commit."
 case "${1:-}" in
   "" | -*) echo "$usage"; [ "${1:-}" = --help ] || [ "${1:-}" = -h ]; exit ;;
 esac
 out=$(realpath -m "$1")
+shift
 cd "$(dirname "$0")/.."
+limit=570 is_tiny= parts=()
+declare -A seconds=([tests]=130 [engine]=150 [sync]=30 [kernels]=70 [steps]=70 [transformers]=60
+  [start]=45 [plan]=30)
+while [ $# -gt 0 ]; do
+  name=${1%%:*}
+  case $1 in
+    --tiny) is_tiny=1 ;;
+    --limit) limit=${2:?$usage}; shift ;;
+    *) [ -n "${seconds[$name]:-}" ] || { echo "$usage" >&2; exit 2; }
+      parts+=("$name")
+      [ "$name" = "$1" ] || seconds[$name]=${1#*:} ;;
+  esac
+  shift
+done
+[ ${#parts[@]} -gt 0 ] || parts=(tests engine sync kernels steps transformers start plan)
 mkdir -p "$out"
 export PYTHONPATH=src PYTHONUNBUFFERED=1
 python=${PYTHON:-python3}
 tiny=()
-tests=(-o timeout=300)
-# Most of their time goes into compiling kernels, on one core a process.
-if "$python" -c 'import xdist' 2>/dev/null; then tests+=(-n 8); fi
-case "${2:-}" in
-  "") ;;
-  --tiny)
-    export TRITON_INTERPRET=1 CUDA_VISIBLE_DEVICES=
-    tiny=(--tiny)
-    tests=(--collect-only -q) ;;
-  *) echo "$usage" >&2; exit 2 ;;
-esac
-status=0
+# Whatever warns there is listed, and fails nothing; what only a CPU compiles is not looked at.
+pytest=(-P -m pytest -m gpu -o timeout=120 -W default --import-mode=importlib -p no:cacheprovider
+  --confcutdir=tests/kernels '--ignore-glob=*/test_compiled_*')
+tests=(tests/kernels tests/engine/test_on_gpu.py tests/engine/test_fp8_linear.py
+  tests/engine/test_stored_weights.py)
+if [ -n "$is_tiny" ]; then
+  export TRITON_INTERPRET=1 CUDA_VISIBLE_DEVICES=
+  tiny=(--tiny)
+  pytest+=(--collect-only -q)
+elif "$python" -c 'import xdist' 2>/dev/null; then
+  # Most of the time goes into compiling kernels, on one core a process.
+  pytest+=(-n "$(($(nproc) > 16 ? 16 : $(nproc)))" --dist worksteal -v --tb=short)
+fi
+"$python" bench/gpu_needs.py "${tiny[@]}"
+status=0 begun=$SECONDS
 
-part() { # part NAME SECONDS COMMAND...
-  local name=$1 seconds=$2
-  shift 2
-  echo "== $name"
-  if ! timeout "$seconds" "$@" >"$out/$name.log" 2>&1; then
+part() { # part NAME COMMAND...: within its time and what is left of the limit
+  local name=$1 mine=${seconds[$1]} left=$((limit - SECONDS + begun))
+  shift
+  if [ "$left" -lt 15 ]; then
     status=1
-    echo "$name failed, or took more than $seconds s; the end of $out/$name.log:"
-    tail -n 15 "$out/$name.log"
+    echo "== $name: left out, $left s are left"
+    return
+  fi
+  [ "$mine" -lt "$left" ] || mine=$left
+  echo "== $name, up to $mine s"
+  local started=$SECONDS
+  # SOON is when a part begins nothing more.
+  # An interrupt leaves a trace of where it was, and of the tests a summary.
+  if ! timeout -s INT -k 8 "$mine" "${@/#SOON/$((mine > 45 ? mine - 15 : mine * 2 / 3))}" \
+    >"$out/$name.log" 2>&1; then
+    status=1
+    echo "$name failed, or was stopped after $((SECONDS - started)) s; the end of $out/$name.log:"
+    tail -n 25 "$out/$name.log"
+  else
+    echo "$((SECONDS - started)) s"
   fi
 }
 
-rm -f "$out"/gpu_{kernels,steps,engine,transformers}.json
-part pytest 180 "$python" -P -m pytest -m gpu "${tests[@]}" --confcutdir=tests/kernels \
-  tests/kernels tests/engine/test_on_gpu.py
-tail -n 1 "$out/pytest.log"
-part gpu_kernels 120 "$python" bench/gpu_kernels.py --out "$out" --seconds 90 "${tiny[@]}"
-part gpu_steps 90 "$python" bench/gpu_steps.py --out "$out" "${tiny[@]}"
-part gpu_engine 120 "$python" bench/gpu_engine.py --out "$out" "${tiny[@]}"
-if "$python" -c 'import transformers' 2>/dev/null; then
-  part gpu_transformers 80 "$python" bench/gpu_transformers.py --out "$out" "${tiny[@]}"
-else
-  echo "== gpu_transformers: transformers is not installed; left out"
-fi
+for name in "${parts[@]}"; do
+  case $name in
+    tests)
+      part tests "$python" "${pytest[@]}" "${tests[@]}"
+      tail -n 1 "$out/tests.log" ;;
+    *)
+      rm -f "$out/gpu_$name.json"
+      part "$name" "$python" "bench/gpu_$name.py" --out "$out" --seconds SOON "${tiny[@]}" ;;
+  esac
+done
 "$python" bench/gpu_table.py "$out" | tee "$out/table.txt"
 exit "$status"

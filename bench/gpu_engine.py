@@ -1,23 +1,33 @@
 """Claim to be tested on a GPU: tokens/s of the reference workload, and where a step takes its time.
 
 256 requests, prompt and output lengths uniform in 100-1024 (seed 0), temperature 0.6, ends ignored,
-random weights of Qwen3-0.6B's shapes (no weights need to be fetched). Then one decode step and one
-mixed step under torch's profiler. All of it in turns, one step ahead, and with CUDA graphs too
-(`gpu_modes.py`). `--tiny` runs the same code with tiny shapes on any device.
+random weights of Qwen3-0.6B's shapes, in several modes (`gpu_modes.py`). The first run of a mode
+compiles and captures what the workload needs, so it stands apart; the rate is the median of those
+after it. The roofline is that of this workload in bfloat16, at ceilings measured in the same run.
+Then, in the middle of the same workload, a few mixed steps and 60 decode steps under the profiler.
 
-    python bench/gpu_engine.py --out OUTDIR [--tiny]
+    python bench/gpu_engine.py --out OUTDIR [--modes NAME,NAME] [--runs 3] [--tiny]
 """
 
 import argparse
-import json
-import random
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-from gpu_device import QWEN3_06B, tiny, write_gpu_result
-from gpu_modes import each_mode
+from gpu_device import QWEN3_06B, check_device, gpu_arguments, measure_gpu_ceilings, tiny
+from gpu_modes import MODES, ModeRun, Note, chosen_modes
+from gpu_trace import profiled
+from gpu_workload import (
+    VOCABULARY,
+    Request,
+    add_all,
+    is_prefilling,
+    nano_requests,
+    other_prompts,
+    run_workload,
+)
+from roofline import Ceilings, need
 from tokenizers import Tokenizer as Backend
 from tokenizers import models
 
@@ -27,7 +37,13 @@ from tokenmill.engine.loader import LoadedModel, choose_device, choose_dtype
 from tokenmill.engine.models.families import spec_from_config
 from tokenmill.engine.models.weights import empty_weights, pack, random_weights
 from tokenmill.engine.tokenizer import Tokenizer
-from tokenmill.producer.params import SamplingParams
+
+#: A mode is given up after.
+MODE_S = 90.0
+#: Runs after the first are begun while a mode has taken less.
+RUNS_S = 40.0
+#: Steps that are profiled of each kind, and decode steps before them.
+MIXED_STEPS, DECODE_STEPS, DECODE_WARM_UP = 6, 60, 40
 
 
 def random_model(config: dict[str, object]) -> LoadedModel:
@@ -43,101 +59,110 @@ def random_model(config: dict[str, object]) -> LoadedModel:
     )
 
 
-def nano_requests(
-    requests: int, low: int, high: int, vocabulary: int
-) -> list[tuple[list[int], int]]:
-    """(prompt, tokens to generate) of each; lengths are uniform in [low, high]."""
-    draw = random.Random(0)
-    prompts = [
-        [draw.randrange(vocabulary) for _ in range(draw.randint(low, high))]
-        for _ in range(requests)
-    ]
-    return [(prompt, draw.randint(low, high)) for prompt in prompts]
+class Nano:
+    """The workload on one model, in whatever mode."""
 
+    def __init__(self, options: argparse.Namespace, ceilings: Ceilings) -> None:
+        self._out: Path = options.out
+        self._runs: int = options.runs
+        self._is_tiny: bool = options.tiny
+        self._ceilings = ceilings
+        self._model = random_model(tiny(QWEN3_06B) if options.tiny else QWEN3_06B)
+        shape = (4, 6, 20) if options.tiny else (256, 100, 1024)
+        self._vocabulary = min(VOCABULARY, self._model.spec.vocab_size)
+        self._requests = nano_requests(*shape, self._vocabulary)
 
-def run_workload(engine: Engine, requests: list[tuple[list[int], int]]) -> dict[str, float]:
-    """Drain the workload; rates over wall time."""
-    started, steps = time.perf_counter(), 0
-    for number, (prompt, output) in enumerate(requests):
-        params = SamplingParams(max_tokens=output, temperature=0.6, ignore_eos=True)
-        engine.add(str(number), prompt, params, seed=number)
-    while engine.has_work:
-        engine.step()
-        steps += 1
-    seconds = time.perf_counter() - started
-    generated = sum(output for _, output in requests)
-    return {
-        "seconds": seconds,
-        "steps": steps,
-        "output_tokens": generated,
-        "output_tokens_per_s": generated / seconds,
-        "total_tokens_per_s": (generated + sum(len(p) for p, _ in requests)) / seconds,
-    }
+    def measure(self, name: str, note: Note) -> None:
+        """All figures of a mode, written as they are found."""
+        began = time.perf_counter()
+        size: dict[str, Any] = {"max_model_len": 2304}
+        if self._is_tiny:
+            size = {"max_model_len": 64, "token_budget": 16, "max_num_seqs": 4}
+        engine = Engine(self._model, EngineConfig(**size | MODES[name]))
+        stats = engine.stats()
+        note(
+            {
+                "settings": MODES[name],
+                "start_s": time.perf_counter() - began,
+                "token_budget": stats.token_budget,
+                "kv_blocks": stats.num_blocks,
+                "kv_cache_dtype": engine.kv_cache_dtype,
+            }
+        )
+        runs: list[dict[str, float | None]] = []
+        while len(runs) < self._runs:
+            runs.append(self._timed(engine, len(runs)))
+            print(f"{name}: {runs[-1]}", flush=True)
+            note({"runs": runs, "nano": _typical(runs)})
+            if time.perf_counter() - began > (2.0 if self._is_tiny else RUNS_S):
+                break
+        self._profile(engine, name, note)
+        note({"cost": self._cost(engine)})
+        engine.close()
 
+    def _timed(self, engine: Engine, turn: int) -> dict[str, float | None]:
+        requests = other_prompts(self._requests, turn, self._vocabulary)
+        rates = run_workload(engine, requests)
+        least = need(self._model.spec, [(len(p), n) for p, n in requests], 2, 2)
+        return rates | {"roofline": least.seconds(self._ceilings) / (rates["seconds"] or 1.0)}
 
-def profile_steps(engine: Engine, prompt: int, sequences: int) -> dict[str, object]:
-    """Of a mixed step and of some decode steps: the ten largest by device (or CPU) time."""
-    params = SamplingParams(max_tokens=64, ignore_eos=True)
-    for number in range(sequences):
-        engine.add(f"p{number}", [1] * prompt, params, seed=number)
-    tables: dict[str, object] = {"mixed": _profiled(engine, 1)}
-    while any(seq.is_prefilling for seq in [*engine.scheduler.running, *engine.scheduler.waiting]):
-        engine.step()
-    tables["decode"] = _profiled(engine, 8)
-    for number in range(sequences):
-        engine.abort(f"p{number}")
-    return tables
-
-
-def _profiled(engine: Engine, steps: int) -> dict[str, object]:
-    """Wall time of `steps` steps; on a GPU the share of it that the device was busy."""
-    has_gpu = torch.cuda.is_available()
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    if has_gpu:
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
-    key = "self_device_time_total" if has_gpu else "self_cpu_time_total"
-    engine.step()
-    if has_gpu:
-        torch.cuda.synchronize()
-    with torch.profiler.profile(activities=activities) as profile:
-        started = time.perf_counter()
-        for _ in range(steps):
+    def _profile(self, engine: Engine, name: str, note: Note) -> None:
+        """Mixed steps once the first requests decode, decode steps once all prompts are done."""
+        requests: list[Request] = other_prompts(self._requests, self._runs, self._vocabulary)
+        add_all(engine, requests)
+        for _ in range(3):
             engine.step()
-        if has_gpu:
-            torch.cuda.synchronize()
-        seconds = time.perf_counter() - started
-    events = sorted(profile.key_averages(), key=lambda e: -getattr(e, key))
-    busy_s = 1e-6 * sum(getattr(event, key) for event in events)
-    return {
-        "steps": steps,
-        "wall_ms": 1e3 * seconds,
-        "device_busy": busy_s / seconds if has_gpu else None,
-        "top_us": {event.key: getattr(event, key) for event in events[:10]},
-    }
+        file = name.replace(" ", "_")
+        trace = self._out / "traces" / f"{file}_mixed.json.gz"
+        mixed = profiled(lambda: _steps(engine, MIXED_STEPS, is_prefilling), trace)
+        note({"profile": {"mixed": mixed}})
+        while is_prefilling(engine):
+            engine.step()
+        before, count = (1, 3) if self._is_tiny else (DECODE_WARM_UP, DECODE_STEPS)
+        _steps(engine, before, lambda e: e.has_work)
+        trace = self._out / "traces" / f"{file}_decode.json.gz"
+        decode = profiled(lambda: _steps(engine, count, lambda e: e.has_work), trace)
+        note({"profile": {"mixed": mixed, "decode": decode}})
+        for number in range(len(requests)):
+            engine.abort(str(number))
+
+    def _cost(self, engine: Engine) -> dict[str, float]:
+        fit = engine.scheduler.cost.fit
+        names = ("fixed_s", "token_s", "kv_token_s", "relative_error", "num_steps")
+        return {name: getattr(fit, name) for name in names}
+
+
+def _steps(engine: Engine, most: int, goes_on: Callable[[Engine], bool]) -> int:
+    """Run up to `most` steps; how many it were, at least one."""
+    for count in range(most):
+        if not goes_on(engine):
+            return max(count, 1)
+        engine.step()
+    return most
+
+
+def _typical(runs: list[dict[str, float | None]]) -> dict[str, float | None]:
+    """The run in the middle of those after the first; the first where it is alone."""
+    later = sorted(runs[1:] or runs, key=lambda run: run["seconds"] or 0.0)
+    middle = later[(len(later) - 1) // 2]
+    rates = [run["output_tokens_per_s"] or 0.0 for run in later]
+    return middle | {"slowest": min(rates), "fastest": max(rates)}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--tiny", action="store_true")
+    parser = gpu_arguments(__doc__, 150)
+    parser.add_argument("--modes", default="", help=f"of {', '.join(MODES)}")
+    parser.add_argument("--runs", type=int, default=3)
     options = parser.parse_args()
-    model = random_model(tiny(QWEN3_06B) if options.tiny else QWEN3_06B)
-    requests, low, high = (8, 10, 40) if options.tiny else (256, 100, 1024)
-
-    def measure(mode: dict[str, Any]) -> dict[str, object]:
-        size: dict[str, Any] = {"token_budget": 64, "max_num_seqs": 4} if options.tiny else {}
-        config = EngineConfig(max_model_len=256 if options.tiny else 2304, **mode, **size)
-        engine = Engine(model, config)
-        vocabulary = min(10_000, engine.vocab_size)
-        run_workload(engine, nano_requests(2, low, low, vocabulary))  # compiles the kernels
-        rates = run_workload(engine, nano_requests(requests, low, high, vocabulary))
-        print(json.dumps(mode | rates, indent=2), flush=True)
-        return {"nano": rates, "profile": profile_steps(engine, high, 4 if options.tiny else 64)}
-
-    def write(found: dict[str, dict[str, object]]) -> None:
-        write_gpu_result(options.out, "gpu_engine", {"is_tiny": options.tiny, "modes": found})
-
-    each_mode(measure, write)
+    check_device(options)
+    names = chosen_modes(options.modes)
+    ceilings = measure_gpu_ceilings()
+    about = {
+        "is_tiny": options.tiny,
+        "ceilings": {"flops_per_s": ceilings.flops_per_s, "bytes_per_s": ceilings.bytes_per_s},
+    }
+    run = ModeRun(options.out, "gpu_engine", about, options.seconds)
+    run.run(names, Nano(options, ceilings).measure, MODE_S)
 
 
 if __name__ == "__main__":

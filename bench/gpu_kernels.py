@@ -11,16 +11,22 @@ Qwen3's vocabulary; experts of Mixtral's shapes; linears of 4 and 8 bits (`gpu_l
 `--tiny` runs the same code once with tiny shapes in float32: on a CPU with TRITON_INTERPRET=1.
 """
 
-import argparse
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import gpu_linears
 import torch
-from gpu_device import write_gpu_result
+from gpu_device import (
+    check_device,
+    gpu_arguments,
+    measure_gpu_ceilings,
+    time_ms,
+    write_gpu_result,
+)
+from roofline import Ceilings
 
 from tokenmill.kernels.batch_rows import build_step
 from tokenmill.kernels.decode_attention import decode_attention
@@ -33,6 +39,8 @@ from tokenmill.kernels.sampling import sample
 
 #: Share of the free memory that the keys and values of a case may take.
 MEMORY_SHARE = 0.6
+#: Shorter ones are timed in a graph too: a launch may take longer than they do.
+SHORT_MS = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +61,6 @@ class Scale:
     experts: tuple[int, int] = (8, 2)
     vocabulary: int = 151936
     linears: tuple[tuple[int, int], ...] = ((28672, 4096), (4096, 14336))
-    square: int = 8192
-    copied: int = 1 << 30
 
     @property
     def is_timed(self) -> bool:
@@ -76,8 +82,6 @@ TINY = Scale(
     experts=(4, 2),
     vocabulary=50,
     linears=((24, 128),),
-    square=64,
-    copied=1 << 16,
 )
 
 
@@ -92,41 +96,28 @@ class Case:
     flops: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class Timed:
-    """Milliseconds: the median, and the second and the eighth tenth."""
-
-    median: float
-    low: float
-    high: float
-
-
-def timed(scale: Scale, run: Callable[[], object]) -> Timed:
-    """The device's time, with a cold L2 cache; off a GPU the wall time of one call."""
-    if scale.is_timed:
-        from triton.testing import do_bench
-
-        median, low, high = do_bench(run, warmup=20, rep=80, quantiles=[0.5, 0.2, 0.8])
-        return Timed(median, low, high)
-    started = time.perf_counter()
-    run()
-    taken = 1e3 * (time.perf_counter() - started)
-    return Timed(taken, taken, taken)
+def timed(run: Callable[[], object]) -> dict[str, float]:
+    """`time_ms`; of what is short also in a graph, where no launch is waited for."""
+    median, low, high = time_ms(run)
+    found = {"ms": median, "ms_low": low, "ms_high": high}
+    if torch.cuda.is_available() and median < SHORT_MS and (replay := captured(run)):
+        median, low, high = time_ms(replay)
+        found |= {"ms": median, "ms_low": low, "ms_high": high, "launched_ms": found["ms"]}
+    return found
 
 
-def ceilings(scale: Scale) -> dict[str, float]:
-    """Bytes and operations a second."""
-    source = torch.ones(scale.copied, dtype=torch.uint8, device=scale.device)
-    target = torch.empty_like(source)
-    square = torch.randn(scale.square, scale.square, device=scale.device).to(scale.dtype)
-    copy, product = (
-        timed(scale, lambda: target.copy_(source)),
-        timed(scale, lambda: square @ square),
-    )
-    return {
-        "bytes_per_s": 2 * scale.copied / copy.low * 1e3,
-        "flops_per_s": 2 * scale.square**3 / product.low * 1e3,
-    }
+def captured(run: Callable[[], object]) -> Callable[[], None] | None:
+    """The same as a CUDA graph; None where it cannot be one."""
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    try:
+        with torch.cuda.graph(graph):
+            run()
+    except RuntimeError as error:
+        print(f"not captured: {error}", flush=True)
+        return None
+    replay: Callable[[], None] = graph.replay
+    return replay
 
 
 def random(scale: Scale, *shape: int) -> torch.Tensor:
@@ -146,8 +137,10 @@ def cache(scale: Scale, sequences: int, context: int) -> tuple[torch.Tensor, ...
     per_sequence = -(-context // scale.block_size)
     shape = (sequences * per_sequence, scale.block_size, scale.heads[1], scale.head_dim)
     needed = 2 * shape[0] * shape[1] * shape[2] * shape[3] * scale.dtype.itemsize
-    if scale.is_timed and needed > MEMORY_SHARE * torch.cuda.mem_get_info()[0]:
-        raise torch.OutOfMemoryError(f"{needed} bytes of keys and values")
+    if scale.is_timed:
+        torch.cuda.empty_cache()
+        if needed > MEMORY_SHARE * torch.cuda.mem_get_info()[0]:
+            raise torch.OutOfMemoryError(f"{needed} bytes of keys and values")
     order = torch.randperm(shape[0], device=scale.device).to(torch.int32)
     return random(scale, *shape), random(scale, *shape), order.view(sequences, per_sequence)
 
@@ -265,6 +258,7 @@ def sampling_cases(scale: Scale) -> Iterator[Case]:
                     min_p=0 * ones,
                     seeds=seeds,
                     positions=seeds,
+                    is_filtered=name != "plain",
                 ),
                 bytes=logits.nbytes,
             )
@@ -332,59 +326,63 @@ def linear_cases(scale: Scale) -> Iterator[Case]:
         yield Case(name, shape, run, bytes=size, flops=flops)
 
 
-def measure(scale: Scale, seconds: float) -> dict[str, object]:
-    """Every case until the time is over; what was left out is named."""
-    started = time.perf_counter()
-    limits = ceilings(scale)
+MAKERS = (
+    decode_cases,
+    chunk_cases,
+    row_cases,
+    sampling_cases,
+    moe_cases,
+    batch_cases,
+    linear_cases,
+)
+
+
+def measure(scale: Scale, ends: float, write: Callable[[dict[str, object]], None]) -> None:
+    """Every case until the clock says `ends`; what was left out, or failed, is named."""
+    ceilings = measure_gpu_ceilings()
     figures: list[dict[str, object]] = []
     left_out: list[str] = []
-    makers = (
-        decode_cases,
-        chunk_cases,
-        row_cases,
-        sampling_cases,
-        moe_cases,
-        batch_cases,
-        linear_cases,
-    )
-    for maker in makers:
-        if time.perf_counter() - started > seconds:
-            left_out.append(maker.__name__)
-            continue
-        for case in maker(scale):
-            took = timed(scale, case.run)
-            memory_ms = 1e3 * case.bytes / limits["bytes_per_s"]
-            computing_ms = 1e3 * case.flops / limits["flops_per_s"]
-            figures.append(
-                {
-                    "kernel": case.kernel,
-                    "shape": case.shape,
-                    "ms": took.median,
-                    "ms_low": took.low,
-                    "ms_high": took.high,
-                    "bound": "memory" if memory_ms >= computing_ms else "computing",
-                    "roofline": max(memory_ms, computing_ms) / took.median,
-                }
-            )
-    return {"ceilings": limits, "kernels": figures, "left_out": left_out}
+    failed: list[str] = []
+    for maker in MAKERS:
+        try:
+            for case in maker(scale):
+                if time.perf_counter() > ends:
+                    left_out.append(maker.__name__)
+                    break
+                figures.append(figure_of(case, ceilings))
+        except Exception as error:  # noqa: BLE001 - whatever a kernel may raise
+            traceback.print_exc()
+            failed.append(f"{maker.__name__}: {type(error).__name__}: {error}"[:300])
+        limits = {"bytes_per_s": ceilings.bytes_per_s, "flops_per_s": ceilings.flops_per_s}
+        write({"ceilings": limits, "kernels": figures, "left_out": left_out, "failed": failed})
+    if failed:
+        raise SystemExit("\n".join(failed))
+
+
+def figure_of(case: Case, ceilings: Ceilings) -> dict[str, object]:
+    """Its time beside the roofline."""
+    took = timed(case.run)
+    memory_ms = 1e3 * case.bytes / ceilings.bytes_per_s
+    computing_ms = 1e3 * case.flops / ceilings.flops_per_s
+    return {
+        "kernel": case.kernel,
+        "shape": case.shape,
+        **took,
+        "bound": "memory" if memory_ms >= computing_ms else "computing",
+        "roofline": max(memory_ms, computing_ms) / took["ms"],
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--seconds", type=float, default=150.0, help="begin no group after that")
-    parser.add_argument("--tiny", action="store_true")
-    options = parser.parse_args()
-    if not options.tiny and not torch.cuda.is_available():
-        raise SystemExit("gpu_kernels: expected a CUDA device, got none; try --tiny")
+    options = gpu_arguments(__doc__, 150).parse_args()
+    check_device(options)
     scale = TINY if options.tiny else Scale(torch.device("cuda"), torch.bfloat16)
+
+    def write(found: dict[str, object]) -> None:
+        write_gpu_result(options.out, "gpu_kernels", {"is_tiny": options.tiny, **found})
+
     with torch.inference_mode():
-        result = measure(scale, options.seconds)
-    content = {
-        "is_tiny": options.tiny,
-        **result,
-    }
-    write_gpu_result(options.out, "gpu_kernels", content)
+        measure(scale, time.perf_counter() + options.seconds, write)
 
 
 if __name__ == "__main__":

@@ -4,11 +4,12 @@ Operations: every token passes every linear but the head; each generated token o
 attention multiplies each query with every key before it, then the weights with the values. Of the
 last layer a token of a prompt needs keys and values alone, but for the last one. Bytes: the weights
 once in each of the fewest steps that there can be (the longest output), and the keys and values
-before each generated token. Whichever takes longer at its ceiling is the bound.
+before each generated token. Whichever takes longer at its ceiling is the bound. `step_need` counts
+one step, of mixtures of experts too.
 """
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -60,7 +61,12 @@ def _fastest(work: Callable[[], object]) -> float:
     return min(seconds)
 
 
-def need(spec: ModelSpec, requests: Iterable[tuple[int, int]], weight_bytes: int = 4) -> Need:
+def need(
+    spec: ModelSpec,
+    requests: Iterable[tuple[int, int]],
+    weight_bytes: int = 4,
+    kv_bytes: int = 4,
+) -> Need:
     """Of requests given as (prompt tokens, generated tokens), for dense models."""
     if spec.moe is not None:
         raise ValueError("the roofline counts dense models, got a mixture of experts")
@@ -77,4 +83,34 @@ def need(spec: ModelSpec, requests: Iterable[tuple[int, int]], weight_bytes: int
         flops -= 2 * after_keys * (prompt - 1) + 4 * heads * (prompt - 1) * prompt // 2
         kv_read += sum(range(prompt + 1, computed + 1))
         steps = max(steps, output)
-    return Need(flops, (body + head) * weight_bytes * steps + kv_read * spec.kv_token_elements * 4)
+    kv_token_bytes = spec.kv_token_elements * kv_bytes
+    return Need(flops, (body + head) * weight_bytes * steps + kv_read * kv_token_bytes)
+
+
+def step_need(
+    spec: ModelSpec,
+    chunks: Sequence[tuple[int, int]],
+    weight_bytes: float = 2,
+    kv_bytes: float = 2,
+) -> Need:
+    """Of one step of chunks (start, length), the last token of each of which goes to the head.
+
+    Of a mixture of experts, those weights are read that so many tokens would choose by chance.
+    """
+    tokens = sum(length for _, length in chunks)
+    attention = spec.hidden_size * 2 * (spec.q_size + spec.kv_size)
+    used = spec.hidden_size * spec.intermediate_size * (3 if spec.gated else 2)
+    read = float(used)
+    if (moe := spec.moe) is not None:
+        expert = spec.hidden_size * moe.intermediate_size * 3
+        used = moe.top_k * expert
+        read = moe.num_experts * (1 - (1 - moe.top_k / moe.num_experts) ** tokens) * expert
+    head = spec.hidden_size * spec.vocab_size
+    pairs = sum(length * start + length * (length + 1) // 2 for start, length in chunks)
+    flops = 2 * spec.num_layers * ((attention + used) * tokens + 2 * spec.q_size * pairs)
+    kv_tokens = sum(start + length for start, length in chunks)
+    return Need(
+        flops + 2 * head * len(chunks),
+        (spec.num_layers * (attention + read) + head) * weight_bytes
+        + kv_tokens * spec.kv_token_elements * kv_bytes,
+    )
