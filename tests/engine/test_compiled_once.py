@@ -1,0 +1,50 @@
+"""What Triton compiles for an engine on a GPU: all at first, and in real shapes without spills.
+
+The launches are those of an engine whose GPU is not there (`tests/rig/launched.py`), in a process
+of its own: in this one the kernels may be defined for the interpreter.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+OTHERS = ("llama", "mixtral", "gemma2")
+RIG = Path(__file__).parent.parent / "rig" / "launched.py"
+
+
+def launched(*arguments: str, cache: Path) -> Any:
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, RIG, *arguments],
+        env=environment | {"TRITON_CACHE_DIR": str(cache)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize(
+    "family", ["qwen3", *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)]
+)
+def test_no_kernel_is_compiled_while_serving(tmp_path: Path, family: str) -> None:
+    found = launched("--traffic", family, cache=tmp_path)
+    assert found["compiled"][0] >= 10
+    assert set(found["compiled"]) == {found["compiled"][0]}
+    assert found["launches"] > 1000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["qwen3", *OTHERS])
+def test_no_kernel_of_real_shapes_spills(tmp_path: Path, family: str) -> None:
+    kernels = launched("--compile", family, cache=tmp_path)
+    assert len(kernels) >= 10
+    for kernel in kernels:
+        assert not kernel["local_bytes"], kernel
+        assert kernel["shared_bytes"] <= 96 * 1024, kernel
