@@ -7,16 +7,18 @@ with the window and the soft cap of `paged_attention.py`, whose table of argumen
 chunks are left to that kernel: which is which is seen on the device, so that both can be in one
 CUDA graph for any mixture.
 
-Two kernels. The first takes the keys in parts of PART positions, counted from position 0:
+The keys are taken in parts of PART positions, counted from position 0, and a program takes one KV
+head of some parts in a row, so that one long sequence keeps the whole device busy:
 
-    keys       0 ........ 255 | 256 ...... 511 | 512 ... n - 1
-    programs   part 0           part 1           part 2           (sequence, KV head) each
+    keys          0 ........ 255 | 256 ...... 511 | 512 ...... 767 | 768 ... n - 1
+    2 a program   program 0                         program 1
 
-so that one long sequence keeps the whole device busy. The G query heads that share a KV head are
-the rows of its tile. Of each part it leaves the three values of a running softmax
-(`attention_tile.py`); the second kernel merges them, in the order of the parts. Where the parts
-begin depends on positions alone, so a row has the same bits alone, in any batch, and at any width
-of the block tables.
+The G query heads that share the KV head are the rows of its tile. Each part has the three values of
+a running softmax (`attention_tile.py`), which are merged in order within groups of GROUP parts; the
+values of AT_ONCE groups are summed in one order, and those sums in order. A program that takes a
+group merges it, and if that is all there is the result is its own; else a second kernel goes on.
+It does so by the same operations, and parts and groups depend on positions alone: a row has the
+same bits alone, in any batch, with any number of parts a program, at any width of the tables.
 
 The grid is bound by what the block tables can hold, known on the host; programs of parts that a
 sequence does not have leave at once. No length is read back, so the launch can be in a CUDA graph.
@@ -28,30 +30,59 @@ import torch
 import triton
 import triton.language as tl
 
-from tokenmill.kernels.attention_tile import LOG2_E, visit_keys
+from tokenmill.kernels.attention_tile import (
+    LOG2_E,
+    add_scores,
+    block_at,
+    cap_scores,
+    mask_scores,
+    read_tile,
+)
 from tokenmill.kernels.checks import check_divisible
 from tokenmill.kernels.paged_attention import check_attention
+from tokenmill.kernels.tiles import Tile, choose_tile, num_processors
 
 #: Positions of a part. Results depend on it in their last bits: one number for all batches.
 PART = 256
+#: Parts of a group, and the most that a program takes. Another number would be other bits too.
+GROUP = 16
+#: Groups that are merged at once. The same.
+AT_ONCE = 8
 
 
-@triton.jit(do_not_specialize=["table_row", "num_parts"])
+@triton.jit
+def _merge(highest, total, mean, part_highest, part_total, part_mean):
+    """The three values with a part's: [M], [M] and [M, D].
+
+    Multiply-adds are spelt out, for the same bits in both kernels.
+    """
+    risen = tl.maximum(highest, part_highest)
+    shrink = tl.exp2(highest - risen)
+    weight = tl.exp2(part_highest - risen)
+    total = tl.fma(total, shrink, part_total * weight)
+    mean = tl.fma(mean, shrink[:, None], part_mean * weight[:, None])
+    return risen, total, mean
+
+
+@triton.jit(do_not_specialize=["table_row", "num_states"])
 def _decode_parts_kernel(
     q_ptr,
     k_cache_ptr,
     v_cache_ptr,
-    sums_ptr,  # [S, Hq, num_parts, 2] float32: highest and total
-    means_ptr,  # [S, Hq, num_parts, D] float32
+    out_ptr,  # of WHOLE
+    sums_ptr,  # else: [S, Hq, num_states, 2] float32: highest and total of each part or group
+    means_ptr,  # [S, Hq, num_states, D] float32
     cu_seqlens_q_ptr,
     context_lens_ptr,
     block_tables_ptr,
-    score_scale,  # of `visit_keys`
-    cap_log2,
+    score_scale,  # scale * log2(e); CAPPED: scale / cap
+    cap_log2,  # cap * log2(e)
     q_token,  # strides in elements
     q_head,
+    out_token,
+    out_head,
     table_row,
-    num_parts,
+    num_states,
     Hkv: tl.constexpr,
     G: tl.constexpr,
     D: tl.constexpr,
@@ -62,18 +93,24 @@ def _decode_parts_kernel(
     TILE: tl.constexpr,
     WINDOW: tl.constexpr,  # 0: none
     CAPPED: tl.constexpr,
+    PARTS: tl.constexpr,  # of a program
+    MERGED: tl.constexpr,  # they are a group
+    WHOLE: tl.constexpr,  # and all that there is
     PRECISION: tl.constexpr,
 ):
-    part = tl.program_id(0)
-    kv_head = tl.program_id(1)
+    kv_head = tl.program_id(0)
     seq = tl.program_id(2).to(tl.int64)
     context = tl.load(context_lens_ptr + seq)
-    begin = part * PART
+    begin = 0
     if WINDOW:
-        begin = tl.maximum(begin, (context - WINDOW) // TILE * TILE)
-    end = tl.minimum(context, part * PART + PART)
+        begin = tl.maximum(context - WINDOW, 0) // TILE * TILE
+    chunk = begin // (PART * PARTS) + tl.program_id(1)
+    begin = tl.maximum(begin, chunk * (PART * PARTS))
+    end = tl.minimum(context, (chunk + 1) * (PART * PARTS))
+    if begin >= end:
+        return
     token = tl.load(cu_seqlens_q_ptr + seq)
-    if (tl.load(cu_seqlens_q_ptr + seq + 1) - token != 1) | (begin >= end):
+    if tl.load(cu_seqlens_q_ptr + seq + 1) - token != 1:
         return
 
     rows = tl.arange(0, BLOCK_M)
@@ -87,37 +124,58 @@ def _decode_parts_kernel(
     highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     mean = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    all_highest = tl.full([BLOCK_M], -1e30, tl.float32)
+    all_total = total
+    all_mean = mean
+    block = block_at(table, begin, context, BLOCK_SIZE)
     for tile_start in range(begin, end, TILE):
-        highest, total, mean = visit_keys(
-            q,
-            highest,
-            total,
-            mean,
-            query_position,
-            tile_start,
-            end,
-            table,
-            k_cache_ptr,
-            v_cache_ptr,
-            kv_head,
-            score_scale,
-            cap_log2,
-            Hkv,
-            D,
-            BLOCK_SIZE,
-            BLOCK_D,
-            TILE,
-            WINDOW,
-            CAPPED,
-            PRECISION,
-        )
-    place = (seq * (Hkv * G) + head) * num_parts + part
-    tl.store(sums_ptr + place * 2, highest, mask=rows < G)
-    tl.store(sums_ptr + place * 2 + 1, total, mask=rows < G)
-    tl.store(means_ptr + place[:, None] * D + channels[None, :], mean, mask=inside)
+        k = read_tile(
+            k_cache_ptr, table, block, tile_start, context, kv_head,
+            Hkv, D, BLOCK_SIZE, BLOCK_D, TILE, False,
+        )  # fmt: skip
+        v = read_tile(
+            v_cache_ptr, table, block, tile_start, context, kv_head,
+            Hkv, D, BLOCK_SIZE, BLOCK_D, TILE, True,
+        )  # fmt: skip
+        block = block_at(table, tile_start + TILE, context, BLOCK_SIZE)
+        scores = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision=PRECISION)
+        scale = score_scale
+        if CAPPED:
+            scores = cap_scores(scores, score_scale, cap_log2)
+            scale = 1.0
+        at_edge = tile_start + TILE > context
+        if WINDOW:
+            at_edge = at_edge | (tile_start < context - WINDOW)
+        if at_edge:
+            scores = mask_scores(scores, query_position, tile_start, WINDOW, TILE)
+        weights, shrink, highest, total = add_scores(scores, highest, total, scale, WINDOW)
+        mean = mean * shrink[:, None]
+        mean = tl.dot(weights.to(q.dtype), v.to(q.dtype), mean, input_precision=PRECISION)
+        if ((tile_start + TILE) % PART == 0) | (tile_start + TILE >= end):  # the part's end
+            if MERGED:
+                all_highest, all_total, all_mean = _merge(
+                    all_highest, all_total, all_mean, highest, total, mean
+                )
+            else:
+                place = (seq * (Hkv * G) + head) * num_states + tile_start // PART
+                tl.store(sums_ptr + place * 2, highest, mask=rows < G)
+                tl.store(sums_ptr + place * 2 + 1, total, mask=rows < G)
+                tl.store(means_ptr + place[:, None] * D + channels[None, :], mean, mask=inside)
+            highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
+            total = tl.zeros([BLOCK_M], tl.float32)
+            mean = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    if WHOLE:
+        all_mean = (all_mean / all_total[:, None]).to(out_ptr.dtype.element_ty)
+        out_offsets = token.to(tl.int64) * out_token + head[:, None] * out_head + channels[None, :]
+        tl.store(out_ptr + out_offsets, all_mean, mask=inside)
+    elif MERGED:
+        place = (seq * (Hkv * G) + head) * num_states + chunk
+        tl.store(sums_ptr + place * 2, all_highest, mask=rows < G)
+        tl.store(sums_ptr + place * 2 + 1, all_total, mask=rows < G)
+        tl.store(means_ptr + place[:, None] * D + channels[None, :], all_mean, mask=inside)
 
 
-@triton.jit(do_not_specialize=["num_parts"])
+@triton.jit(do_not_specialize=["num_states"])
 def _merge_parts_kernel(
     sums_ptr,
     means_ptr,
@@ -126,41 +184,69 @@ def _merge_parts_kernel(
     context_lens_ptr,
     out_token,
     out_head,
-    num_parts,
+    num_states,
     Hq: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    PART: tl.constexpr,
+    STATE: tl.constexpr,  # positions of a state: those of a part, or of a group
+    GROUP: tl.constexpr,  # states of a group: 1 if they are groups
+    AT_ONCE: tl.constexpr,
     TILE: tl.constexpr,
     WINDOW: tl.constexpr,
 ):
     head = tl.program_id(0)
     seq = tl.program_id(1).to(tl.int64)
+    context = tl.load(context_lens_ptr + seq)
     token = tl.load(cu_seqlens_q_ptr + seq)
     if tl.load(cu_seqlens_q_ptr + seq + 1) - token != 1:
         return
-    context = tl.load(context_lens_ptr + seq)
     channels = tl.arange(0, BLOCK_D)
     inside = channels < D
     first = 0
     if WINDOW:
-        first = tl.maximum((context - WINDOW) // TILE * TILE, 0) // PART
-    highest = -1e30
-    total = 0.0
-    mean = tl.zeros([BLOCK_D], tl.float32)
-    for part in range(first, tl.cdiv(context, PART)):
-        place = (seq * Hq + head) * num_parts + part
-        score = tl.load(sums_ptr + place * 2)
-        risen = tl.maximum(highest, score)
-        shrink = tl.exp2(highest - risen)
-        weight = tl.exp2(score - risen)
-        total = total * shrink + tl.load(sums_ptr + place * 2 + 1) * weight
-        part_mean = tl.load(means_ptr + place * D + channels, mask=inside, other=0.0)
-        mean = mean * shrink + part_mean * weight
-        highest = risen
-    mean = mean / total
+        first = tl.maximum(context - WINDOW, 0) // TILE * TILE // STATE
+    end = tl.cdiv(context, STATE)
+    all_highest = -1e30
+    all_total = 0.0
+    all_mean = tl.zeros([BLOCK_D], tl.float32)
+    for start in range(first // (GROUP * AT_ONCE) * (GROUP * AT_ONCE), end, GROUP * AT_ONCE):
+        groups = start + tl.arange(0, AT_ONCE) * GROUP
+        highest = tl.full([AT_ONCE], -1e30, tl.float32)
+        total = tl.zeros([AT_ONCE], tl.float32)
+        mean = tl.zeros([AT_ONCE, BLOCK_D], tl.float32)
+        for step in tl.range(0, tl.minimum(GROUP, end - start), num_stages=6):
+            state = groups + step
+            there = (state >= first) & (state < end)  # one that is not changes nothing
+            place = (seq * Hq + head) * num_states + state
+            highest, total, mean = _merge(
+                highest,
+                total,
+                mean,
+                tl.load(sums_ptr + place * 2, mask=there, other=float("-inf")),
+                tl.load(sums_ptr + place * 2 + 1, mask=there, other=0.0),
+                tl.load(
+                    means_ptr + place[:, None] * D + channels[None, :],
+                    mask=there[:, None] & inside[None, :],
+                    other=0.0,
+                ),
+            )
+        risen = tl.maximum(all_highest, tl.max(highest, axis=0))
+        shrink = tl.exp2(all_highest - risen)
+        weights = tl.exp2(highest - risen)
+        all_total = all_total * shrink + tl.sum(total * weights, axis=0)
+        all_mean = all_mean * shrink + tl.sum(mean * weights[:, None], axis=0)
+        all_highest = risen
     out = out_ptr + token.to(tl.int64) * out_token + head * out_head + channels
-    tl.store(out, mean.to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(out, (all_mean / all_total).to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def choose_parts(num_seqs: int, num_kv_heads: int, num_parts: int, processors: int) -> int:
+    """Parts that a program takes, a power of two: for some three programs a processor.
+
+    Only the time depends on it.
+    """
+    parts = num_seqs * num_kv_heads * num_parts // (3 * processors)
+    return min(1 << max(parts, 1).bit_length() - 1, GROUP)
 
 
 def decode_attention(
@@ -175,35 +261,47 @@ def decode_attention(
     window: int | None = None,
     softcap: float | None = None,
     part: int = PART,
+    parts: int | None = None,
+    tile: Tile | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attend as in the formula above; returns `out`, or a new contiguous tensor, [T, Hq, D].
 
-    `part` is a multiple of 64. Rows of other chunks and of padding are not written.
+    `part` is a multiple of the tile's keys. A program takes `parts` of them, 1, 2, 4, 8 or 16, and
+    reads by `tile`; None: as the device wants. Rows of other chunks and of padding are not written.
 
     Raises:
         ValueError: an argument that does not fit the table.
     """
     if out is None:
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    check_attention(q, k_cache, v_cache, cu_seqlens_q, context_lens, block_tables, out)
-    check_divisible("part", part, "a tile", 64)
+    check_attention(q, k_cache, v_cache, cu_seqlens_q, context_lens, block_tables, scale, out)
     num_seqs = context_lens.shape[0]
     num_heads, head_dim = q.shape[1:]
     block_size, num_kv_heads = k_cache.shape[1:3]
+    tile = tile or choose_tile("decode_attention", q, k_cache)
+    check_divisible("part", part, "the keys of a tile", tile.keys)
     if not num_seqs:
         return out
+    group = num_heads // num_kv_heads
     num_parts = triton.cdiv(block_tables.shape[1] * block_size, part)
-    shape = (num_seqs, num_heads, num_parts)
+    reached = num_parts if window is None else min(num_parts, window // part + 2)
+    if parts is None:
+        parts = choose_parts(num_seqs, num_kv_heads, reached, num_processors(q.device))
+    is_whole = parts >= num_parts  # the first group is all there is
+    is_merged = is_whole or parts == GROUP
+    state = part * GROUP if is_merged else part
+    num_states = triton.cdiv(num_parts * part, state)
+    shape = (0,) if is_whole else (num_seqs, num_heads, num_states)
     sums = torch.empty((*shape, 2), dtype=torch.float32, device=q.device)
     means = torch.empty((*shape, head_dim), dtype=torch.float32, device=q.device)
-    group = num_heads // num_kv_heads
     block_d = max(16, triton.next_power_of_2(head_dim))
-    tile = 32 if q.dtype == torch.float32 or head_dim > 128 else 64
-    _decode_parts_kernel[(num_parts, num_kv_heads, num_seqs)](
+    programs = min(triton.cdiv(num_parts, parts), triton.cdiv(reached, parts) + 1)
+    _decode_parts_kernel[(num_kv_heads, programs, num_seqs)](
         q,
         k_cache,
         v_cache,
+        out,
         sums,
         means,
         cu_seqlens_q,
@@ -212,24 +310,29 @@ def decode_attention(
         scale / softcap if softcap else scale * LOG2_E,
         (softcap or 0.0) * LOG2_E,
         *q.stride()[:2],
+        *out.stride()[:2],
         block_tables.stride(0),
-        num_parts,
+        num_states,
         Hkv=num_kv_heads,
         G=group,
         D=head_dim,
         BLOCK_SIZE=block_size,
         BLOCK_D=block_d,
-        BLOCK_M=max(16, triton.next_power_of_2(group)),
+        BLOCK_M=max(tile.rows, triton.next_power_of_2(group)),
         PART=part,
-        TILE=tile,
+        TILE=tile.keys,
         WINDOW=window or 0,
         CAPPED=bool(softcap),
+        PARTS=GROUP if is_whole else parts,
+        MERGED=is_merged,
+        WHOLE=is_whole,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
-        num_warps=4,
-        # The load of the block number takes stages too: from 5 on keys and values are read ahead.
-        num_stages=3 if q.dtype == torch.float32 else 5,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
         enable_fp_fusion=True,  # said outright, since Triton 3.10 changes the default
     )
+    if is_whole:
+        return out
     _merge_parts_kernel[(num_heads, num_seqs)](
         sums,
         means,
@@ -237,14 +340,16 @@ def decode_attention(
         cu_seqlens_q,
         context_lens,
         *out.stride()[:2],
-        num_parts,
+        num_states,
         Hq=num_heads,
         D=head_dim,
         BLOCK_D=block_d,
-        PART=part,
-        TILE=tile,
+        STATE=state,
+        GROUP=1 if is_merged else GROUP,
+        AT_ONCE=AT_ONCE,
+        TILE=tile.keys,
         WINDOW=window or 0,
-        num_warps=1,
+        num_warps=4,
         enable_fp_fusion=True,
     )
     return out

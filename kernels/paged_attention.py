@@ -25,18 +25,27 @@ binary search and leaves if it stands in a gap.
 
 Keys are visited from position 0 in tiles of TILE, in one program: a row's result depends neither on
 the other chunks of the step nor on where its own chunk started. With a window the first tile is the
-one that the tile's first row begins to see; a later row skips it with weights of zero.
+one that the tile's first row begins to see; a later row skips it with weights of zero. The scores
+of a tile are asked for before those of the one before it are weighed, so that the tensor cores work
+meanwhile. Programs run from the last tile of rows to the first: long ones first.
 
-A row's bits depend on the height of its tile, since other heights are other instructions. With
-`fixed_tiles` there is one height for all steps, so that they depend on the row alone: a sequence's
-rows are the same alone or among others, whole, in chunks that end anywhere, or decoded.
+A row's bits depend on the form of its tile (`tiles.py`). With `fixed_tiles` there is one for all
+steps, so that they depend on the row alone: a sequence's rows are the same alone or among others,
+whole, in chunks that end anywhere, or decoded.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from tokenmill.kernels.attention_tile import LOG2_E, visit_keys
+from tokenmill.kernels.attention_tile import (
+    LOG2_E,
+    add_scores,
+    block_at,
+    cap_scores,
+    mask_scores,
+    read_tile,
+)
 from tokenmill.kernels.checks import (
     check_contiguous,
     check_device,
@@ -46,6 +55,10 @@ from tokenmill.kernels.checks import (
     check_rows,
     check_shape,
 )
+from tokenmill.kernels.tiles import Tile, choose_tile
+
+#: Queries times heads of a group up to which no chunk of a step fills a tall tile.
+SHORT_ROWS = 64
 
 
 # The counts change from step to step: specialised, each new kind would compile while serving.
@@ -59,8 +72,8 @@ def _paged_attention_kernel(
     context_lens_ptr,
     block_tables_ptr,
     num_seqs,
-    score_scale,  # of `visit_keys`
-    cap_log2,
+    score_scale,  # scale * log2(e); CAPPED: scale / cap
+    cap_log2,  # cap * log2(e)
     q_token,  # strides in elements
     q_head,
     out_token,
@@ -79,7 +92,7 @@ def _paged_attention_kernel(
     PRECISION: tl.constexpr,
     SKIP_SINGLE: tl.constexpr,
 ):
-    q_tile = tl.program_id(0)
+    q_tile = tl.num_programs(0) - 1 - tl.program_id(0)  # those that see most keys come first
     kv_head = tl.program_id(1)
     low = 0
     high = num_seqs
@@ -118,30 +131,60 @@ def _paged_attention_kernel(
     begin = 0
     if WINDOW:
         begin = tl.maximum(before + first_query - WINDOW + 1, 0) // TILE * TILE
+    last = (end - 1) // TILE * TILE
+    block = block_at(table, begin, end, BLOCK_SIZE)
+    next_block = block_at(table, begin + TILE, end, BLOCK_SIZE)
+    k = read_tile(
+        k_cache_ptr, table, block, begin, end, kv_head, Hkv, D, BLOCK_SIZE, BLOCK_D, TILE, False
+    )
+    next_scores = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision=PRECISION)
     for tile_start in range(begin, end, TILE):
-        highest, total, mean = visit_keys(
-            q,
-            highest,
-            total,
-            mean,
-            query_position,
-            tile_start,
-            end,
-            table,
+        # The next tile's scores come first, for the tensor cores to work while these are weighed.
+        following = tl.minimum(tile_start + TILE, last)
+        k = read_tile(
             k_cache_ptr,
-            v_cache_ptr,
+            table,
+            next_block,
+            following,
+            end,
             kv_head,
-            score_scale,
-            cap_log2,
             Hkv,
             D,
             BLOCK_SIZE,
             BLOCK_D,
             TILE,
-            WINDOW,
-            CAPPED,
-            PRECISION,
+            False,
         )
+        v = read_tile(
+            v_cache_ptr,
+            table,
+            block,
+            tile_start,
+            end,
+            kv_head,
+            Hkv,
+            D,
+            BLOCK_SIZE,
+            BLOCK_D,
+            TILE,
+            True,
+        )
+        block = block_at(table, tile_start + TILE, end, BLOCK_SIZE)
+        next_block = block_at(table, tile_start + 2 * TILE, end, BLOCK_SIZE)
+        scores = next_scores
+        next_scores = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision=PRECISION)
+        scale = score_scale
+        if CAPPED:
+            scores = cap_scores(scores, score_scale, cap_log2)
+            scale = 1.0
+        at_edge = tile_start + TILE > before + first_query + 1
+        if WINDOW:
+            at_edge = at_edge | (tile_start < end - WINDOW)
+        if at_edge:
+            scores = mask_scores(scores, query_position, tile_start, WINDOW, TILE)
+        weights, shrink, highest, total = add_scores(scores, highest, total, scale, WINDOW)
+        mean = mean * shrink[:, None]
+        mean = tl.dot(weights.to(q.dtype), v.to(q.dtype), mean, input_precision=PRECISION)
 
     out_offsets = token[:, None] * out_token + head[:, None] * out_head + channels[None, :]
     mean = (mean / total[:, None]).to(out_ptr.dtype.element_ty)
@@ -162,28 +205,31 @@ def paged_attention(
     softcap: float | None = None,
     skip_single: bool = False,
     fixed_tiles: bool = False,
+    tile: Tile | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attend as in the formula above; returns `out`, or a new contiguous tensor, [T, Hq, D].
 
-    `max_query_len` chooses the tile, unless they are fixed: 1 when every sequence decodes. Rows
-    behind the last chunk are padding and are not written, nor, with `skip_single`, are those of
-    chunks of one query, which `decode_attention.py` is for.
+    Rows behind the last chunk are padding and are not written, nor, with `skip_single`, are those
+    of chunks of one query, which `decode_attention.py` is for. `tile` None: as the device wants,
+    and lower where no chunk fills it, unless tiles are fixed.
 
     Raises:
         ValueError: an argument that does not fit the table above.
     """
     if out is None:
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    check_attention(q, k_cache, v_cache, cu_seqlens_q, context_lens, block_tables, out)
+    check_attention(q, k_cache, v_cache, cu_seqlens_q, context_lens, block_tables, scale, out)
     num_tokens, num_heads, head_dim = q.shape
     num_seqs = context_lens.shape[0]
     block_size, num_kv_heads = k_cache.shape[1:3]
     if not num_tokens or not num_seqs:
         return out
     group = num_heads // num_kv_heads
-    decodes_alone = max_query_len == 1 and not fixed_tiles
-    block_m = max(triton.next_power_of_2(group), 16 if decodes_alone else 64)
+    if tile is None:
+        is_short = max_query_len * group <= SHORT_ROWS and not fixed_tiles
+        tile = choose_tile("short_chunk_attention" if is_short else "chunk_attention", q, k_cache)
+    block_m = max(triton.next_power_of_2(group), tile.rows)
     block_q = block_m // group
     _paged_attention_kernel[(num_tokens // block_q + num_seqs, num_kv_heads)](
         q,
@@ -206,14 +252,13 @@ def paged_attention(
         BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
         BLOCK_M=block_m,
         BLOCK_Q=block_q,
-        # 96 KiB of shared memory hold two stages of it on every GPU.
-        TILE=32 if q.dtype == torch.float32 or head_dim > 128 else 64,
+        TILE=tile.keys,
         WINDOW=window or 0,
         CAPPED=bool(softcap),
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         SKIP_SINGLE=skip_single,
-        num_warps=4,
-        num_stages=2,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
         enable_fp_fusion=True,  # said outright, since Triton 3.10 changes the default
     )
     return out
@@ -226,6 +271,7 @@ def check_attention(
     cu_seqlens_q: torch.Tensor,
     context_lens: torch.Tensor,
     block_tables: torch.Tensor,
+    scale: float,
     out: torch.Tensor,
 ) -> None:
     """Compare the arguments with the table above.
@@ -244,6 +290,8 @@ def check_attention(
     check_floating("q", q)
     check_dtype("v_cache", v_cache, k_cache.dtype)
     check_dtype("out", out, q.dtype)
+    if not scale > 0:  # the highest score is looked for before it is scaled
+        raise ValueError(f"scale: expected above 0, got {scale}")
     lengths = {"cu_seqlens_q": cu_seqlens_q, "context_lens": context_lens}
     for name, tensor in (*lengths.items(), ("block_tables", block_tables)):
         check_dtype(name, tensor, torch.int32)
