@@ -63,14 +63,15 @@ def tile_by_rule(kernel: str, channels: int, q_bytes: int, capability: tuple[int
     On compute capability 9 a tall tile has two groups of four warps, each with rows of its own, and
     one program fills a processor; elsewhere 96 KiB of shared memory have to do.
     """
-    keys = 32 if q_bytes == 4 or channels > 128 else 64
+    is_wide = channels > 128
+    keys = 32 if q_bytes == 4 or is_wide else 64
     if kernel == "decode_attention":
-        return Tile(16, keys, 4, 3 if channels <= 128 else 2)
-    if q_bytes == 4 or capability[0] != 9:
-        return Tile(64, keys, 4, 2)
-    if kernel == "short_chunk_attention":
-        return Tile(64, keys, 4, 2)
-    return Tile(128, keys, 8, 3)
+        return Tile(16, keys, 4, 2 if q_bytes == 4 and is_wide else 3)
+    if q_bytes == 4:  # no tensor cores, and operands in registers
+        return Tile(32, 16, 4, 1) if is_wide else Tile(64, keys, 4, 2)
+    if kernel == "chunk_attention" and capability[0] == 9:
+        return Tile(128, keys, 8, 3)
+    return Tile(64, keys, 4, 2)
 
 
 def read_table(path: Path) -> dict[str, Tile]:

@@ -14,7 +14,9 @@ BuildCase = Callable[..., Any]
 CONTEXTS = [1, 32, 64, 65, 200]
 
 
-def decode(case: Any, part: int = 64, out: torch.Tensor | None = None) -> torch.Tensor:
+def decode(
+    case: Any, part: int = 64, out: torch.Tensor | None = None, parts: int | None = None
+) -> torch.Tensor:
     from tokenmill.kernels.decode_attention import decode_attention
 
     return decode_attention(
@@ -28,6 +30,7 @@ def decode(case: Any, part: int = 64, out: torch.Tensor | None = None) -> torch.
         window=case.window,
         softcap=case.softcap,
         part=part,
+        parts=parts,
         out=out,
     )
 
@@ -137,3 +140,46 @@ def test_bits_depend_on_neither_the_batch_nor_the_width_of_the_tables(
         block_tables=case.block_tables[:1, : -(-140 // 16)],
     )
     assert torch.equal(together[:1], decode(alone))
+
+
+@pytest.mark.parametrize("window", [None, 150])
+def test_bits_do_not_depend_on_how_many_parts_a_program_takes(
+    device: torch.device,
+    attention_case: BuildCase,
+    assert_close: Compare,
+    poisoned: None,
+    monkeypatch: pytest.MonkeyPatch,
+    window: int | None,
+) -> None:
+    """Contexts of a group, one more key, less, and more groups than are merged at once."""
+    from tokenmill.kernels import decode_attention
+
+    monkeypatch.setattr(decode_attention, "GROUP", 4)
+    monkeypatch.setattr(decode_attention, "AT_ONCE", 2)
+    case = attention_case([(1, c) for c in (128, 129, 5, 600)], heads=(2, 1), device=device)
+    case = replace(case, window=window)
+    expected = decode(case, 32, parts=1)
+    assert_close(expected, case.run(reference.paged_attention))
+    for parts in (2, 4):
+        assert torch.equal(decode(case, 32, parts=parts), expected)
+    short = replace(  # whose tables hold no more than a group: no second kernel
+        case,
+        q=case.q[:3:2],
+        cu_seqlens_q=case.cu_seqlens_q[:3],
+        context_lens=case.context_lens[:3:2].contiguous(),
+        block_tables=case.block_tables[:3:2, :8],
+    )
+    for parts in (1, 4):
+        assert torch.equal(decode(short, 32, parts=parts), expected[:3:2])
+
+
+@pytest.mark.parametrize(
+    ("shape", "parts"),
+    [((1, 8, 2), 1), ((1, 8, 128), 2), ((64, 8, 2), 2), ((64, 8, 4), 4), ((256, 8, 128), 16)],
+)
+def test_programs_take_more_parts_where_there_are_many(
+    shape: tuple[int, int, int], parts: int
+) -> None:
+    from tokenmill.kernels.decode_attention import choose_parts
+
+    assert choose_parts(*shape, processors=132) == parts

@@ -196,3 +196,32 @@ def test_with_fixed_tiles_the_bits_of_a_row_are_its_own(
     for position in (0, 63, 64, 89):
         check((0, position, position + 1))
     check((1, 39, 40), (0, 70, 71), (0, 71, 72), (1, 20, 21))
+
+
+@pytest.mark.parametrize("block_size", [16, 64])
+def test_tall_tiles(
+    device: torch.device,
+    attention_case: BuildCase,
+    assert_close: Compare,
+    poisoned: None,
+    block_size: int,
+) -> None:
+    """Those of a GPU on which they pay, with blocks that hold tiles of keys and that do not."""
+    from tokenmill.kernels.paged_attention import paged_attention
+    from tokenmill.kernels.tiles import Tile
+
+    case = attention_case(
+        [(70, 130), (1, 33), (50, 50)], block_size=block_size, dtype=torch.float16, device=device
+    )
+    attended = case.run(partial(paged_attention, tile=Tile(128, 64, 8, 3)))
+    assert_close(attended, case.run(reference.paged_attention))
+
+
+def test_a_scale_that_is_not_positive_is_refused(
+    device: torch.device, attention_case: BuildCase
+) -> None:
+    from tokenmill.kernels.paged_attention import paged_attention
+
+    case = replace(attention_case([(1, 3)], device=device), scale=-1.0)
+    with pytest.raises(ValueError, match=r"^scale: expected above 0, got -1\.0"):
+        case.run(paged_attention)
