@@ -12,13 +12,15 @@ def check_shape(name: str, tensor: torch.Tensor, *expected: int | str) -> None:
     Raises:
         ValueError: another number of dimensions, or another size.
     """
-    shape = tuple(tensor.shape)
-    fits = len(shape) == len(expected) and all(
-        isinstance(want, str) or want == size for want, size in zip(expected, shape, strict=True)
-    )
-    if not fits:
-        wanted = ", ".join(str(size) for size in expected)
-        raise ValueError(f"{name}: expected shape [{wanted}], got {list(shape)}")
+    shape = tensor.shape
+    if len(shape) == len(expected):
+        for size, want in zip(shape, expected, strict=True):
+            if size != want and not isinstance(want, str):
+                break
+        else:
+            return
+    wanted = ", ".join(str(size) for size in expected)
+    raise ValueError(f"{name}: expected shape [{wanted}], got {list(shape)}")
 
 
 def check_dtype(name: str, tensor: torch.Tensor, *expected: torch.dtype) -> None:
