@@ -237,7 +237,7 @@ def _attention_on_gpu(
 
     if fixed_tiles:
         return paged_attention.paged_attention(
-            q, k_cache, v_cache, **arguments, max_query_len=max_query_len, fixed_tiles=True, out=out
+            q, k_cache, v_cache, **arguments, max_query_len=max_query_len, out=out
         )
     if max_query_len > 1:
         out = paged_attention.paged_attention(
