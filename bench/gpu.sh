@@ -14,9 +14,10 @@ JSON and logs go to OUTDIR, written after every figure; the table of all that li
   start         from process start to the first token, with an empty and a warm Triton cache
   plan          Llama-2-70B on 4 GPUs, on paper, from what steps measured; needs no GPU
 
-Without PART all of them, in this order. SECONDS is what a part may take; it stops begun work by
-itself when they are over, and is stopped a little later. A part that fails or is stopped leaves the
-others alone, keeps what it has written, and makes the exit status 1.
+Without PART all of them, in this order. A part may take SECONDS, or without them its share of the
+limit and what those before it left over; shortly before it begins nothing more by itself, then it
+is stopped. One that fails or is stopped leaves the others alone, keeps what it has written, and
+makes the exit status 1.
 
 --limit  seconds for all parts together (570): one that would begin with less than 15 left does not
 --tiny   the same programs with tiny shapes under Triton's interpreter, without a GPU: a rehearsal,
@@ -30,8 +31,8 @@ out=$(realpath -m "$1")
 shift
 cd "$(dirname "$0")/.."
 limit=570 is_tiny= parts=()
-declare -A seconds=([tests]=130 [engine]=150 [sync]=30 [kernels]=70 [steps]=70 [transformers]=60
-  [start]=45 [plan]=30)
+declare -A is_fixed seconds=([tests]=110 [engine]=150 [sync]=25 [kernels]=70 [steps]=100 [transformers]=50
+  [start]=40 [plan]=15)
 while [ $# -gt 0 ]; do
   name=${1%%:*}
   case $1 in
@@ -39,7 +40,7 @@ while [ $# -gt 0 ]; do
     --limit) limit=${2:?$usage}; shift ;;
     *) [ -n "${seconds[$name]:-}" ] || { echo "$usage" >&2; exit 2; }
       parts+=("$name")
-      [ "$name" = "$1" ] || seconds[$name]=${1#*:} ;;
+      [ "$name" = "$1" ] || seconds[$name]=${1#*:} is_fixed[$name]=1 ;;
   esac
   shift
 done
@@ -64,21 +65,29 @@ fi
 "$python" bench/gpu_needs.py "${tiny[@]}"
 status=0 begun=$SECONDS
 
-part() { # part NAME COMMAND...: within its time and what is left of the limit
+part() { # part NAME COMMAND...: within what is left of the limit, but for the time of those behind
   local name=$1 mine=${seconds[$1]} left=$((limit - SECONDS + begun))
+  later=$((later - mine))
   shift
   if [ "$left" -lt 15 ]; then
     status=1
     echo "== $name: left out, $left s are left"
     return
   fi
+  [ -n "${is_fixed[$name]:-}" ] || [ $((left - later)) -le "$mine" ] || mine=$((left - later))
   [ "$mine" -lt "$left" ] || mine=$left
   echo "== $name, up to $mine s"
-  local started=$SECONDS
-  # SOON is when a part begins nothing more.
-  # An interrupt leaves a trace of where it was, and of the tests a summary.
-  if ! timeout -s INT -k 8 "$mine" "${@/#SOON/$((mine > 45 ? mine - 15 : mine * 2 / 3))}" \
-    >"$out/$name.log" 2>&1; then
+  rm -f "$out/gpu_$name.json" "$out/$name.log"
+  local started=$SECONDS result=139 goes_on=
+  # One that was ended by a fault goes on with what it has not tried.
+  while [ "$result" -gt 130 ] && [ "$result" -ne 137 ] && [ "$mine" -gt 10 ]; do
+    # SOON is when a part begins nothing more. An interrupt leaves a trace, and of tests a summary.
+    GPU_BENCH_GOES_ON=$goes_on timeout -s INT -k 8 "$mine" \
+      "${@/#SOON/$((mine > 45 ? mine - 15 : mine * 2 / 3))}" >>"$out/$name.log" 2>&1 &&
+      result=0 || result=$?
+    goes_on=1 mine=$((mine - SECONDS + started))
+  done
+  if [ "$result" -ne 0 ]; then
     status=1
     echo "$name failed, or was stopped after $((SECONDS - started)) s; the end of $out/$name.log:"
     tail -n 25 "$out/$name.log"
@@ -87,13 +96,14 @@ part() { # part NAME COMMAND...: within its time and what is left of the limit
   fi
 }
 
+later=0
+for name in "${parts[@]}"; do later=$((later + seconds[$name])); done
 for name in "${parts[@]}"; do
   case $name in
     tests)
       part tests "$python" "${pytest[@]}" "${tests[@]}"
       tail -n 1 "$out/tests.log" ;;
     *)
-      rm -f "$out/gpu_$name.json"
       part "$name" "$python" "bench/gpu_$name.py" --out "$out" --seconds SOON "${tiny[@]}" ;;
   esac
 done

@@ -39,9 +39,9 @@ from tokenmill.engine.models.weights import empty_weights, pack, random_weights
 from tokenmill.engine.tokenizer import Tokenizer
 
 #: A mode is given up after.
-MODE_S = 90.0
-#: Runs after the first are begun while a mode has taken less.
-RUNS_S = 40.0
+MODE_S = 150.0
+#: Runs are begun within so long of the end of the first; the second also after a first so short.
+RUNS_S, SHORT_S = 15.0, 40.0
 #: Steps that are profiled of each kind, and decode steps before them.
 MIXED_STEPS, DECODE_STEPS, DECODE_WARM_UP = 6, 60, 40
 
@@ -90,11 +90,14 @@ class Nano:
             }
         )
         runs: list[dict[str, float | None]] = []
+        ends = 0.0
         while len(runs) < self._runs:
             runs.append(self._timed(engine, len(runs)))
             print(f"{name}: {runs[-1]}", flush=True)
             note({"runs": runs, "nano": _typical(runs)})
-            if time.perf_counter() - began > (2.0 if self._is_tiny else RUNS_S):
+            ends = ends or time.perf_counter() + (0.0 if self._is_tiny else RUNS_S)
+            is_first = len(runs) == 1 and (runs[0]["seconds"] or 0.0) < SHORT_S
+            if time.perf_counter() > ends and not is_first:
                 break
         self._profile(engine, name, note)
         note({"cost": self._cost(engine)})

@@ -14,7 +14,7 @@ Qwen3's vocabulary; experts of Mixtral's shapes; linears of 4 and 8 bits (`gpu_l
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import gpu_linears
@@ -74,7 +74,7 @@ TINY = Scale(
     head_dim=16,
     block_size=16,
     batches=(1, 3),
-    contexts=(40,),
+    contexts=(40, 70),
     prompts=(70,),
     rows=(1, 5),
     hidden=32,
@@ -146,32 +146,43 @@ def cache(scale: Scale, sequences: int, context: int) -> tuple[torch.Tensor, ...
 
 
 def decode_cases(scale: Scale) -> Iterator[Case]:
-    heads, kv_heads = scale.heads
+    """All batches and contexts; of some also with a cache of 8 bits, and a head for each query."""
     for batch in scale.batches:
         for context in scale.contexts:
-            try:
-                keys, values, tables = cache(scale, batch, context)
-            except torch.OutOfMemoryError:
-                continue
-            q = random(scale, batch, heads, scale.head_dim)
-            lengths = integers(scale, [context] * batch)
-            yield Case(
-                "decode attention",
-                f"{batch} x {context}",
-                partial(
-                    decode_attention,
-                    q,
-                    keys,
-                    values,
-                    cu_seqlens_q=torch.arange(batch + 1, dtype=torch.int32, device=q.device),
-                    context_lens=lengths,
-                    block_tables=tables,
-                    scale=0.1,
-                ),
-                bytes=2 * batch * context * kv_heads * scale.head_dim * scale.dtype.itemsize
-                + 2 * q.nbytes,
-                flops=4 * batch * context * heads * scale.head_dim,
-            )
+            yield from decode_case(scale, "decode attention", batch, context)
+    many = replace(scale, heads=(scale.heads[0], scale.heads[0]))
+    for batch, context in zip(scale.batches[1:3], scale.contexts[1:3], strict=False):
+        yield from decode_case(scale, "decode, fp8 KV", batch, context, torch.float8_e4m3fn)
+        yield from decode_case(many, "decode, no groups", batch, context)
+
+
+def decode_case(
+    scale: Scale, name: str, batch: int, context: int, kind: torch.dtype | None = None
+) -> Iterator[Case]:
+    """One, if its keys and values fit."""
+    heads, kv_heads = scale.heads
+    try:
+        keys, values, tables = cache(scale, batch, context)
+    except torch.OutOfMemoryError:
+        return
+    keys, values = keys.to(kind or scale.dtype), values.to(kind or scale.dtype)
+    q = random(scale, batch, heads, scale.head_dim)
+    yield Case(
+        name,
+        f"{batch} x {context}",
+        partial(
+            decode_attention,
+            q,
+            keys,
+            values,
+            cu_seqlens_q=torch.arange(batch + 1, dtype=torch.int32, device=q.device),
+            context_lens=integers(scale, [context] * batch),
+            block_tables=tables,
+            scale=0.1,
+        ),
+        bytes=2 * batch * context * kv_heads * scale.head_dim * keys.itemsize + 2 * q.nbytes,
+        flops=4 * batch * context * heads * scale.head_dim,
+    )
 
 
 def chunk_cases(scale: Scale) -> Iterator[Case]:

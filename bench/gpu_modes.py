@@ -1,7 +1,8 @@
 """The ways in which an engine can run its steps on a GPU, each measured in the same run.
 
 A way that the engine refuses is written down as refused. After one that failed, or took too long,
-the program begins again with the rest: an error of the device stays with its process.
+the program begins again with the rest, as `gpu.sh` has it do after one that ended its process: an
+error of the device stays there.
 """
 
 import faulthandler
@@ -33,6 +34,8 @@ MODES: dict[str, dict[str, Any]] = {
 }
 #: What is measured where nothing is said.
 USUAL = ("graphs", "in turns", "fp8 KV", "deterministic", "ahead")
+#: What says of a mode that no more is to be measured.
+ENDS = {"seconds", "refused", "error", "left_out"}
 #: Figures of a mode, which `note` adds to and writes.
 Note = Callable[[dict[str, object]], None]
 Measure = Callable[[str, Note], None]
@@ -62,6 +65,9 @@ class ModeRun:
         self._found: dict[str, Any] = {}
         if os.environ.get("GPU_BENCH_GOES_ON"):
             self._found = read_gpu_result(out, bench).get("modes", {})
+            for figures in self._found.values():
+                if not ENDS & figures.keys():
+                    figures["error"] = "the process ended"
 
     @property
     def left_s(self) -> float:
@@ -92,8 +98,10 @@ class ModeRun:
         watch.daemon = True
         watch.start()
         self._note(name, {})
+        started = time.perf_counter()
         try:
             measure(name, lambda figures: self._note(name, figures))
+            self._note(name, {"seconds": time.perf_counter() - started})
         except InvalidRequest as error:
             self._note(name, {"refused": str(error)})
         except Exception as error:  # noqa: BLE001 - whatever a device may raise

@@ -50,7 +50,7 @@ MODELS = {
     "llama-2-13b": LLAMA_2_13B,
     "mixtral-8x7b, 8 of 32 layers": MIXTRAL_8_LAYERS,
 }
-MODE_S = 60.0
+MODE_S = 120.0
 #: Queries of a chunk that read its keys and values together.
 ROWS_PER_READ = 128
 #: The most of the cache that a batch may need.

@@ -31,7 +31,7 @@ from tokenmill.producer.params import SamplingParams
 
 ROOT = Path(__file__).resolve().parent.parent
 #: What torch's warnings of operations that wait say.
-WAITS = "synchronizing"
+WAITS = "called a synchronizing"
 #: Whose waiting does not count: a size is captured once.
 CAPTURE = "_capture"
 

@@ -99,7 +99,7 @@ def test_what_waits_in_a_launch_is_counted_where_it_stood_but_for_captures() -> 
 
     def wait() -> str:
         warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
-        warnings.warn("another matter", stacklevel=1)
+        warnings.warn("the mode does not detect all synchronizing operations", stacklevel=1)
         return "ticket"
 
     def _capture() -> str:
@@ -132,7 +132,7 @@ def test_modes_are_measured_or_refused_or_failed_or_left_out(tmp_path: Path) -> 
     late = ModeRun(tmp_path, "gpu_late", {}, 0)
     late.run(["graphs"], measure, 30)
     modes = json.loads((tmp_path / "gpu_some.json").read_text())["modes"]
-    assert modes["graphs"] == {"runs": [1]}
+    assert modes["graphs"].keys() == {"runs", "seconds"}
     assert modes["fp8 KV"] == {"refused": "kv_cache_dtype must be auto, got 'fp8'"}
     assert modes["ahead"] == {"runs": [1], "error": "RuntimeError: an error of the device"}
     late_modes = json.loads((tmp_path / "gpu_late.json").read_text())["modes"]
@@ -144,13 +144,17 @@ def test_what_was_measured_before_an_error_is_kept_when_it_goes_on(
 ) -> None:
     from gpu_modes import ModeRun, chosen_modes
 
-    first = ModeRun(tmp_path, "gpu_some", {}, 60)
-    first.run(["graphs"], lambda name, note: note({"runs": [1]}), 30)
+    path = tmp_path / "gpu_some.json"
+    begun = {"graphs": {"runs": [1], "seconds": 1.0}, "in turns": {"runs": [1]}}
+    path.write_text(json.dumps({"modes": begun}))
     monkeypatch.setenv("GPU_BENCH_GOES_ON", "1")
-    second = ModeRun(tmp_path, "gpu_some", {}, 60)
-    second.run(["graphs", "ahead"], lambda name, note: note({"runs": [2]}), 30)
-    modes = json.loads((tmp_path / "gpu_some.json").read_text())["modes"]
-    assert modes == {"graphs": {"runs": [1]}, "ahead": {"runs": [2]}}
+    run = ModeRun(tmp_path, "gpu_some", {}, 60)
+    with pytest.raises(SystemExit, match="failed: in turns"):
+        run.run([*begun, "ahead"], lambda name, note: note({"runs": [2]}), 30)
+    modes = json.loads(path.read_text())["modes"]
+    assert modes["graphs"] == begun["graphs"]
+    assert modes["in turns"] == {"runs": [1], "error": "the process ended"}
+    assert modes["ahead"]["runs"] == [2]
     assert chosen_modes("ahead, graphs") == ["ahead", "graphs"]
     with pytest.raises(SystemExit, match="got fast"):
         chosen_modes("fast")
