@@ -35,7 +35,8 @@ class EngineConfig:
     prefix_caching: bool = True
     #: Prompts are cut so that no step is predicted to take longer, in milliseconds.
     max_step_ms: float | None = None
-    #: Refuse to start where a request's logits depend on what else is computed.
+    #: A request's logits are the same to the last bit whatever else is computed; refuse to start
+    #: where they are not. On a GPU it costs time.
     deterministic: bool = False
 
     #: Launch each step on a GPU before the tokens of the one before it are known.

@@ -14,6 +14,7 @@ from tokenmill.engine.capacity import Capacity, capacity_of
 from tokenmill.engine.config import EngineConfig
 from tokenmill.engine.constraint import Constraint, ConstraintCompiler
 from tokenmill.engine.cost_model import CostModel, Timing
+from tokenmill.engine.deterministic import fix_tiles
 from tokenmill.engine.executor import Ticket
 from tokenmill.engine.executors import make_executor
 from tokenmill.engine.kv_cache import choose_kv_cache_dtype
@@ -74,6 +75,7 @@ class Engine:
         self._group = model.group
         self._group.join()
         self._adapters = load_adapters(model, config.lora)
+        fix_tiles(model, self._adapters.values(), is_asked=config.deterministic)
         kv_dtype = choose_kv_cache_dtype(
             config.kv_cache_dtype, model.device, model.dtype, model.quantization
         )

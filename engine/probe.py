@@ -1,6 +1,7 @@
 """`Probe`: steps made up to learn about the device, run before the engine serves."""
 
 import time
+from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from typing import Any
 
@@ -18,6 +19,10 @@ from tokenmill.producer.params import SamplingParams
 Shape = tuple[int, int]
 #: Time for the steps that the cost model starts from, and how often each is run within it.
 COST_S, COST_ROUNDS = 1.0, 3
+#: On a GPU kernels and tiles are chosen by the number of rows: tokens, and sequences, of which a
+#: step that is compared has at least one of each kind (`kernels/fixed_linear.py`).
+TOKENS_BESIDE = (14, 63, 64, 130, 400, 1100)
+SEQS_BESIDE = (14, 63, 64, 200)
 
 
 def sequence_of(length: int, vocabulary: int, **sampling: Any) -> Sequence:
@@ -99,7 +104,7 @@ class Probe:
                 "deterministic",
                 "a device whose results do not depend on the batch",
                 f"{self._runner.device.type} in {self._runner.dtype}".replace("torch.", ""),
-                "use float32 on a CPU, or leave it out",
+                "leave it out, or use float32 on a CPU",
             )
 
     def is_batch_invariant(self) -> bool:
@@ -109,6 +114,17 @@ class Probe:
         whole = self.logits([(0, length)])[0]
         self.logits([(0, length // 3), *others])
         self.logits([(length // 3, length - length // 3 - 1)])
-        beside = self.logits([(length - 1, 1), *others])[0]
-        alone = self.logits([(length - 1, 1)])[0]
-        return torch.equal(whole, beside) and torch.equal(whole, alone)
+        steps = [[], others, *(self._crowds(length) if self._runner.device.type != "cpu" else ())]
+        return all(torch.equal(whole, self.logits([(length - 1, 1), *s])[0]) for s in steps)
+
+    def _crowds(self, length: int) -> Iterator[list[Shape]]:
+        """What may be beside one sequence of that length, as far as there are blocks for it."""
+        longest, block_size = self._max_model_len, self._runner.size.block_size
+        left = self._runner.size.num_blocks - -(-length // block_size)
+        crowds = [[(0, 1)] * count for count in SEQS_BESIDE]
+        for count in TOKENS_BESIDE:
+            chunks = [longest] * (count // longest) + [count % longest]
+            crowds.append([(0, chunk) for chunk in chunks if chunk])
+        for crowd in crowds:
+            if sum(-(-chunk // block_size) for _, chunk in crowd) <= left:
+                yield crowd

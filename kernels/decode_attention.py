@@ -64,12 +64,12 @@ def _merge(highest, total, mean, part_highest, part_total, part_mean):
     return risen, total, mean
 
 
-@triton.jit(do_not_specialize=["table_row", "num_states"])
+@triton.jit(do_not_specialize=["table_row", "parts", "num_states", "is_merged"])
 def _decode_parts_kernel(
     q_ptr,
     k_cache_ptr,
     v_cache_ptr,
-    out_ptr,  # of WHOLE
+    out_ptr,  # where a program has all of a sequence
     sums_ptr,  # else: [S, Hq, num_states, 2] float32: highest and total of each part or group
     means_ptr,  # [S, Hq, num_states, D] float32
     cu_seqlens_q_ptr,
@@ -82,7 +82,9 @@ def _decode_parts_kernel(
     out_token,
     out_head,
     table_row,
-    num_states,
+    parts,  # of a program
+    num_states,  # of a row; 0: a program has all of a sequence
+    is_merged,  # a program's parts are a group
     Hkv: tl.constexpr,
     G: tl.constexpr,
     D: tl.constexpr,
@@ -93,9 +95,6 @@ def _decode_parts_kernel(
     TILE: tl.constexpr,
     WINDOW: tl.constexpr,  # 0: none
     CAPPED: tl.constexpr,
-    PARTS: tl.constexpr,  # of a program
-    MERGED: tl.constexpr,  # they are a group
-    WHOLE: tl.constexpr,  # and all that there is
     PRECISION: tl.constexpr,
 ):
     kv_head = tl.program_id(0)
@@ -104,9 +103,9 @@ def _decode_parts_kernel(
     begin = 0
     if WINDOW:
         begin = tl.maximum(context - WINDOW, 0) // TILE * TILE
-    chunk = begin // (PART * PARTS) + tl.program_id(1)
-    begin = tl.maximum(begin, chunk * (PART * PARTS))
-    end = tl.minimum(context, (chunk + 1) * (PART * PARTS))
+    chunk = begin // (PART * parts) + tl.program_id(1)
+    begin = tl.maximum(begin, chunk * (PART * parts))
+    end = tl.minimum(context, (chunk + 1) * (PART * parts))
     if begin >= end:
         return
     token = tl.load(cu_seqlens_q_ptr + seq)
@@ -152,7 +151,7 @@ def _decode_parts_kernel(
         mean = mean * shrink[:, None]
         mean = tl.dot(weights.to(q.dtype), v.to(q.dtype), mean, input_precision=PRECISION)
         if ((tile_start + TILE) % PART == 0) | (tile_start + TILE >= end):  # the part's end
-            if MERGED:
+            if is_merged:
                 all_highest, all_total, all_mean = _merge(
                     all_highest, all_total, all_mean, highest, total, mean
                 )
@@ -164,18 +163,18 @@ def _decode_parts_kernel(
             highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
             total = tl.zeros([BLOCK_M], tl.float32)
             mean = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    if WHOLE:
-        all_mean = (all_mean / all_total[:, None]).to(out_ptr.dtype.element_ty)
+    if num_states == 0:
+        result = (all_mean / all_total[:, None]).to(out_ptr.dtype.element_ty)
         out_offsets = token.to(tl.int64) * out_token + head[:, None] * out_head + channels[None, :]
-        tl.store(out_ptr + out_offsets, all_mean, mask=inside)
-    elif MERGED:
+        tl.store(out_ptr + out_offsets, result, mask=inside)
+    elif is_merged:
         place = (seq * (Hkv * G) + head) * num_states + chunk
         tl.store(sums_ptr + place * 2, all_highest, mask=rows < G)
         tl.store(sums_ptr + place * 2 + 1, all_total, mask=rows < G)
         tl.store(means_ptr + place[:, None] * D + channels[None, :], all_mean, mask=inside)
 
 
-@triton.jit(do_not_specialize=["num_states"])
+@triton.jit(do_not_specialize=["num_states", "state_size", "group"])
 def _merge_parts_kernel(
     sums_ptr,
     means_ptr,
@@ -185,11 +184,11 @@ def _merge_parts_kernel(
     out_token,
     out_head,
     num_states,
+    state_size,  # positions of a state: those of a part, or of a group
+    group,  # states of a group: 1 if they are groups
     Hq: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    STATE: tl.constexpr,  # positions of a state: those of a part, or of a group
-    GROUP: tl.constexpr,  # states of a group: 1 if they are groups
     AT_ONCE: tl.constexpr,
     TILE: tl.constexpr,
     WINDOW: tl.constexpr,
@@ -204,17 +203,17 @@ def _merge_parts_kernel(
     inside = channels < D
     first = 0
     if WINDOW:
-        first = tl.maximum(context - WINDOW, 0) // TILE * TILE // STATE
-    end = tl.cdiv(context, STATE)
+        first = tl.maximum(context - WINDOW, 0) // TILE * TILE // state_size
+    end = tl.cdiv(context, state_size)
     all_highest = -1e30
     all_total = 0.0
     all_mean = tl.zeros([BLOCK_D], tl.float32)
-    for start in range(first // (GROUP * AT_ONCE) * (GROUP * AT_ONCE), end, GROUP * AT_ONCE):
-        groups = start + tl.arange(0, AT_ONCE) * GROUP
+    for start in range(first // (group * AT_ONCE) * (group * AT_ONCE), end, group * AT_ONCE):
+        groups = start + tl.arange(0, AT_ONCE) * group
         highest = tl.full([AT_ONCE], -1e30, tl.float32)
         total = tl.zeros([AT_ONCE], tl.float32)
         mean = tl.zeros([AT_ONCE, BLOCK_D], tl.float32)
-        for step in tl.range(0, tl.minimum(GROUP, end - start), num_stages=6):
+        for step in tl.range(0, tl.minimum(group, end - start), num_stages=6):
             state = groups + step
             there = (state >= first) & (state < end)  # one that is not changes nothing
             place = (seq * Hq + head) * num_states + state
@@ -312,7 +311,9 @@ def decode_attention(
         *q.stride()[:2],
         *out.stride()[:2],
         block_tables.stride(0),
-        num_states,
+        GROUP if is_whole else parts,
+        0 if is_whole else num_states,
+        int(is_merged),
         Hkv=num_kv_heads,
         G=group,
         D=head_dim,
@@ -323,9 +324,6 @@ def decode_attention(
         TILE=tile.keys,
         WINDOW=window or 0,
         CAPPED=bool(softcap),
-        PARTS=GROUP if is_whole else parts,
-        MERGED=is_merged,
-        WHOLE=is_whole,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         num_warps=tile.warps,
         num_stages=tile.stages,
@@ -341,11 +339,11 @@ def decode_attention(
         context_lens,
         *out.stride()[:2],
         num_states,
+        state,
+        1 if is_merged else GROUP,
         Hq=num_heads,
         D=head_dim,
         BLOCK_D=block_d,
-        STATE=state,
-        GROUP=1 if is_merged else GROUP,
         AT_ONCE=AT_ONCE,
         TILE=tile.keys,
         WINDOW=window or 0,

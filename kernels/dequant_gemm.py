@@ -18,7 +18,8 @@ x, multiplied as it is: nothing is interleaved, and W inputs have one group if i
 multiple of W. The rounded weights are those that a checkpoint read as floats would have.
 
 A row is one sum over K in one order, not divided among programs: its bits do not depend on the
-other rows while the tiles keep their height, of which there are three.
+other rows while the tiles keep their height, of which there are three. With `fixed_tiles` the
+lowest is left out, so that all are the sum that `fixed_linear.py` speaks of.
 """
 
 import torch
@@ -36,8 +37,9 @@ from tokenmill.kernels.checks import (
 from tokenmill.kernels.packed_codes import BLOCK, words_per_block
 
 #: Rows up to which a tile is used, its height and width, warps, stages; chosen without a GPU:
-#: few rows read weights alone, so that narrow tiles keep more processors busy.
-_TILES = ((16, 16, 32, 4, 4), (64, 64, 64, 4, 3), (None, 128, 128, 8, 3))
+#: few rows read weights alone, so that narrow tiles keep more processors busy. With three stages
+#: the tallest would take 136 KiB of shared memory, which not every GPU has.
+_TILES = ((16, 16, 32, 4, 4), (64, 64, 64, 4, 3), (None, 128, 128, 8, 2))
 
 
 @triton.jit
@@ -110,8 +112,11 @@ def dequant_linear(
     *,
     bits: int,
     group_size: int,
+    fixed_tiles: bool = False,
 ) -> torch.Tensor:
     """Return y [M, N] of the formula above; `group_size` 0: all inputs of an output have one scale.
+
+    With `fixed_tiles` a row has the same bits in any batch.
 
     Raises:
         ValueError: an argument that does not fit the table above.
@@ -122,7 +127,7 @@ def dequant_linear(
     if not y.numel():
         return y
     _, block_m, block_n, warps, stages = next(
-        tile for tile in _TILES if tile[0] is None or num_rows <= tile[0]
+        tile for tile in _TILES[1 if fixed_tiles else 0 :] if tile[0] is None or num_rows <= tile[0]
     )
     _dequant_gemm_kernel[(triton.cdiv(num_rows, block_m), triton.cdiv(num_outputs, block_n))](
         x,

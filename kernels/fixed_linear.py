@@ -24,9 +24,11 @@ that is no other sum:
 
 In float32 there is one tile.
 
-Few rows read the weight, and little else: then there must be programs enough to keep memory busy,
-so that narrow outputs get narrow tiles. Many rows want large tiles, for each reads 1 / BLOCK_N + 1
-/ BLOCK_M elements for a product. Programs beside each other share their rows of x or w in the L2.
+A large tile reads less: 1 / BLOCK_M + 1 / BLOCK_N elements for a product. But there must be
+programs enough to keep memory and cores busy, so that few rows, or few outputs, have smaller tiles.
+Programs beside each other share their rows of x and w in the L2.
+
+Never run on a device.
 """
 
 import functools
@@ -59,23 +61,21 @@ class Tile(NamedTuple):
     stages: int
 
 
-#: Widest first, with the programs that there must be for it. Within 96 KiB of shared memory, which
-#: every GPU since 8.6 has, but for the first, which needs 192. Chosen without a GPU.
-_LOW = (
+#: Largest first, and how many programs there must be of it: fewer would leave memory or cores idle
+#: that the next smaller one keeps busy. Chosen without a GPU, by the times of the log.
+_TILES = (
+    (84, Tile(128, 256, 64, 8, 4)),
+    (64, Tile(128, 128, 64, 8, 4)),
     (64, Tile(64, 128, 64, 4, 4)),
     (64, Tile(64, 64, 64, 4, 6)),
     (64, Tile(64, 32, 64, 4, 8)),
-    (0, Tile(64, 16, 128, 4, 4)),
-)
-_HIGH = (
-    (128, Tile(128, 256, 64, 8, 4)),
-    (64, Tile(128, 128, 64, 8, 3)),
-    (64, Tile(128, 64, 64, 8, 4)),
-    (0, Tile(128, 32, 64, 8, 4)),
+    (0, Tile(64, 16, 128, 4, 8)),
 )
 _FLOAT32 = Tile(64, 32, 32, 4, 2)
-#: Devices, by the first part of their compute capability, that have the memory for the widest.
-_LARGE = (9, 10)
+#: Shared memory that a program may take on devices whose compute capability begins so, and on all
+#: others since 8.6; with less than three stages of a tile the next one is better.
+_LARGE, _LARGE_MEMORY, _MEMORY = (9, 10), 192 * 1024, 96 * 1024
+_LEAST_STAGES = 3
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -165,14 +165,26 @@ def fixed_linear(
 
 
 def choose_tile(num_rows: int, num_outputs: int, dtype: torch.dtype, *, is_large: bool) -> Tile:
-    """The widest tile that leaves programs enough; `is_large`: whether it may take 192 KiB."""
+    """The largest tile that leaves programs enough; `is_large`: on a device of `_LARGE`."""
     if dtype == torch.float32:
         return _FLOAT32
-    tiles = _LOW if num_rows <= _LOW[0][1].rows else _HIGH[0 if is_large else 1 :]
-    for least, tile in tiles[:-1]:
-        if triton.cdiv(num_rows, tile.rows) * triton.cdiv(num_outputs, tile.outputs) >= least:
-            return tile
-    return tiles[-1][1]
+    for least, tile in tiles(is_large=is_large):
+        count = triton.cdiv(num_rows, tile.rows) * triton.cdiv(num_outputs, tile.outputs)
+        if count >= least and (num_rows > 64 or tile.rows == 64):
+            break
+    return tile
+
+
+@functools.cache
+def tiles(*, is_large: bool) -> list[tuple[int, Tile]]:
+    """Those of 16 bits that a device has the memory for, with the least programs of each."""
+    found = []
+    for least, tile in _TILES:
+        stage = 2 * (tile.rows + tile.outputs) * tile.inputs
+        stages = min(tile.stages, (_LARGE_MEMORY if is_large else _MEMORY) // stage)
+        if stages >= _LEAST_STAGES:
+            found.append((least, tile._replace(stages=stages)))
+    return found
 
 
 @functools.cache

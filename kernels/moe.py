@@ -20,7 +20,8 @@ by number; `ends[e]` is where those of expert e end. A tile of a grouped product
 expert alone: expert e has its tiles from number `start // BLOCK_M + e` on, so that the grid is the
 bound `T * top_k // BLOCK_M + E`, and nothing is read back (the numbering of `paged_attention.py`).
 Each row is one sum over K in one order: its bits do not depend on the other rows while the tiles
-keep their height, of which there are two.
+keep their height, of which there are two. With `fixed_tiles` there is one, that of
+`fixed_linear.py`, which says why.
 
 Among equal logits the expert of the lowest number is chosen.
 """
@@ -190,10 +191,13 @@ def grouped_linear(
     weight: torch.Tensor,
     order: torch.Tensor,
     ends: torch.Tensor,
+    *,
+    fixed_tiles: bool = False,
 ) -> torch.Tensor:
     """Row i of the result [A, N] is x's row of assignment i times its expert's weight.
 
     `x` has a row for each assignment, or one for each token; then A is a multiple of its rows.
+    With `fixed_tiles` a row has the same bits in any batch.
 
     Raises:
         ValueError: an argument that does not fit the table above.
@@ -216,7 +220,7 @@ def grouped_linear(
     if not y.numel():
         return y
     # Few rows for each expert, as in decoding, waste most of a tall tile.
-    block_m = 16 if count <= 16 * num_experts else 64
+    block_m = 16 if count <= 16 * num_experts and not fixed_tiles else 64
     block_n, block_k = (32, 32) if x.dtype == torch.float32 else (128, 64)
     _grouped_linear_kernel[(count // block_m + num_experts, triton.cdiv(width, block_n))](
         x,

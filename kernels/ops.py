@@ -237,7 +237,7 @@ def _attention_on_gpu(
 
     if fixed_tiles:
         return paged_attention.paged_attention(
-            q, k_cache, v_cache, **arguments, max_query_len=max_query_len, fixed_tiles=True, out=out
+            q, k_cache, v_cache, **arguments, max_query_len=max_query_len, out=out
         )
     if max_query_len > 1:
         out = paged_attention.paged_attention(
@@ -365,14 +365,17 @@ def dequant_linear(
     *,
     bits: int,
     group_size: int,
+    fixed_tiles: bool = False,
 ) -> torch.Tensor:
-    """Return x [M, K] times a weight [N, K] of 4 or 8 bits, laid out as in `packed_codes.py`."""
+    """Return x [M, K] times a weight [N, K] of 4 or 8 bits, laid out as in `packed_codes.py`.
+
+    On a GPU a row has the same bits in any batch with `fixed_tiles`.
+    """
+    multiply: Callable[..., torch.Tensor] = reference.dequant_linear
     if x.is_cuda:
         from tokenmill.kernels import dequant_gemm as on_gpu
 
-        multiply = on_gpu.dequant_linear
-    else:
-        multiply = reference.dequant_linear
+        multiply = partial(on_gpu.dequant_linear, fixed_tiles=fixed_tiles)
     return multiply(x, words, scales, zeros, bias, bits=bits, group_size=group_size)
 
 

@@ -29,9 +29,9 @@ one that the tile's first row begins to see; a later row skips it with weights o
 of a tile are asked for before those of the one before it are weighed, so that the tensor cores work
 meanwhile. Programs run from the last tile of rows to the first: long ones first.
 
-A row's bits depend on the form of its tile (`tiles.py`). With `fixed_tiles` there is one for all
-steps, so that they depend on the row alone: a sequence's rows are the same alone or among others,
-whole, in chunks that end anywhere, or decoded.
+A row's bits depend on the form of its tile (`tiles.py`), of which there is one for all steps: a
+sequence's rows are the same alone or among others, whole, in chunks that end anywhere, or decoded
+by this kernel.
 """
 
 import torch
@@ -56,9 +56,6 @@ from tokenmill.kernels.checks import (
     check_shape,
 )
 from tokenmill.kernels.tiles import Tile, choose_tile
-
-#: Queries times heads of a group up to which no chunk of a step fills a tall tile.
-SHORT_ROWS = 64
 
 
 # The counts change from step to step: specialised, each new kind would compile while serving.
@@ -204,21 +201,21 @@ def paged_attention(
     window: int | None = None,
     softcap: float | None = None,
     skip_single: bool = False,
-    fixed_tiles: bool = False,
     tile: Tile | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attend as in the formula above; returns `out`, or a new contiguous tensor, [T, Hq, D].
 
     Rows behind the last chunk are padding and are not written, nor, with `skip_single`, are those
-    of chunks of one query, which `decode_attention.py` is for. `tile` None: as the device wants,
-    and lower where no chunk fills it, unless tiles are fixed.
+    of chunks of one query, which `decode_attention.py` is for. `max_query_len` is not looked at;
+    `tile` None: that of the device.
 
     Raises:
         ValueError: an argument that does not fit the table above.
     """
     if out is None:
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    del max_query_len
     check_attention(q, k_cache, v_cache, cu_seqlens_q, context_lens, block_tables, scale, out)
     num_tokens, num_heads, head_dim = q.shape
     num_seqs = context_lens.shape[0]
@@ -226,9 +223,7 @@ def paged_attention(
     if not num_tokens or not num_seqs:
         return out
     group = num_heads // num_kv_heads
-    if tile is None:
-        is_short = max_query_len * group <= SHORT_ROWS and not fixed_tiles
-        tile = choose_tile("short_chunk_attention" if is_short else "chunk_attention", q, k_cache)
+    tile = tile or choose_tile("chunk_attention", q, k_cache)
     block_m = max(triton.next_power_of_2(group), tile.rows)
     block_q = block_m // group
     _paged_attention_kernel[(num_tokens // block_q + num_seqs, num_kv_heads)](

@@ -1,10 +1,11 @@
 """Tiles of attention: what a program takes at once, from a table of the GPU or else by rule.
 
-| kernel                | rows of a tile                 | chosen for                       |
-| --------------------- | ------------------------------ | -------------------------------- |
-| chunk_attention       | queries times heads of a group | chunks; all rows if it is fixed  |
-| short_chunk_attention | the same                       | steps where no chunk has 64 rows |
-| decode_attention      | heads of a group               | chunks of one query              |
+| kernel           | rows of a tile                 | for                              |
+| ---------------- | ------------------------------ | -------------------------------- |
+| chunk_attention  | queries times heads of a group | chunks, and with fixed tiles all |
+| decode_attention | heads of a group               | chunks of one query              |
+
+There is one tile of each for all steps, so that none is compiled while requests wait.
 
 A table is `tile_tables/NAME.json`, written by `bench/gpu_tiles.py` on that GPU and committed; NAME
 is the device's in lower case with underscores. It has tiles by kernel, channels (a power of two),

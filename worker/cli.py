@@ -145,7 +145,7 @@ def _auto(value: str) -> int | None:
     "--deterministic",
     envvar="TOKENMILL_DETERMINISTIC",
     is_flag=True,
-    help="Refuse to start where results depend on what else is computed.",
+    help="The same results whatever else is computed, or no start; a GPU is slower with it.",
 )
 @_option(
     "--async-scheduling/--no-async-scheduling",

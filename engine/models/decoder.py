@@ -180,6 +180,7 @@ class Decoder:
             window=spec.windows[number],
             softcap=spec.attention_softcap,
             out=out,
+            fixed_tiles=self._weights.has_fixed_tiles,
         )
         return layer.attention_out(attended.view(hidden.shape[0], -1), batch.adapted)
 

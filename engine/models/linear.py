@@ -5,6 +5,8 @@ few rows and for the language-model head: with AVX-512 by a kernel of ours, othe
 (docs/decisions/0005-cpu-linears.md). Elsewhere the weight stays as it is, for cuBLAS. A quantized
 linear is as its scheme says (`quantization.py`).
 
+With `fix_tiles` a row has the same bits in any batch on a GPU too (decision 36).
+
 An adapter adds to the rows of the sequences that ask for it: `low_rank.py`.
 """
 
@@ -13,7 +15,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn.functional import linear
 
+from tokenmill.engine.models.fp8_linear import Fp8Weight
 from tokenmill.engine.models.int8_linear import GroupedInt8Weight
+from tokenmill.engine.models.packed_linear import PackedWeight
 from tokenmill.engine.models.quantization import Packing, Quantized, Scheme
 from tokenmill.kernels import ops
 
@@ -47,6 +51,7 @@ class Linear:
         self.row_bits = row_bits
         self._is_packed = False
         self._is_panels = False
+        self._has_fixed_tiles = False
         self._quantized: Quantized | None = None
         self._packing = packing
         self._parts = parts or {}
@@ -98,6 +103,17 @@ class Linear:
             self._is_packed = True
 
     @property
+    def can_fix_tiles(self) -> bool:
+        """Whether a GPU has a form of it whose rows have the same bits in any batch."""
+        return not isinstance(self._quantized, Fp8Weight)
+
+    def fix_tiles(self, *, is_fixed: bool = True) -> None:
+        """Compute by that form from here on, or by the fastest again; on a GPU, once packed."""
+        self._has_fixed_tiles = is_fixed
+        if isinstance(self._quantized, PackedWeight):
+            self._quantized.has_fixed_tiles = is_fixed
+
+    @property
     def layout(self) -> str:
         """How the weight is held, by name: linears of one shape and layout take the same time."""
         if self._quantized is not None:
@@ -138,6 +154,8 @@ class Linear:
             return self._quantized(rows, self.bias)
         if self._is_panels:
             return ops.packed_linear(rows, self.weight, self.bias)
+        if self._has_fixed_tiles:
+            return ops.fixed_linear(rows, self.weight, self.bias)
         if not self._is_packed:
             return linear(rows, self.weight, self.bias)
         count = rows.shape[0]

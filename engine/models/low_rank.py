@@ -34,6 +34,11 @@ class LowRank:
             return self.panels.down.nbytes + self.panels.up.nbytes
         return sum(linear.nbytes for linear in self._linears)
 
+    def fix_tiles(self, *, is_fixed: bool) -> None:
+        """As of a `Linear`, for both."""
+        for linear in self._linears:
+            linear.fix_tiles(is_fixed=is_fixed)
+
     def add(self, out: torch.Tensor, rows: torch.Tensor, places: torch.Tensor) -> None:
         """Add to out [T, out] at `places` what it makes of rows [T, in] there."""
         if self.panels is not None:

@@ -1,6 +1,7 @@
 """`MLP`, and `MoE`, the mixture of experts that stands in its place."""
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 
@@ -55,6 +56,8 @@ class MoE:
         self.stacks = stacks
         self.shared = shared
         self.shared_gate = shared_gate
+        #: On a GPU a row has the same bits in any batch.
+        self.has_fixed_tiles = False
         self._top_k = top_k
         self._normalize = normalize
 
@@ -83,9 +86,10 @@ class MoE:
 
         shares, chosen = moe.route(self.router(x), self._top_k, normalize=self._normalize)
         order, ends = moe.sort_by_expert(chosen, len(self.experts))
-        inner = moe.grouped_linear(x, up, order, ends)
+        multiply = partial(moe.grouped_linear, fixed_tiles=self.has_fixed_tiles)
+        inner = multiply(x, up, order, ends)
         inner = ops.gated_activation(inner, self.experts[0].activation)
-        return moe.sum_experts(moe.grouped_linear(inner, down, order, ends), shares)
+        return moe.sum_experts(multiply(inner, down, order, ends), shares)
 
     def linears(self) -> Iterator[Linear]:
         """All linears in it."""

@@ -50,7 +50,10 @@ class IntPacking:
 
 
 class PackedWeight:
-    """Made of filled parts, which it lays out for the kernel: outputs side by side."""
+    """Made of filled parts, which it lays out for the kernel: outputs side by side.
+
+    `has_fixed_tiles`: as that of a `Linear`.
+    """
 
     def __init__(
         self,
@@ -59,6 +62,7 @@ class PackedWeight:
         scales: torch.Tensor,  # [out, G]
         zeros: torch.Tensor,  # [out, G]
     ) -> None:
+        self.has_fixed_tiles = False
         self._packing = packing
         self._words = words.transpose(0, 1).contiguous()
         self._scales = scales.t().contiguous()
@@ -79,4 +83,5 @@ class PackedWeight:
             bias,
             bits=self._packing.bits,
             group_size=self._packing.group_size,
+            fixed_tiles=self.has_fixed_tiles,
         )

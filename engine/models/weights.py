@@ -62,6 +62,17 @@ class ModelWeights:
     layers: list[LayerWeights]
     final_norm: Norm
     lm_head: Linear  # [H] -> [V]
+    #: On a GPU a row of a step has the same bits in any batch; `fix_tiles` sets it.
+    has_fixed_tiles: bool = False
+
+    def fix_tiles(self, *, is_fixed: bool = True) -> None:
+        """Compute by kernels whose rows do not depend on each other, or by the fastest again."""
+        self.has_fixed_tiles = is_fixed
+        for linear in self.linears():
+            linear.fix_tiles(is_fixed=is_fixed)
+        for layer in self.layers:
+            if isinstance(layer.mlp, MoE):
+                layer.mlp.has_fixed_tiles = is_fixed
 
     def linears(self) -> Iterator[Linear]:
         """Every linear of the model."""

@@ -47,4 +47,4 @@ def test_no_kernel_of_real_shapes_spills(tmp_path: Path, family: str) -> None:
     assert len(kernels) >= 10
     for kernel in kernels:
         assert not kernel["local_bytes"], kernel
-        assert kernel["shared_bytes"] <= 96 * 1024, kernel
+        assert kernel["shared_bytes"] <= 227 * 1024, kernel  # what capability 9.0 has

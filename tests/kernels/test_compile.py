@@ -62,12 +62,12 @@ for dtype, precision, block_m, window in forms:
     decode = {"Hkv": 3, "G": 3, "D": 256, "BLOCK_SIZE": 64, "BLOCK_D": 256, "BLOCK_M": 16}
     compile_kernel(
         _decode_parts_kernel, dtype, lengths, ["score_scale", "cap_log2"], **decode, PART=256,
-        TILE=32, WINDOW=window, CAPPED=window > 0, PRECISION=precision, PARTS=16,
-        MERGED=block_m == 16, WHOLE=window > 0, num_stages=3 if dtype == "bf16" else 2,
+        TILE=32, WINDOW=window, CAPPED=window > 0, PRECISION=precision,
+        num_stages=3 if dtype == "bf16" else 2,
     )
     compile_kernel(
         _merge_parts_kernel, dtype, lengths, [], Hq=9, D=256, BLOCK_D=256, TILE=32,
-        WINDOW=window, STATE=256, GROUP=16 if window else 1, AT_ONCE=8,
+        WINDOW=window, AT_ONCE=8,
     )
     compile_kernel(
         _grouped_linear_kernel, dtype, ["order_ptr", "ends_ptr"], [], PER_ROW=2, BLOCK_M=block_m,

@@ -1,3 +1,4 @@
+import functools
 from collections.abc import Callable
 
 import pytest
@@ -84,11 +85,14 @@ def test_products(
     generator = torch.Generator().manual_seed(rows)
     x = torch.randn(rows, depth + 3, generator=generator).to(device, dtype)[:, :depth]
     bias = torch.randn(out, generator=generator).to(device, dtype) if rows % 2 else None
-    y = dequant_linear(x, **parts, bias=bias, bits=bits, group_size=group_size)
+    weights = parts["words"], parts["scales"], parts["zeros"]
+    y = dequant_linear(x, *weights, bias, bits=bits, group_size=group_size)
     expected = x.float() @ floats.to(dtype).float().T
     expected = (expected if bias is None else expected + bias.float()).to(dtype)
     assert_close(y, expected)
-    again = reference.dequant_linear(x, **parts, bias=bias, bits=bits, group_size=group_size)
+    fixed = dequant_linear(x, *weights, bias, bits=bits, group_size=group_size, fixed_tiles=True)
+    assert_close(fixed, expected)
+    again = reference.dequant_linear(x, *weights, bias, bits=bits, group_size=group_size)
     assert_close(again, expected)
 
 
@@ -104,6 +108,22 @@ def test_a_row_is_the_same_alone_and_among_others(device: torch.device, rows: in
     together = dequant_linear(x, *parts.values(), bits=4, group_size=32)
     turned = dequant_linear(beside, *parts.values(), bits=4, group_size=32).flip(0)
     assert torch.equal(together[:-1], turned[:-1])
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_with_fixed_tiles_in_any_batch(device: torch.device, bits: int) -> None:
+    """On a GPU beyond the rows of a tile too; interpreted, other heights are other products."""
+    from tokenmill.kernels.dequant_gemm import dequant_linear
+
+    parts, _ = weight(33, 200, bits, 32, device)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    most = 600 if device.type == "cuda" else 64
+    x = torch.randn(most, 200, generator=torch.Generator().manual_seed(bits)).to(device, dtype)
+    multiply = functools.partial(dequant_linear, bits=bits, group_size=32, fixed_tiles=True)
+    whole = multiply(x, *parts.values())
+    for count in (1, 2, 15, 16, 17, 64, 65, 128, 600):
+        assert torch.equal(multiply(x[:count], *parts.values()), whole[:count])
+        assert torch.equal(multiply(x[-count:], *parts.values()), whole[-count:])
 
 
 def test_no_rows(device: torch.device) -> None:

@@ -53,14 +53,14 @@ def test_products(
     assert_close(fixed_linear(x, w), plain.to(dtype))
 
 
-@pytest.mark.parametrize("number", range(8))
+@pytest.mark.parametrize("number", range(6))
 def test_every_tile(
     device: torch.device, assert_close: Compare, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     """Whatever would choose it; more tiles below each other than a band has."""
     from tokenmill.kernels import fixed_linear as module
 
-    _, tile = (*module._LOW, *module._HIGH)[number]
+    _, tile = module.tiles(is_large=True)[number]
     monkeypatch.setattr(module, "choose_tile", lambda *_, **__: tile)
     x, w, bias = linear_of(9 * tile.rows + 5, tile.outputs + 9, 70, device, torch.float16)
     expected = (x.float() @ w.float().T + bias.float()).half()
@@ -114,30 +114,41 @@ def test_all_tiles_have_the_same_bits(
         pytest.skip("numpy's products depend on the tile")
     x, w, bias = linear_of(300, 700, depth, device, dtype)
     expected = module.fixed_linear(x, w, bias)
-    tiles = [*module._LOW, *module._HIGH[0 if module._is_large(device) else 1 :]]
-    for _, tile in tiles:
+    for _, tile in module.tiles(is_large=module._is_large(device)):
         monkeypatch.setattr(module, "choose_tile", lambda *_, tile=tile, **__: tile)
         assert torch.equal(module.fixed_linear(x, w, bias), expected), tile
 
 
-def test_tiles_leave_programs_enough() -> None:
-    """Those of Llama-3.1-8B and Qwen3-0.6B on a large device, and the head on another."""
-    from tokenmill.kernels.fixed_linear import choose_tile
-
-    for rows, outputs, expected in (
+@pytest.mark.parametrize(
+    ("rows", "outputs", "expected"),
+    [  # of Llama-3.1-8B and Qwen3-0.6B
         (1, 28672, (64, 128)),
         (64, 6144, (64, 64)),
         (1, 1024, (64, 16)),
-        (65, 1024, (128, 32)),
+        (65, 1024, (64, 32)),
+        (128, 4096, (64, 128)),
         (256, 4096, (128, 128)),
-        (512, 4096, (128, 128)),
-        (2048, 4096, (128, 256)),
+        (512, 6144, (128, 256)),
         (2048, 1024, (128, 128)),
-    ):
-        tile = choose_tile(rows, outputs, torch.bfloat16, is_large=True)
-        assert (tile.rows, tile.outputs) == expected
-    assert choose_tile(256, 151936, torch.bfloat16, is_large=True).outputs == 256
-    assert choose_tile(256, 151936, torch.bfloat16, is_large=False).outputs == 128
+        (64, 151936, (64, 128)),
+        (65, 151936, (128, 256)),
+    ],
+)
+def test_tiles_leave_programs_enough(rows: int, outputs: int, expected: tuple[int, int]) -> None:
+    from tokenmill.kernels.fixed_linear import choose_tile
+
+    tile = choose_tile(rows, outputs, torch.bfloat16, is_large=True)
+    assert (tile.rows, tile.outputs) == expected
+    assert choose_tile(rows, outputs, torch.float32, is_large=True).rows == 64
+
+
+def test_tiles_of_devices_with_less_memory() -> None:
+    from tokenmill.kernels.fixed_linear import choose_tile, tiles
+
+    assert choose_tile(4096, 151936, torch.bfloat16, is_large=False)[:2] == (128, 128)
+    for is_large, most in ((True, 192), (False, 96)):
+        for _, tile in tiles(is_large=is_large):
+            assert (tile.rows + tile.outputs) * tile.inputs * 2 * tile.stages <= most * 1024
 
 
 def test_no_rows(device: torch.device) -> None:

@@ -122,6 +122,20 @@ def test_a_row_is_the_same_alone_and_among_others(device: torch.device) -> None:
     assert torch.equal(together[5:6], alone)
 
 
+@pytest.mark.parametrize("tokens", [1, 5, 16, 120])
+def test_with_fixed_tiles_in_any_batch(device: torch.device, tokens: int) -> None:
+    """Bit for bit: few rows and many for each expert would have tiles of two heights."""
+    from tokenmill.kernels.moe import grouped_linear, sort_by_expert
+
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    x = torch.randn(120, 72, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    w = torch.randn(3, 33, 72, generator=torch.Generator().manual_seed(1)).to(device, dtype)
+    chosen = (torch.arange(120, device=device, dtype=torch.int32) % 3)[:, None].contiguous()
+    whole = grouped_linear(x, w, *sort_by_expert(chosen, 3), fixed_tiles=True)
+    few = sort_by_expert(chosen[:tokens], 3)
+    assert torch.equal(grouped_linear(x[:tokens], w, *few, fixed_tiles=True), whole[:tokens])
+
+
 def test_order_and_ends(device: torch.device) -> None:
     from tokenmill.kernels.moe import sort_by_expert
 

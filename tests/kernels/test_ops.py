@@ -87,7 +87,7 @@ def test_with_fixed_tiles_decodes_on_a_gpu_are_chunks(
 
     case = attention_case([(1, 33), (7, 20), (1, 70)], device=device)
     attended = case.run(partial(ops._attention_on_gpu, fixed_tiles=True))
-    assert torch.equal(attended, case.run(partial(paged_attention, fixed_tiles=True)))
+    assert torch.equal(attended, case.run(paged_attention))
     alone = replace(
         case,
         q=case.q[:1],

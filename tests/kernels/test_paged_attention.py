@@ -98,27 +98,6 @@ def test_chunks_of_one_query_can_be_left_out(
     assert (out[[0, 4]] == 7.0).all()
 
 
-def test_a_row_is_the_same_alone_and_among_others(
-    device: torch.device, attention_case: BuildCase
-) -> None:
-    """Bit for bit: a sequence's result may not depend on what shares its step."""
-    from tokenmill.kernels.paged_attention import paged_attention
-
-    case = attention_case([(1, 40), (1, 90), (1, 3)], device=device)
-    together = case.run(paged_attention)
-    alone = paged_attention(
-        case.q[1:2],
-        case.k_cache,
-        case.v_cache,
-        cu_seqlens_q=case.cu_seqlens_q[:2],
-        context_lens=case.context_lens[1:2],
-        block_tables=case.block_tables[1:2],
-        max_query_len=1,
-        scale=case.scale,
-    )
-    assert torch.equal(together[1:2], alone)
-
-
 def test_int64_tables_are_refused(device: torch.device, attention_case: BuildCase) -> None:
     from tokenmill.kernels.paged_attention import paged_attention
 
@@ -154,7 +133,7 @@ def test_windows_and_soft_caps(
 
 
 @pytest.mark.parametrize(("window", "softcap"), [(None, None), (40, 3.0)])
-def test_with_fixed_tiles_the_bits_of_a_row_are_its_own(
+def test_the_bits_of_a_row_are_its_own(
     device: torch.device,
     attention_case: BuildCase,
     assert_close: Compare,
@@ -170,8 +149,7 @@ def test_with_fixed_tiles_the_bits_of_a_row_are_its_own(
         [(90, 90), (40, 40)], heads=(3, 1), head_dim=head_dim, dtype=dtype, device=device
     )
     case = replace(case, window=window, softcap=softcap)
-    attend = partial(paged_attention, fixed_tiles=True)
-    whole = case.run(attend)
+    whole = case.run(paged_attention)
     assert_close(whole, case.run(reference.paged_attention))
 
     def check(*pieces: tuple[int, int, int]) -> None:
@@ -186,7 +164,7 @@ def test_with_fixed_tiles_the_bits_of_a_row_are_its_own(
             block_tables=case.block_tables[[s for s, *_ in pieces]],
             max_query_len=max(end - start for _, start, end in pieces),
         )
-        assert torch.equal(part.run(attend), whole[places])
+        assert torch.equal(part.run(paged_attention), whole[places])
 
     check((0, 0, 90))
     check((1, 3, 40), (0, 0, 1))

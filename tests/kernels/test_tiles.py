@@ -13,7 +13,7 @@ def test_without_a_table_tiles_are_by_rule() -> None:
     q, keys = torch.zeros(1, 4, 80), torch.zeros(1, 16, 2, 80)
     assert tiles.choose_tile("chunk_attention", q, keys) == Tile(64, 32, 4, 2)
     half = q.half(), keys.half()
-    assert tiles.choose_tile("short_chunk_attention", *half) == Tile(64, 64, 4, 2)
+    assert tiles.choose_tile("chunk_attention", *half) == Tile(64, 64, 4, 2)
     assert tiles.choose_tile("decode_attention", *half) == Tile(16, 64, 4, 3)
     assert tiles.tile_by_rule("chunk_attention", 128, 2, (9, 0)) == Tile(128, 64, 8, 3)
     assert tiles.tile_by_rule("chunk_attention", 256, 2, (8, 0)).keys == 32

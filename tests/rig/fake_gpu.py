@@ -7,6 +7,7 @@ of torch asks a build for CPUs for the device's guard is put in other words.
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -29,6 +30,8 @@ from tokenmill.engine.tokenizer import Tokenizer
 from tokenmill.producer.params import SamplingParams
 
 DEVICE = torch.device("cuda:0")
+#: Without a table of tiles: those by rule are the ones that have to compile.
+H100 = SimpleNamespace(name="an H100 of this file", major=9, minor=0, multi_processor_count=132)
 
 
 class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -119,6 +122,7 @@ def fake_gpu(launch: Callable[..., None]) -> Iterator[FakeTensorMode]:
             (interpreter.InterpretedFunction, "run", run),
             (jit.JITFunction, "run", run),
             (torch.Tensor, "pin_memory", pinned),
+            (torch.cuda, "get_device_properties", lambda _: H100),
             (FakeTensor, "__getitem__", _item),
             (FakeTensor, "__setitem__", _set_item),
             (FakeTensor, "copy_", _copy),
