@@ -1,8 +1,9 @@
-"""Claim to be tested on a GPU: linears of 4 and 8 bits and of fp8, beside cuBLAS and the roofline.
+"""Claim to be tested on a GPU: linears of 4 and 8 bits, of fp8 and of fixed sums, beside cuBLAS.
 
 With few rows weights are all that is read, so that 4 bits should take about a third of the time of
-bfloat16; with many the product bounds all of them, and fp8 alone can win. The shapes are the MLP's
-of Llama-3.1-8B. `cases` is for `gpu_kernels.py`, whose ceilings are measured in the same run.
+bfloat16; with many the product bounds all of them, and fp8 alone can win. Those of fixed sums are
+what `deterministic` computes by: their time beside cuBLAS is what it costs. The shapes are the
+MLP's of Llama-3.1-8B. `cases` is for `gpu_kernels.py`, which measures the ceilings in the same run.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +15,7 @@ from torch.nn.functional import linear
 from tokenmill.engine.models.fp8_linear import is_aligned, quantize_weight
 from tokenmill.engine.models.packed_linear import IntPacking, PackedWeight
 from tokenmill.engine.models.quantization import fp8_capability
+from tokenmill.kernels.ops import fixed_linear
 
 #: Name, shape, launch, bytes that must move, operations in bfloat16 that must be done.
 LinearCase = tuple[str, str, Callable[[], object], float, float]
@@ -32,7 +34,8 @@ def cases(
     for out, width in shapes:
         plain = torch.randn(out, width, device=device, dtype=dtype)
         forms: list[tuple[str, Callable[..., object], int, float]] = [
-            ("linear", partial(linear, weight=plain), plain.nbytes, 1.0)
+            ("linear", partial(linear, weight=plain), plain.nbytes, 1.0),
+            ("linear, fixed", partial(fixed_linear, w=plain, bias=None), plain.nbytes, 1.0),
         ]
         for bits, group in ((4, 128), (8, 0)):
             weight = random_packed(IntPacking(bits, group), out, width, device)

@@ -97,10 +97,10 @@ class Engine:
         cost = CostModel()
         if config.token_budget is None or config.max_step_ms is not None:
             cost.probe(kept_or_timed(model, probe, size))
-        if config.deterministic:
-            probe.check_batch_invariance()
         pool = BlockPool(num_blocks, block_size, is_caching=config.prefix_caching)
         self.scheduler = make_scheduler(model, config, pool, cost, max_num_seqs)
+        if config.deterministic:
+            probe.check_batch_invariance(self.scheduler.token_budget, max_num_seqs)
         self._constraints = ConstraintCompiler(
             model.tokenizer.to_json,
             vocab_size=model.spec.vocab_size,

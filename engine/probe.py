@@ -1,7 +1,6 @@
 """`Probe`: steps made up to learn about the device, run before the engine serves."""
 
 import time
-from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from typing import Any
 
@@ -19,9 +18,9 @@ from tokenmill.producer.params import SamplingParams
 Shape = tuple[int, int]
 #: Time for the steps that the cost model starts from, and how often each is run within it.
 COST_S, COST_ROUNDS = 1.0, 3
-#: On a GPU kernels and tiles are chosen by the number of rows: tokens, and sequences, of which a
-#: step that is compared has at least one of each kind (`kernels/fixed_linear.py`).
-TOKENS_BESIDE = (14, 63, 64, 130, 400, 1100)
+#: On a GPU kernels and tiles are chosen by the number of rows, those of tokens and of sequences:
+#: so many are beside a sequence that all kinds are met (`kernels/fixed_linear.py`).
+TOKENS_BESIDE = (14, 63, 64, 130, 400, 600, 1100, 2700)
 SEQS_BESIDE = (14, 63, 64, 200)
 
 
@@ -93,13 +92,13 @@ class Probe:
         tokens = sum(length for _, length in shapes)
         return Timing(tokens, sum(kv_tokens_read(*shape) for shape in shapes), seconds)
 
-    def check_batch_invariance(self) -> None:
-        """Refuse where a sequence's logits depend on what else is computed.
+    def check_batch_invariance(self, most_tokens: int, most_seqs: int) -> None:
+        """Refuse where a sequence's logits depend on what else is computed, up to so much of it.
 
         Raises:
             InvalidRequest: they do, on this device and in this dtype.
         """
-        if not self.is_batch_invariant():
+        if not self.is_batch_invariant(most_tokens, most_seqs):
             raise InvalidRequest(
                 "deterministic",
                 "a device whose results do not depend on the batch",
@@ -107,24 +106,30 @@ class Probe:
                 "leave it out, or use float32 on a CPU",
             )
 
-    def is_batch_invariant(self) -> bool:
+    def is_batch_invariant(self, most_tokens: int, most_seqs: int) -> bool:
         """Whether a sequence's logits have the same bits whole, in chunks and beside others."""
         length = min(230, self._max_model_len)
         others = [(0, 5), (length // 2, 1)]
         whole = self.logits([(0, length)])[0]
         self.logits([(0, length // 3), *others])
         self.logits([(length // 3, length - length // 3 - 1)])
-        steps = [[], others, *(self._crowds(length) if self._runner.device.type != "cpu" else ())]
+        steps = [[], others]
+        if self._runner.device.type != "cpu":
+            steps += self.crowds(length, most_tokens, most_seqs)
         return all(torch.equal(whole, self.logits([(length - 1, 1), *s])[0]) for s in steps)
 
-    def _crowds(self, length: int) -> Iterator[list[Shape]]:
-        """What may be beside one sequence of that length, as far as there are blocks for it."""
+    def crowds(self, length: int, most_tokens: int, most_seqs: int) -> list[list[Shape]]:
+        """What may be beside a sequence of that length, as far as there are blocks for it."""
         longest, block_size = self._max_model_len, self._runner.size.block_size
         left = self._runner.size.num_blocks - -(-length // block_size)
         crowds = [[(0, 1)] * count for count in SEQS_BESIDE]
-        for count in TOKENS_BESIDE:
+        for count in (*TOKENS_BESIDE, most_tokens - 1):
             chunks = [longest] * (count // longest) + [count % longest]
             crowds.append([(0, chunk) for chunk in chunks if chunk])
-        for crowd in crowds:
-            if sum(-(-chunk // block_size) for _, chunk in crowd) <= left:
-                yield crowd
+        return [
+            crowd
+            for crowd in crowds
+            if len(crowd) < most_seqs
+            and sum(chunk for _, chunk in crowd) < most_tokens
+            and sum(-(-chunk // block_size) for _, chunk in crowd) <= left
+        ]

@@ -189,7 +189,9 @@ def tiles(*, is_large: bool) -> list[tuple[int, Tile]]:
 
 @functools.cache
 def _is_large(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in _LARGE
+    if device.type != "cuda":
+        return False
+    return torch.cuda.get_device_properties(device.index or 0).major in _LARGE
 
 
 def _check(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None) -> None:

@@ -23,11 +23,12 @@ def gpu_linears() -> ModuleType:
 
 def test_every_form_runs_and_moves_less_the_fewer_bits(gpu_linears: ModuleType) -> None:
     made = list(gpu_linears.cases(torch.device("cpu"), torch.bfloat16, (1, 5), ((32, 256),)))
-    assert [case[0] for case in made[:3]] == ["linear", "linear, 4 bits", "linear, 8 bits"]
-    assert len(made) == 2 * 3
+    names = ["linear", "linear, fixed", "linear, 4 bits", "linear, 8 bits"]
+    assert [case[0] for case in made[:4]] == names
+    assert len(made) == 2 * 4
     for _, shape, run, _, operations in made:
         rows = int(shape.split()[0])
         assert run().shape == (rows, 32)
         assert operations == 2 * rows * 32 * 256
-    plain, four, eight = (case[3] for case in made[:3])
-    assert plain > eight > four > plain / 4
+    plain, fixed, four, eight = (case[3] for case in made[:4])
+    assert plain == fixed > eight > four > plain / 4

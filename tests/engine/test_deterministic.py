@@ -30,6 +30,7 @@ from tokenmill.engine.models.packed_linear import IntPacking
 from tokenmill.engine.models.quantization import FP8, Packing
 from tokenmill.engine.models.shard import Shard
 from tokenmill.engine.models.weights import ModelWeights, empty_weights, pack, random_weights
+from tokenmill.engine.probe import Probe
 from tokenmill.engine.sampler import sample
 from tokenmill.engine.tokenizer import Tokenizer
 from tokenmill.kernels import ops
@@ -365,6 +366,22 @@ def test_experts_and_linears_of_few_bits_are_told(monkeypatch: pytest.MonkeyPatc
         packed.weights.layers[0].qkv(x)
         assert told == [is_asked] * 3
         told.clear()
+
+
+def test_what_is_compared_at_the_start_fits_the_engine() -> None:
+    """Of all sizes that a step may have, and no larger: in blocks, tokens and sequences."""
+    model = make_model("qwen3", CPU)
+    config = EngineConfig(token_budget=80, max_num_seqs=20, block_size=4, max_model_len=50)
+    probe = Probe(Engine(model, config)._runner)
+    assert [[n for _, n in crowd] for crowd in probe.crowds(50, 80, 20)] == [
+        [1] * 14,
+        [14],
+        [50, 13],
+        [50, 14],
+        [50, 29],
+    ]
+    few = Engine(model, replace(config, kv_cache_memory=20 * 4 * 4 * model.spec.kv_token_elements))
+    assert [[n for _, n in crowd] for crowd in Probe(few._runner).crowds(50, 80, 20)] == [[14]]
 
 
 def test_a_cpu_is_left_as_it_is() -> None:

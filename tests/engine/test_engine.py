@@ -254,7 +254,7 @@ def test_deterministic_starts_only_where_it_holds(
     tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_engine(tiny, deterministic=True)
-    monkeypatch.setattr(Probe, "is_batch_invariant", lambda _: False)
+    monkeypatch.setattr(Probe, "is_batch_invariant", lambda *_: False)
     with pytest.raises(InvalidRequest, match="deterministic must be a device whose results"):
         make_engine(tiny, deterministic=True)
 
