@@ -5,7 +5,6 @@
     collect   host     waits for the tokens, which the next step on the device does not
 
 What a launch needs is copied when it is launched: its sequences may change before it runs.
-A request with a bias, penalties, a constraint or `min_tokens` makes the host wait at its launch.
 """
 
 from collections.abc import Mapping
@@ -16,17 +15,16 @@ from functools import partial
 import torch
 
 from tokenmill.engine.copies import DeviceStream, Stream, Tensors, Wait, to_device
-from tokenmill.engine.device_rows import DeviceRows, RowMessage
+from tokenmill.engine.device_rows import DeviceRows, Head, Received, RowMessage
+from tokenmill.engine.device_sampler import DeviceSampler, Draw
 from tokenmill.engine.device_step import StepBuffers, StepShape
 from tokenmill.engine.executor import Sampled, StepResult, Ticket, sampled_of
 from tokenmill.engine.logprobs import measure, prompt_positions, slices, told_of
 from tokenmill.engine.models.low_rank import Adapter
 from tokenmill.engine.runner import Runner
-from tokenmill.engine.sampler import edit
 from tokenmill.engine.scheduler import Chunk, SchedulerOutput
 from tokenmill.engine.sequence import Sequence
 from tokenmill.engine.step_graphs import StepGraphs
-from tokenmill.engine.token_counts import TokenCounts
 from tokenmill.engine.tokenizer import Tokenizer
 from tokenmill.producer.logprobs import TokenLogprobs
 
@@ -52,13 +50,7 @@ class Launch:
     shape: StepShape
     num_seqs: int
     graphs: StepGraphs | None
-    #: Those a token is drawn for, and of these: copies of whose logits are changed before.
-    sampled: list[int]
-    is_filtered: bool
-    edited: list[tuple[int, Sequence]]
-    #: Whose log probabilities are told, and how many of the likeliest tokens at the most.
-    asked: list[int]
-    num_top: int
+    draw: Draw
     prompts: list[Prompt]
     adapted: list[tuple[Adapter, list[int]]]
 
@@ -78,10 +70,16 @@ class DeviceExecutor:
     ) -> None:
         self._runner = runner
         self._adapters = adapters
-        self._eos_token_ids = tokenizer.eos_token_ids
         self._stream = stream or DeviceStream()
         size = runner.size
-        self._rows = DeviceRows(max_num_seqs, size.max_model_len, size.block_size, runner.device)
+        self._rows = DeviceRows(
+            max_num_seqs,
+            size.max_model_len,
+            size.block_size,
+            runner.device,
+            tokenizer.eos_token_ids,
+        )
+        self._sampler = DeviceSampler(self._rows)
         self._graphs = StepGraphs(runner, self._rows, max_num_seqs) if is_captured else None
 
     def reset(self) -> None:
@@ -100,7 +98,6 @@ class DeviceExecutor:
 
     def _launch_of(self, chunks: Seq[Chunk]) -> Launch:
         sampled = [n for n, c in enumerate(chunks) if c.start + c.length == c.seq.num_tokens]
-        asked = [n for n in sampled if chunks[n].seq.params.logprobs is not None]
         shape = StepShape(
             num_tokens=sum(c.length for c in chunks),
             num_seqs=len(chunks),
@@ -111,16 +108,13 @@ class DeviceExecutor:
         graphs = None if prompts or adapted else self._graphs
         padded = None if graphs is None else graphs.padded(shape)
         shape = padded or shape
+        message = self._rows.lay_out(chunks, shape.num_seqs)
         return Launch(
-            message=self._rows.lay_out(chunks, shape.num_seqs),
+            message=message,
             shape=shape,
             num_seqs=len(chunks),
             graphs=graphs if padded else None,
-            sampled=sampled,
-            is_filtered=any(chunks[n].seq.params.is_ranked for n in sampled),
-            edited=[(n, _copied(chunks[n].seq)) for n in sampled if _is_edited(chunks[n].seq)],
-            asked=asked,
-            num_top=max((chunks[n].seq.params.logprobs or 0 for n in asked), default=0),
+            draw=Draw.of([chunk.seq for chunk in chunks], sampled, message.longest),
             prompts=prompts,
             adapted=adapted,
         )
@@ -141,71 +135,44 @@ class DeviceExecutor:
         """The tokens drawn [S], log probabilities of those asked for, and those of prompts."""
         from tokenmill.kernels import batch_rows
 
-        message = launch.message.to(self._runner.device)
-        rows, starts, is_sampled = self._rows.receive(message)
-        buffers, hidden = self._hidden(launch, rows, starts)
-        count = launch.num_seqs
+        received = self._rows.receive(launch.message)
+        head, count = received.head, launch.num_seqs
+        buffers, hidden = self._hidden(launch, head)
         told = self._told(launch, hidden[launch.shape.num_seqs :])
-        tokens, logprobs = self._sample(launch, hidden[:count], buffers)
+        tokens, logprobs = self._drawn(launch, hidden[:count], received, buffers)
         batch_rows.advance(
-            buffers.rows[:count],
-            buffers.starts[: count + 1],
-            is_sampled,
+            head.rows[:count],
+            head.starts[: count + 1],
+            received.is_sampled,
             tokens,
             tokens=self._rows.tokens,
             computed=self._rows.computed,
         )
         return tokens, *logprobs, *told
 
-    def _hidden(
-        self, launch: Launch, rows: torch.Tensor, starts: torch.Tensor
-    ) -> tuple[StepBuffers, torch.Tensor]:
+    def _hidden(self, launch: Launch, head: Head) -> tuple[StepBuffers, torch.Tensor]:
         """The step's tensors, and its last hidden states: of sequences, then of prompts."""
         shape = launch.shape
         if launch.graphs is not None:
-            return launch.graphs.run(shape, rows, starts)
+            return launch.graphs.run(shape, head)
         buffers = StepBuffers(self._rows, shape.num_seqs, shape.num_tokens)
-        buffers.rows.copy_(rows)
-        buffers.starts.copy_(starts)
         also = [index for prompt in launch.prompts for index in prompt.indices]
         batch = buffers.build(
             shape,
+            head,
             also=self._sent(also) if also else None,
             adapted=[(adapter, self._sent(places)) for adapter, places in launch.adapted],
         )
         return buffers, self._runner.hidden(batch)
 
-    def _sample(
-        self, launch: Launch, hidden: torch.Tensor, buffers: StepBuffers
+    def _drawn(
+        self, launch: Launch, hidden: torch.Tensor, received: Received, buffers: StepBuffers
     ) -> tuple[torch.Tensor, Tensors]:
         """A token for each sequence [S], of use for those drawn for, and what is told of them."""
-        from tokenmill.kernels import sampling
-
-        if not launch.sampled:
+        if not launch.draw.sampled:
             return torch.zeros(len(hidden), dtype=torch.int64, device=hidden.device), ()
-        logits = self._runner.logits_of(hidden)
-        asked = self._sent(launch.asked)
-        raw = logits[asked]
-        if launch.edited:
-            places = self._sent([place for place, _ in launch.edited])
-            changed = logits[places]
-            edit(changed, [seq for _, seq in launch.edited], self._eos_token_ids)
-            logits[places] = changed
-        resident = self._rows
-        tokens, _ = sampling.sample(
-            logits,
-            rows=buffers.rows[: len(hidden)],
-            temperature=resident.temperature,
-            top_k=resident.top_k,
-            top_p=resident.top_p,
-            min_p=resident.min_p,
-            seeds=resident.seeds,
-            positions=buffers.context_lens[: len(hidden)],
-            is_filtered=launch.is_filtered,
-        )
-        if not launch.asked:
-            return tokens, ()
-        return tokens, measure(raw, tokens[asked].clamp_(min=0), launch.num_top)
+        logits, contexts = self._runner.logits_of(hidden), buffers.context_lens[: len(hidden)]
+        return self._sampler.draw(launch.draw, logits, received, contexts)
 
     def _told(self, launch: Launch, hidden: torch.Tensor) -> Tensors:
         """Of the prompts: slices of logits, so that a long one takes no more memory."""
@@ -221,19 +188,6 @@ class DeviceExecutor:
 
     def _sent(self, numbers: Seq[int]) -> torch.Tensor:
         return to_device(torch.tensor(numbers, dtype=torch.int64), self._runner.device)
-
-
-def _is_edited(seq: Sequence) -> bool:
-    params = seq.params
-    has_early_end = seq.num_output_tokens < params.min_tokens
-    return bool(params.logit_bias or params.has_penalties or seq.constraint or has_early_end)
-
-
-def _copied(seq: Sequence) -> Sequence:
-    """The sequence as it is now; what it has counted of its tokens is shared."""
-    if seq.params.has_penalties and seq.counts is None:
-        seq.counts = TokenCounts(seq.num_prompt_tokens)
-    return replace(seq, token_ids=list(seq.token_ids))
 
 
 def _prompts(chunks: Seq[Chunk]) -> list[Prompt]:
@@ -252,15 +206,16 @@ def _prompts(chunks: Seq[Chunk]) -> list[Prompt]:
 def _result(launch: Launch, seqs: Seq[Sequence], wait: Wait) -> StepResult:
     """What the tensors of `_compute` say, once they are there."""
     tokens, *measured = wait()
-    drawn: list[int] = tokens[launch.sampled].tolist()
+    draw = launch.draw
+    drawn: list[int] = tokens[draw.sampled].tolist()
     logprobs: dict[int, TokenLogprobs] = {}
-    if launch.asked:
-        ids = tokens[launch.asked].tolist()
-        logprobs = dict(zip(launch.asked, told_of(ids, *measured[:3]), strict=True))
+    if draw.asked:
+        ids = tokens[draw.asked].tolist()
+        logprobs = dict(zip(draw.asked, told_of(ids, *measured[:3]), strict=True))
         measured = measured[3:]
     sampled: list[Sampled] = [
         (seq, token, _cut(logprobs.get(place), seq.params.logprobs or 0))
-        for seq, token, place in zip(seqs, drawn, launch.sampled, strict=True)
+        for seq, token, place in zip(seqs, drawn, draw.sampled, strict=True)
     ]
     told = []
     for prompt in launch.prompts:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from tokenmill.engine.batch import RaggedBatch
-from tokenmill.engine.device_rows import DeviceRows
+from tokenmill.engine.device_rows import DeviceRows, Head
 from tokenmill.engine.models.low_rank import Adapted
 
 
@@ -27,8 +27,6 @@ class StepBuffers:
             return torch.empty(shape, dtype=dtype, device=rows.tokens.device)
 
         self._resident = rows
-        self.rows = new(num_seqs, dtype=torch.int32)
-        self.starts = new(num_seqs + 1, dtype=torch.int32)
         self.ids = new(num_tokens, dtype=torch.int64)
         self.positions = new(num_tokens, dtype=torch.int64)
         self.slots = new(num_tokens, dtype=torch.int64)
@@ -39,25 +37,25 @@ class StepBuffers:
     def build(
         self,
         shape: StepShape,
+        head: Head,
         *,
         also: torch.Tensor | None = None,
         adapted: Adapted = (),
         is_padded: bool = False,
     ) -> RaggedBatch:
-        """Lay the step out, from the rows and prefix sums that are here.
+        """Lay the step out from its rows and prefix sums.
 
         The last hidden states wanted are those of every sequence's last token, then `also`.
         """
         from tokenmill.kernels import batch_rows
 
         count, seqs, resident = shape.num_tokens, shape.num_seqs, self._resident
-        rows, starts = self.rows[:seqs], self.starts[: seqs + 1]
         ids, positions, slots = self.ids[:count], self.positions[:count], self.slots[:count]
         contexts, tables = self.context_lens[:seqs], self.block_tables[:seqs]
         wanted = self.last_tokens[:seqs]
         batch_rows.build_step(
-            rows,
-            starts,
+            head.rows,
+            head.starts,
             tokens=resident.tokens,
             computed=resident.computed,
             tables=resident.tables,
@@ -73,7 +71,7 @@ class StepBuffers:
             ids,
             positions,
             slots,
-            starts,
+            head.starts,
             contexts,
             tables[:, : shape.width],
             wanted if also is None else torch.cat([wanted, also]),

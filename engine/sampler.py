@@ -8,6 +8,7 @@ argmax(logits / temperature + Gumbel noise), which is an exact draw from the sof
 import math
 from collections.abc import Collection
 from collections.abc import Sequence as Seq
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -18,6 +19,9 @@ from tokenmill.engine.sequence import Sequence
 from tokenmill.engine.token_masks import apply_constraints, forbid_early_end
 from tokenmill.kernels import ops
 from tokenmill.producer.logprobs import TokenLogprobs
+
+if TYPE_CHECKING:
+    from tokenmill.kernels.sampling import Drawn
 
 _MASK = 0xFFFFFFFF
 #: Instead of a token, where the logits are no numbers, or none is left to choose.
@@ -55,7 +59,7 @@ def sample(
 def _choose(logits: torch.Tensor, seqs: Seq[Sequence], eos_token_ids: Collection[int]) -> list[int]:
     edit(logits, seqs, eos_token_ids)
     if logits.is_cuda:
-        return draw_by_kernel(logits, seqs)[0].tolist()
+        return draw_by_kernel(logits, seqs).tokens.tolist()
     drawn = [row for row, seq in enumerate(seqs) if seq.params.temperature > 0]
     if len(drawn) == len(seqs):
         return _draw(logits, seqs)
@@ -85,8 +89,8 @@ def edit(logits: torch.Tensor, seqs: Seq[Sequence], eos_token_ids: Collection[in
     apply_constraints(logits, seqs)
 
 
-def draw_by_kernel(logits: torch.Tensor, seqs: Seq[Sequence]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Each sequence's token and its log probability among `logits` [R, V], [R] both, on the device.
+def draw_by_kernel(logits: torch.Tensor, seqs: Seq[Sequence]) -> "Drawn":
+    """Each sequence's token among `logits` [R, V], and its log probability, on the device.
 
     Temperature, filters and noise are those of the form in torch; logarithms are the device's.
     """

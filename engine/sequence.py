@@ -116,5 +116,4 @@ class Sequence:
         """Its next step waits for its pending token: it may have none, or must know the token."""
         if not self.num_pending_tokens:
             return False
-        needs_token = self.constraint is not None or self.params.has_penalties
-        return needs_token or self.num_tokens >= self.max_num_tokens
+        return self.constraint is not None or self.num_tokens >= self.max_num_tokens

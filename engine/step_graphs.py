@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from tokenmill.engine.device_rows import DeviceRows
+from tokenmill.engine.device_rows import DeviceRows, Head
 from tokenmill.engine.device_step import StepBuffers, StepShape
 from tokenmill.engine.runner import Runner
 
@@ -40,6 +40,8 @@ class StepGraphs:
         self._block_size, self._most_blocks = rows.block_size, rows.tables.shape[1]
         self._sizes = decode_sizes(max_num_seqs)
         self._buffers = StepBuffers(rows, max_num_seqs, max(MOST_TOKENS, max_num_seqs))
+        size = Head.size(max_num_seqs)
+        self._numbers = torch.zeros(size, dtype=torch.int32, device=rows.tokens.device)
         self._hidden = runner.new_hidden(max_num_seqs)
         self._captured: dict[StepShape, Callable[[], None]] = {}
         self._pool: Any = None
@@ -55,12 +57,9 @@ class StepGraphs:
             return None
         return StepShape(count, self._sizes[-1], width, count)
 
-    def run(
-        self, shape: StepShape, rows: torch.Tensor, starts: torch.Tensor
-    ) -> tuple[StepBuffers, torch.Tensor]:
+    def run(self, shape: StepShape, head: Head) -> tuple[StepBuffers, torch.Tensor]:
         """The step's tensors and its last hidden states [S, H], until the next run."""
-        self._buffers.rows[: shape.num_seqs].copy_(rows)
-        self._buffers.starts[: shape.num_seqs + 1].copy_(starts)
+        self._head(shape).numbers.copy_(head.numbers)
         replay = self._captured.get(shape)
         if replay is None:
             replay = self._captured[shape] = self._capture(partial(self._compute, shape))
@@ -69,8 +68,12 @@ class StepGraphs:
 
     def _compute(self, shape: StepShape) -> None:
         """Running it twice changes nothing: rows advance elsewhere."""
-        batch = self._buffers.build(shape, is_padded=True)
+        batch = self._buffers.build(shape, self._head(shape), is_padded=True)
         self._hidden[: shape.num_seqs].copy_(self._runner.hidden(batch))
+
+    def _head(self, shape: StepShape) -> Head:
+        """Where the graph of that size reads which rows it has."""
+        return Head(self._numbers[: Head.size(shape.num_seqs)], shape.num_seqs)
 
     def _capture(self, work: Callable[[], None]) -> Callable[[], None]:
         if self._hidden.device.type != "cuda":

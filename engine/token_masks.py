@@ -21,6 +21,14 @@ def forbid_early_end(
             logits[row, [t for t in ends if t < logits.shape[1]]] = FORBIDDEN
 
 
+def packed_masks(seqs: Seq[Sequence]) -> torch.Tensor:
+    """What the constraint of each allows next, [C, W] int32: a bit for each token, lowest first."""
+    masks = [seq.constraint.allowed() for seq in seqs if seq.constraint]
+    if not masks:
+        return torch.empty(0, 0, dtype=torch.int32)
+    return torch.frombuffer(bytearray().join(masks), dtype=torch.int32).view(len(masks), -1)
+
+
 def apply_constraints(logits: torch.Tensor, seqs: Seq[Sequence]) -> None:
     """Set what each row's constraint rules out of `logits` [R, V] to -inf in place."""
     masks = [(row, seq.constraint.allowed()) for row, seq in enumerate(seqs) if seq.constraint]

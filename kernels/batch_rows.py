@@ -126,6 +126,34 @@ def _advance_kernel(
             tl.store(tokens_ptr + row * L + computed, token.to(tl.int32))
 
 
+@triton.jit(do_not_specialize=["count"])
+def _write_cells_kernel(memory_ptr, cells_ptr, values_ptr, count, BLOCK: tl.constexpr):
+    places = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = places < count
+    cells = tl.load(cells_ptr + places, mask=inside, other=0)
+    tl.store(memory_ptr + cells, tl.load(values_ptr + places, mask=inside), mask=inside)
+
+
+def write_cells(memory: torch.Tensor, cells: torch.Tensor, values: torch.Tensor) -> None:
+    """Set memory[cells[n]] = values[n], all int32 and of one dimension; no cell is there twice.
+
+    Raises:
+        ValueError: an argument of another kind.
+    """
+    tensors = {"memory": memory, "cells": cells, "values": values}
+    check_shape("memory", memory, "N")
+    check_shape("values", values, len(cells))
+    for name, tensor in tensors.items():
+        check_dtype(name, tensor, torch.int32)
+    check_contiguous(**tensors)
+    check_device(memory.device, **tensors)
+    count = len(cells)
+    if count:
+        _write_cells_kernel[(triton.cdiv(count, _BLOCK),)](
+            memory, cells, values, count, BLOCK=_BLOCK, num_warps=4, enable_fp_fusion=True
+        )
+
+
 def build_step(
     rows: torch.Tensor,
     cu_seqlens_q: torch.Tensor,
@@ -208,17 +236,19 @@ def advance(
 ) -> None:
     """Count each chunk as computed, and append `sampled` [S] where `is_sampled` [S] is not 0.
 
-    The next step then finds its ids without the host having seen them. Both are int64. Where no
+    The next step then finds its ids without the host having seen them. Where no
     token could be drawn, -1, it finds 0: an id like any other, in a row that has ended.
+    `is_sampled` is int32, `sampled` int64.
 
     Raises:
         ValueError: an argument that does not fit the table above.
     """
     _check_resident(rows, cu_seqlens_q, tokens, computed)
     num_chunks = rows.shape[0]
-    for name, tensor in (("is_sampled", is_sampled), ("sampled", sampled)):
+    given = {"is_sampled": (is_sampled, torch.int32), "sampled": (sampled, torch.int64)}
+    for name, (tensor, dtype) in given.items():
         check_shape(name, tensor, num_chunks)
-        check_dtype(name, tensor, torch.int64)
+        check_dtype(name, tensor, dtype)
         check_contiguous(**{name: tensor})
         check_device(rows.device, **{name: tensor})
     if num_chunks:

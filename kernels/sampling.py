@@ -17,6 +17,7 @@
 | positions       | [R]    | int32, int64     | 1       | of the token that is drawn               |
 | tokens          | [R]    | int64            | 1       | result; the lowest of those that tie     |
 | logprobs        | [R]    | float32          | 1       | result; not a number where token is -1   |
+| totals          | [R]    | float32          | 1       | result: log sum exp(logits), likewise    |
 
 The noise is standard Gumbel noise from 23 bits of a counter hash: splitmix64's finaliser of seed
 and position gives two words, MurmurHash3's 32-bit finaliser mixes them with the token id. Those
@@ -36,6 +37,8 @@ Parts have a fixed number of tokens, so a row's sums do not depend on its batch.
 row is read twice, by as many programs as it has parts: one program a row would leave all but one
 processor idle at batch 1, and the passes of a search do.
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -271,6 +274,7 @@ def _merge_kernel(
     sums_ptr,
     tokens_ptr,
     logprobs_ptr,
+    totals_ptr,
     logits_row,
     V,
     P,
@@ -289,10 +293,21 @@ def _merge_kernel(
         token = tl.min(tl.where(inside & (best == top), found, V - 1), axis=0)
         logit = tl.load(logits_ptr + place * logits_row + token).to(tl.float32)
         tl.store(tokens_ptr + place, token.to(tl.int64))
-        tl.store(logprobs_ptr + place, logit - highest - tl.log(tl.sum(sums, axis=0)))
+        total = highest + tl.log(tl.sum(sums, axis=0))
+        tl.store(logprobs_ptr + place, logit - total)
+        tl.store(totals_ptr + place, total)
     else:
         tl.store(tokens_ptr + place, tl.full([], -1, tl.int64))
         tl.store(logprobs_ptr + place, float("nan"))
+        tl.store(totals_ptr + place, float("nan"))
+
+
+class Drawn(NamedTuple):
+    """Of each row of logits, [R]: its token, how likely that is, and log sum exp of the logits."""
+
+    tokens: torch.Tensor
+    logprobs: torch.Tensor
+    totals: torch.Tensor
 
 
 def sample(
@@ -306,8 +321,8 @@ def sample(
     positions: torch.Tensor,
     rows: torch.Tensor | None = None,
     is_filtered: bool = True,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw as in the table above; returns the tokens and their log probabilities, [R] each.
+) -> Drawn:
+    """Draw as in the table above.
 
     Without `rows` the parameters are those of the rows in their order. Where it is known that
     nobody has top_k or top_p, `is_filtered` False saves the search.
@@ -346,20 +361,23 @@ def sample(
         raise ValueError("logits: expected at least one token, got none")
     tokens = torch.empty(num_rows, dtype=torch.int64, device=device)
     logprobs = torch.empty(num_rows, dtype=torch.float32, device=device)
+    drawn = Drawn(tokens, logprobs, torch.empty_like(logprobs))
     if not num_rows:
-        return tokens, logprobs
+        return drawn
     block = min(PART, max(32, triton.next_power_of_2(vocabulary)))
     num_parts = triton.cdiv(vocabulary, block)
     sizes = {"BLOCK": block, "BLOCK_P": triton.next_power_of_2(num_parts)}
     # Said outright, since Triton 3.10 changes the default.
-    options = {"num_warps": 4, "enable_fp_fusion": True}
+    options = {"num_warps": 8, "enable_fp_fusion": True}
     # Each with memory of its own: addresses that are aligned otherwise would be compiled for anew.
     highest, best, sums = (torch.empty(num_rows, num_parts, device=device) for _ in range(3))
     found = torch.empty(num_rows, num_parts, dtype=torch.int32, device=device)
     last = torch.empty(num_rows, dtype=torch.int32, device=device)
     shape = (logits.stride(0), vocabulary, num_parts)
     grid = (num_rows, num_parts)
-    _highest_kernel[grid](logits, highest, last, *shape, BLOCK=block, **options)
+    _highest_kernel[grid](
+        logits, highest, last, *shape, BLOCK=block, **(options | {"num_warps": 4})
+    )
     if is_filtered:
         _search_kernel[(num_rows,)](
             logits,
@@ -371,7 +389,7 @@ def sample(
             last,
             *shape,
             **sizes,
-            **(options | {"num_warps": 8}),
+            **options,
         )
     _draw_kernel[grid](
         logits,
@@ -395,10 +413,9 @@ def sample(
         best,
         found,
         sums,
-        tokens,
-        logprobs,
+        *drawn,
         *shape,
         BLOCK_P=sizes["BLOCK_P"],
         **(options | {"num_warps": 1}),
     )
-    return tokens, logprobs
+    return drawn

@@ -74,11 +74,7 @@ MODELS = {window: make_model(window) for window in (None, 9)}
 
 @pytest.fixture
 def _plain_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tokenmill.kernels import batch_rows, sampling
-
-    monkeypatch.setattr(batch_rows, "build_step", host_kernels.build_step)
-    monkeypatch.setattr(batch_rows, "advance", host_kernels.advance)
-    monkeypatch.setattr(sampling, "sample", host_kernels.sample)
+    host_kernels.put_in(monkeypatch)
 
 
 def make_engine(window: int | None, **config: Any) -> Engine:
@@ -247,7 +243,7 @@ def test_the_kernels_give_the_same_answers(
 ) -> None:
     """The kernels that build and advance rows and draw tokens, compiled or interpreted."""
     monkeypatch.setattr(step_graphs, "TOKEN_MULTIPLE", 16)
-    requests = [replace(r, output=4) for r in steady(4)]
+    requests = [replace(r, output=4) for r in steady(6)[2:]]
     expected = answers(make_engine(None), requests, aborts=False)
     found = answers(ahead(make_engine(None), is_captured=is_captured), requests, aborts=False)
     assert {key: a.token_ids for key, a in found.items()} == {
@@ -342,6 +338,18 @@ def test_logits_that_are_no_numbers_end_their_request_alone(
 
 
 @pytest.mark.usefixtures("_plain_kernels")
+def test_penalties_do_not_wait() -> None:
+    """A token for each step, but for the first, which gives what the prompt does."""
+    engine = ahead(make_engine(None, token_budget=40))
+    for number, sampling in enumerate([SAMPLINGS[4], SAMPLINGS[5], SAMPLINGS[3]]):
+        params = SamplingParams(max_tokens=9, ignore_eos=True, **sampling)
+        engine.add(str(number), [5, 6, 7], params, seed=0)
+    while engine.has_work:
+        engine.step()
+    assert engine.stats().num_steps == 9
+
+
+@pytest.mark.usefixtures("_plain_kernels")
 def test_a_name_taken_anew_gets_nothing_of_the_step_before() -> None:
     params = SamplingParams(max_tokens=4, ignore_eos=True)
     plain, engine = make_engine(None), ahead(make_engine(None))
@@ -370,31 +378,31 @@ def test_changes_in_a_table_are_sent_and_nothing_twice() -> None:
         max_num_tokens=16,
         status=SequenceStatus.RUNNING,
     )
-    for start, length, table, sizes in (
-        (0, 6, [7, 3], [2, 2, 1, 1, 14, 14, 1, 1, 1]),  # tables, computed, tokens, sampling
-        (6, 6, [7, 3, 9, 1], [2, 2, *[0] * 7]),
-        (12, 1, [3, 3, 9, 1], [1, 1, *[0] * 7]),
-        (13, 1, [3, 3, 9, 1], [0] * 9),
+    for start, length, table, size in (
+        (0, 6, [7, 3], 2 + 1 + 14 + 10),  # table, computed, tokens, sampling
+        (6, 6, [7, 3, 9, 1], 2),
+        (12, 1, [3, 3, 9, 1], 1),
+        (13, 1, [3, 3, 9, 1], 0),
     ):
         seq.block_table = table
-        message = rows.lay_out([Chunk(seq, start, length)], 1)
-        rows.receive(message)
+        message = rows.lay_out([Chunk(seq, start, length)], 3)
+        received = rows.receive(message)
+        assert received.head.rows.tolist() == [0, -1, -1]
+        assert received.head.starts.tolist() == [0, length, length, length]
         assert rows.tables[0, : len(table)].tolist() == table
         assert rows.tokens[0, :14].tolist() == seq.token_ids
         assert rows.computed[0] == start
         rows.computed[0] += length
-        assert message.sizes == [1, 2, 1, *sizes]
+        assert message.sizes[-2:] == [size, size]
     assert [v[0].item() for v in (rows.temperature, rows.top_p, rows.min_p)] == [0.5, 0.25, 0.125]
     assert rows.seeds.tolist() == [-1, 0]
     assert rows.top_k.tolist() == [3, 0]
     seq.status = SequenceStatus.FINISHED
-    assert rows.lay_out([], 2).numbers.tolist() == [-1, -1, 0, 0, 0]
+    assert rows.lay_out([], 2).numbers.tolist() == [-1, -1, -1, -1, 0, 0, 0, 0]
 
 
 def test_constraints_wait_for_their_token(smollm2: LoadedModel) -> None:
-    """A constraint and penalties know every token before the next one is drawn."""
-    from tokenmill.kernels import batch_rows, sampling
-
+    """A constraint knows every token before the next one is drawn; others are told of none."""
     samplings: list[dict[str, Any]] = [
         {"regex": "[a-c]{2}[0-9]{3}", "temperature": 0.9},
         {"temperature": 0.9, "frequency_penalty": 0.9, "logprobs": 1},
@@ -416,9 +424,7 @@ def test_constraints_wait_for_their_token(smollm2: LoadedModel) -> None:
     config = EngineConfig(token_budget=64, max_num_seqs=ROWS)
     expected = tokens(Engine(smollm2, config))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(batch_rows, "build_step", host_kernels.build_step)
-        patch.setattr(batch_rows, "advance", host_kernels.advance)
-        patch.setattr(sampling, "sample", host_kernels.sample)
+        host_kernels.put_in(patch)
         assert tokens(ahead(Engine(smollm2, config))) == expected
 
 

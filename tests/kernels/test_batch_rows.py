@@ -138,12 +138,23 @@ def test_sampled_tokens_are_the_ids_of_the_next_step(device: torch.device) -> No
     rows, starts = step.sent(4)
     before = step.tokens.clone()
     sampled = torch.tensor([77, 88, 99, -1], device=device)
-    is_sampled = torch.tensor([1, 0, 1, 1], device=device)
+    is_sampled = torch.tensor([1, 0, 1, 1], dtype=torch.int32, device=device)
     advance(rows, starts, is_sampled, sampled, tokens=step.tokens, computed=step.computed)
     assert [step.computed[row].item() for row in (6, 0, 3)] == [6, 6, 50]
     assert step.tokens[6, 6] == 77
     step.tokens[6, 6] = before[6, 6]
     assert step.tokens.equal(before)  # neither the chunk of a prompt, nor a row that is full
+
+
+def test_cells_are_written_wherever_they_lie(device: torch.device) -> None:
+    from tokenmill.kernels.batch_rows import write_cells
+
+    memory = torch.arange(900, dtype=torch.int32, device=device)
+    cells = torch.randperm(900, generator=torch.Generator().manual_seed(2))[:300].int()
+    values = torch.arange(-300, 0, dtype=torch.int32)
+    expected = memory.cpu().index_copy_(0, cells.long(), values)
+    write_cells(memory, cells.to(device), values.to(device))
+    assert memory.cpu().equal(expected)
 
 
 def test_int64_rows_are_refused(device: torch.device) -> None:

@@ -53,7 +53,7 @@ def make_batch(each: int) -> list[Sequence]:
 def on_device(
     logits: torch.Tensor, seqs: list[Sequence], device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    tokens, logprobs = sampler.draw_by_kernel(logits.to(device), seqs)
+    tokens, logprobs, _ = sampler.draw_by_kernel(logits.to(device), seqs)
     return tokens.cpu(), logprobs.cpu()
 
 
@@ -100,7 +100,7 @@ def test_parts_are_merged(device: torch.device) -> None:
         return column.to(device)
 
     params = [seq.params for seq in seqs]
-    tokens, logprobs = sample(
+    tokens, logprobs, totals = sample(
         logits.to(device),
         rows=order.to(device),
         temperature=resident([p.temperature for p in params], torch.float32),
@@ -115,6 +115,7 @@ def test_parts_are_merged(device: torch.device) -> None:
     assert expected[0] == 70
     told = logits.float().log_softmax(dim=-1).gather(1, tokens.cpu()[:, None]).squeeze(1)
     assert_close(logprobs.cpu(), told, rtol=1e-5, atol=1e-5)
+    assert_close(totals.cpu(), logits.float().logsumexp(dim=-1), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.usefixtures("_short_parts", "poisoned")

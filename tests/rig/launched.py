@@ -123,13 +123,16 @@ class Launched:
 
 
 def traffic(engine: Engine, seed: int, requests: int, longest: int) -> None:
-    """Random prompts and outputs, all kinds of sampling."""
+    """Random prompts and outputs, each kind of sampling."""
     draw = random.Random(seed)
     samplings: list[dict[str, Any]] = [
         {"temperature": 0.0},
         {"temperature": 0.8, "top_k": 9, "top_p": 0.9},
         {"temperature": 0.9, "logprobs": 2},
         {"temperature": 1.0, "min_p": 0.1},
+        {"temperature": 0.7, "repetition_penalty": 1.3, "logprobs": 0},
+        {"temperature": 0.7, "logit_bias": {5: 2.0, 7: -3.0}},
+        {"temperature": 0.7, "min_tokens": 2, "stop_token_ids": (3, 4), "max_tokens": 40},
     ]
     drain(
         engine,
@@ -137,10 +140,11 @@ def traffic(engine: Engine, seed: int, requests: int, longest: int) -> None:
             (
                 draw.randint(1, longest),
                 SamplingParams(
-                    max_tokens=draw.randint(1, longest), ignore_eos=True, **draw.choice(samplings)
+                    **{"max_tokens": draw.randint(1, longest), "ignore_eos": True}
+                    | samplings[number % len(samplings)]
                 ),
             )
-            for _ in range(requests)
+            for number in range(requests)
         ],
     )
 
