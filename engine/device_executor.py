@@ -171,8 +171,10 @@ class DeviceExecutor:
         """A token for each sequence [S], of use for those drawn for, and what is told of them."""
         if not launch.draw.sampled:
             return torch.zeros(len(hidden), dtype=torch.int64, device=hidden.device), ()
-        logits, contexts = self._runner.logits_of(hidden), buffers.context_lens[: len(hidden)]
-        return self._sampler.draw(launch.draw, logits, received, contexts)
+        logits = self._runner.narrow_logits_of(hidden)
+        return self._sampler.draw(
+            launch.draw, logits, received, buffers.context_lens[: len(hidden)]
+        )
 
     def _told(self, launch: Launch, hidden: torch.Tensor) -> Tensors:
         """Of the prompts: slices of logits, so that a long one takes no more memory."""

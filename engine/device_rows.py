@@ -121,6 +121,11 @@ class Received:
     #: Those that have not reached `min_tokens`.
     endless: torch.Tensor
 
+    @property
+    def is_editing(self) -> bool:
+        """Whether logits are changed."""
+        return bool(len(self.biased) or len(self.penalized) or len(self.endless))
+
 
 @dataclass(frozen=True, slots=True)
 class _Lists:

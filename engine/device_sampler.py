@@ -79,15 +79,17 @@ class DeviceSampler:
     def draw(
         self, draw: Draw, logits: torch.Tensor, received: Received, context_lens: torch.Tensor
     ) -> tuple[torch.Tensor, Tensors]:
-        """Tokens [S] of `logits` [S, V] float32, which are changed, and what is told of `asked`.
+        """Tokens [S] of `logits` [S, V], which may be changed, and what is told of `asked`.
 
         The log probabilities [A] of their tokens, and [A, num_top] the likeliest and theirs.
         """
         from tokenmill.kernels import sampling
 
         resident, rows = self._rows, received.head.rows[: len(logits)]
-        raw = logits[self._sent(draw.changed)] if draw.changed else logits
-        self._edit(draw, logits, received, rows, context_lens)
+        raw = logits[self._sent(draw.changed)].float() if draw.changed else logits
+        if draw.constrained or received.is_editing:
+            logits = logits.float()
+            self._edit(draw, logits, received, rows, context_lens)
         drawn = sampling.sample(
             logits,
             rows=rows,
@@ -168,7 +170,7 @@ class DeviceSampler:
                 likeliest = logits.new_empty(len(places), 0)
                 told.append((drawn.logprobs[places], likeliest.long(), likeliest))
                 continue
-            best = logits[places].topk(draw.num_top, dim=-1)
+            best = logits[places].float().topk(draw.num_top, dim=-1)
             values = best.values - drawn.totals[places][:, None]
             told.append((drawn.logprobs[places], best.indices, values))
         return told

@@ -100,9 +100,13 @@ class Decoder:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits [L, V] float32 of last hidden states [L, H]; whole on rank 0 alone."""
-        logits = self._gathered(self._weights.lm_head(hidden)).float()
+        return self.narrow_logits(hidden).float()
+
+    def narrow_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The same numbers, in 16 bits where the head gives no more."""
+        logits = self._gathered(self._weights.lm_head(hidden))
         cap = self.spec.logit_softcap
-        return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
+        return logits if cap is None else logits.float().div_(cap).tanh_().mul_(cap)
 
     def _summed(self, partial: torch.Tensor) -> torch.Tensor:
         return self._group.sum(partial)

@@ -312,7 +312,7 @@ def test_logits_that_are_no_numbers_end_their_request_alone(
     config = {"token_budget": 40}
     plain, late = make_engine(None, **config), make_engine(None, **config)
     for engine in (plain, ahead(late, num_ahead=num_ahead)):
-        logits_of, damaged = engine._runner._decoder.logits, list[float]()
+        logits_of, damaged = engine._runner._decoder.narrow_logits, list[float]()
 
         def logits(
             hidden: torch.Tensor,
@@ -326,7 +326,7 @@ def test_logits_that_are_no_numbers_end_their_request_alone(
                 rows[1, 3] = torch.nan
             return rows
 
-        monkeypatch.setattr(engine._runner._decoder, "logits", logits)
+        monkeypatch.setattr(engine._runner._decoder, "narrow_logits", logits)
         found.append(answers(engine, requests, aborts=False))
     expected, by_kernels = found
     assert expected["1"].outputs[-1].finish_reason is FinishReason.ERROR
