@@ -183,6 +183,8 @@ def _paged_attention_kernel(
         mean = mean * shrink[:, None]
         mean = tl.dot(weights.to(q.dtype), v.to(q.dtype), mean, input_precision=PRECISION)
 
+    # Read again, for the rows' places not to be kept in registers over the loop.
+    token = tl.load(cu_seqlens_q_ptr + seq, volatile=True).to(tl.int64) + query
     out_offsets = token[:, None] * out_token + head[:, None] * out_head + channels[None, :]
     mean = (mean / total[:, None]).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + out_offsets, mean, mask=q_inside)
