@@ -18,6 +18,7 @@ from dataclasses import astuple, dataclass
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import torch
 from gpu_device import check_device, gpu_arguments, gpu_provenance, time_ms, write_gpu_result
@@ -123,7 +124,7 @@ def attention(
     }
     scale = kind.head_dim**-0.5
     longest = max(n for n, _ in chunks)
-    plain = partial(reference.paged_attention, max_query_len=longest)
+    plain: Attend = partial(reference.paged_attention, max_query_len=longest)
     return (
         lambda attend: attend(*tensors, **lengths, scale=scale),
         lambda: plain(*tensors, **lengths, scale=scale),
@@ -155,16 +156,16 @@ def kinds(device: torch.device, dtype: torch.dtype) -> Iterator[Kind]:
 
 def measure_kind(
     place: Place, kind: Kind, *, is_tiny: bool, has_time: Callable[[], bool]
-) -> list[dict[str, object]]:
+) -> list[dict[str, Any]]:
     """A record for each candidate: its tile, and its times or its error."""
     checked, plain = attention(place, kind, CHECKED[kind.kernel])
     expected = plain()
     shapes = (TINY if is_tiny else TIMED)[kind.kernel]
     timed = [attention(place, kind, chunks)[0] for chunks in shapes]
-    records: list[dict[str, object]] = []
+    records: list[dict[str, Any]] = []
     candidates = [Tile(*sizes) for sizes in CANDIDATES[kind.kernel, kind.head_dim]]
     for tile in candidates[:2] if is_tiny else candidates:
-        record: dict[str, object] = {"tile": astuple(tile)}
+        record: dict[str, Any] = {"tile": astuple(tile)}
         records.append(record)
         if not has_time():
             record["error"] = "no time was left"
@@ -177,10 +178,10 @@ def measure_kind(
     return records
 
 
-def best(records: list[dict[str, object]]) -> object:
+def best(records: list[dict[str, Any]]) -> object:
     """The tile of the lowest product of times; None if there is none."""
     right = [record for record in records if "ms" in record]
-    return min(right, key=lambda record: math.prod(record["ms"]))["tile"] if right else None  # type: ignore[arg-type]
+    return min(right, key=lambda record: math.prod(record["ms"]))["tile"] if right else None
 
 
 def write_table(out: Path, tiles: dict[str, object]) -> Path:
@@ -203,7 +204,7 @@ def main() -> None:
     if not has_gpu or options.tiny:
         device = torch.device("cuda" if has_gpu else "cpu")
         place = Place(device, torch.bfloat16 if has_gpu else torch.float32, (4, 1), 64)
-    found: dict[str, list[dict[str, object]]] = {}
+    found: dict[str, list[dict[str, Any]]] = {}
     with torch.inference_mode():
         for kind in kinds(place.device, place.dtype):
             sizes = place.dtype.itemsize, kind.cache_dtype.itemsize

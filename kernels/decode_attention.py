@@ -99,18 +99,24 @@ def _decode_parts_kernel(
 ):
     kv_head = tl.program_id(0)
     seq = tl.program_id(2).to(tl.int64)
+    # What has to be known before keys can be read is asked for at once.
     context = tl.load(context_lens_ptr + seq)
+    token = tl.load(cu_seqlens_q_ptr + seq)
+    next_token = tl.load(cu_seqlens_q_ptr + seq + 1)
+    table = block_tables_ptr + seq * table_row
     begin = 0
     if WINDOW:
         begin = tl.maximum(context - WINDOW, 0) // TILE * TILE
     chunk = begin // (PART * parts) + tl.program_id(1)
     begin = tl.maximum(begin, chunk * (PART * parts))
+    block = 0
+    if WINDOW == 0:  # the grid ends where the tables do
+        block = tl.load(table + begin // BLOCK_SIZE)
     end = tl.minimum(context, (chunk + 1) * (PART * parts))
-    if begin >= end:
+    if (begin >= end) | (next_token - token != 1):
         return
-    token = tl.load(cu_seqlens_q_ptr + seq)
-    if tl.load(cu_seqlens_q_ptr + seq + 1) - token != 1:
-        return
+    if WINDOW:
+        block = block_at(table, begin, context, BLOCK_SIZE)
 
     rows = tl.arange(0, BLOCK_M)
     head = kv_head * G + rows
@@ -119,14 +125,12 @@ def _decode_parts_kernel(
     q_offsets = token.to(tl.int64) * q_token + head[:, None] * q_head + channels[None, :]
     q = tl.load(q_ptr + q_offsets, mask=inside, other=0.0)  # [BLOCK_M, BLOCK_D]
     query_position = tl.full([BLOCK_M], 0, tl.int32) + context - 1
-    table = block_tables_ptr + seq * table_row
     highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     mean = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     all_highest = tl.full([BLOCK_M], -1e30, tl.float32)
     all_total = total
     all_mean = mean
-    block = block_at(table, begin, context, BLOCK_SIZE)
     for tile_start in range(begin, end, TILE):
         k = read_tile(
             k_cache_ptr, table, block, tile_start, context, kv_head,
