@@ -52,8 +52,8 @@ tiny=()
 # Whatever warns there is listed, and fails nothing; what only a CPU compiles is not looked at.
 pytest=(-P -m pytest -m gpu -o timeout=120 -W default --import-mode=importlib -p no:cacheprovider
   --confcutdir=tests/kernels '--ignore-glob=*/test_compiled_*')
-tests=(tests/kernels tests/engine/test_on_gpu.py tests/engine/test_fp8_linear.py
-  tests/engine/test_stored_weights.py)
+mapfile -t tests < <(grep -rl --include='*.py' 'mark\.gpu' tests/engine)
+tests+=(tests/kernels)
 if [ -n "$is_tiny" ]; then
   export TRITON_INTERPRET=1 CUDA_VISIBLE_DEVICES=
   tiny=(--tiny)
@@ -101,7 +101,7 @@ for name in "${parts[@]}"; do later=$((later + seconds[$name])); done
 for name in "${parts[@]}"; do
   case $name in
     tests)
-      part tests "$python" "${pytest[@]}" "${tests[@]}"
+      part tests env OMP_NUM_THREADS=1 "$python" "${pytest[@]}" "${tests[@]}"
       tail -n 1 "$out/tests.log" ;;
     *)
       part "$name" "$python" "bench/gpu_$name.py" --out "$out" --seconds SOON "${tiny[@]}" ;;

@@ -4,12 +4,15 @@
 random weights of Qwen3-0.6B's shapes, in several modes (`gpu_modes.py`). The first run of a mode
 compiles and captures what the workload needs, so it stands apart; the rate is the median of those
 after it. The roofline is that of this workload in bfloat16, at ceilings measured in the same run.
-Then, in the middle of the same workload, a few mixed steps and 60 decode steps under the profiler.
+Then, in the middle of the same workload, a few mixed steps and 60 decode steps under the profiler,
+and as many under Python's own.
 
     python bench/gpu_engine.py --out OUTDIR [--modes NAME,NAME] [--runs 3] [--tiny]
 """
 
 import argparse
+import cProfile
+import pstats
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -44,6 +47,8 @@ MODE_S = 150.0
 RUNS_S, SHORT_S = 15.0, 40.0
 #: Steps that are profiled of each kind, and decode steps before them.
 MIXED_STEPS, DECODE_STEPS, DECODE_WARM_UP = 6, 60, 40
+#: Functions of the host's profile that are listed.
+HOST_LISTED = 25
 
 
 def random_model(config: dict[str, object]) -> LoadedModel:
@@ -126,6 +131,7 @@ class Nano:
         trace = self._out / "traces" / f"{file}_decode.json.gz"
         decode = profiled(lambda: _steps(engine, count, lambda e: e.has_work), trace)
         note({"profile": {"mixed": mixed, "decode": decode}})
+        note({"host": host_profile(lambda: _steps(engine, count, lambda e: e.has_work))})
         for number in range(len(requests)):
             engine.abort(str(number))
 
@@ -133,6 +139,23 @@ class Nano:
         fit = engine.scheduler.cost.fit
         names = ("fixed_s", "token_s", "kv_token_s", "relative_error", "num_steps")
         return {name: getattr(fit, name) for name in names}
+
+
+def host_profile(run: Callable[[], int]) -> list[dict[str, object]]:
+    """Where Python's time of a step goes, by function; the profiler makes all of it slower."""
+    profile = cProfile.Profile()
+    steps = profile.runcall(run)
+    found: dict[Any, Any] = pstats.Stats(profile).stats  # type: ignore[attr-defined]
+    ranked = sorted(found.items(), key=lambda item: -item[1][2])[:HOST_LISTED]
+    return [
+        {
+            "function": f"{Path(file).name}:{line} {name}",
+            "us_per_step": 1e6 * own / steps,
+            "with_inner_us_per_step": 1e6 * whole / steps,
+            "per_step": calls / steps,
+        }
+        for (file, line, name), (_, calls, own, whole, _) in ranked
+    ]
 
 
 def _steps(engine: Engine, most: int, goes_on: Callable[[Engine], bool]) -> int:

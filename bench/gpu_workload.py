@@ -8,7 +8,7 @@ from unittest.mock import patch
 
 import torch
 
-from tokenmill.engine.engine import Engine
+from tokenmill.engine.engine import Engine, StepOutput
 from tokenmill.producer.params import SamplingParams
 
 #: (prompt, tokens to generate).
@@ -49,17 +49,22 @@ def run_workload(engine: Engine, requests: Sequence[Request]) -> dict[str, float
 
     `host_ms_per_step`: wall time less the waiting for tokens that are on their way; None where an
     engine in turns waits within torch, unseen.
+
+    Raises:
+        RuntimeError: a request ended with an error, or with fewer tokens than asked for.
     """
     before = engine.stats()
-    started, steps = time.perf_counter(), 0
+    started, steps, generated = time.perf_counter(), 0, 0
     add_all(engine, requests)
     with waiting() as waited:
         while engine.has_work:
-            engine.step()
+            generated += num_tokens(engine.step())
             steps += 1
     seconds = time.perf_counter() - started
     after = engine.stats()
-    generated = sum(output for _, output in requests)
+    expected = sum(output for _, output in requests)
+    if generated != expected:
+        raise RuntimeError(f"expected {expected} tokens, got {generated}")
     return {
         "seconds": seconds,
         "steps": steps,
@@ -71,6 +76,17 @@ def run_workload(engine: Engine, requests: Sequence[Request]) -> dict[str, float
         "step_ms": 1e3 * seconds / steps,
         "host_ms_per_step": 1e3 * (seconds - waited[0]) / steps if waited[0] else None,
     }
+
+
+def num_tokens(outputs: Sequence[StepOutput]) -> int:
+    """Tokens of a step.
+
+    Raises:
+        RuntimeError: a request ended with an error.
+    """
+    if errors := [output.error for output in outputs if output.error]:
+        raise RuntimeError(errors[0])
+    return sum(len(output.token_ids) for output in outputs)
 
 
 @contextmanager
