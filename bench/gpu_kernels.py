@@ -254,7 +254,7 @@ def row_cases(scale: Scale) -> Iterator[Case]:
 def sampling_cases(scale: Scale) -> Iterator[Case]:
     for rows in scale.rows[:2]:
         for name, top_k, top_p in (("plain", 0, 1.0), ("top_k 50", 50, 1.0), ("top_p 0.9", 0, 0.9)):
-            logits = torch.randn(rows, scale.vocabulary, device=scale.device)
+            logits = random(scale, rows, scale.vocabulary)
             ones = torch.ones(rows, device=scale.device)
             seeds = torch.arange(rows, device=scale.device)
             yield Case(
