@@ -30,8 +30,9 @@ from roofline import Ceilings
 
 from tokenmill.kernels.batch_rows import build_step
 from tokenmill.kernels.decode_attention import decode_attention
+from tokenmill.kernels.expert_order import sort_by_expert
 from tokenmill.kernels.gated_activation import gated_activation
-from tokenmill.kernels.moe import grouped_linear, route, sort_by_expert, sum_experts
+from tokenmill.kernels.moe import grouped_linear, route, sum_experts
 from tokenmill.kernels.paged_attention import paged_attention
 from tokenmill.kernels.rms_norm import add_rms_norm
 from tokenmill.kernels.rope_kv import rope_store_kv

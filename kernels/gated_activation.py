@@ -1,13 +1,14 @@
-"""The gated activation of Llama-shaped MLPs, in Triton.
+"""The gated activation of Llama-shaped MLPs, and the plain one of older models, in Triton.
 
-    y = f(gate) * up,   gate_up = [gate | up],   with f one of
+    y = f(gate) * up,   gate_up = [gate | up],   or y = f(x),   with f one of
     silu(z) = z / (1 + exp(-z)),   gelu(z) = z * (1 + erf(z / sqrt(2))) / 2,   relu(z) = max(z, 0),
     gelu_tanh(z) = z * (1 + tanh(u)) / 2 = z / (1 + exp(-2u)),   u = sqrt(2 / pi) (z + 0.044715 z^3)
 
 | tensor  | shape   | dtype                   | strides    |
 | ------- | ------- | ----------------------- | ---------- |
 | gate_up | [T, 2I] | float32, bfloat16, half | rows, 1    |
-| y       | [T, I]  | that of gate_up         | contiguous |
+| x       | [T, I]  | the same                | rows, 1    |
+| y       | [T, I]  | that of gate_up or x    | contiguous |
 """
 
 import torch
@@ -20,21 +21,23 @@ _BLOCK = 1024
 
 
 @triton.jit
-def _gated_activation_kernel(
-    gate_up_ptr,
+def _activation_kernel(
+    x_ptr,
     y_ptr,
-    gate_up_stride,
+    x_stride,
     y_stride,
     width,
     KIND: tl.constexpr,
+    GATED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < width
-    gate_row = gate_up_ptr + row * gate_up_stride
-    gate = tl.load(gate_row + columns, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(gate_row + width + columns, mask=inside, other=0.0).to(tl.float32)
+    x_row = x_ptr + row * x_stride
+    gate = tl.load(x_row + columns, mask=inside, other=0.0).to(tl.float32)
+    if GATED:
+        up = tl.load(x_row + width + columns, mask=inside, other=0.0).to(tl.float32)
     if KIND == "silu":
         active = gate * tl.sigmoid(gate)
     elif KIND == "gelu":
@@ -45,8 +48,9 @@ def _gated_activation_kernel(
     else:
         tl.static_assert(KIND == "relu")
         active = tl.maximum(gate, 0.0)
-    y = (active * up).to(y_ptr.dtype.element_ty)
-    tl.store(y_ptr + row * y_stride + columns, y, mask=inside)
+    if GATED:
+        active = active * up
+    tl.store(y_ptr + row * y_stride + columns, active.to(y_ptr.dtype.element_ty), mask=inside)
 
 
 def gated_activation(gate_up: torch.Tensor, kind: str) -> torch.Tensor:
@@ -59,17 +63,32 @@ def gated_activation(gate_up: torch.Tensor, kind: str) -> torch.Tensor:
     check_divisible("the width of gate_up", gate_up.shape[1], "gate and up", 2)
     check_floating("gate_up", gate_up)
     check_rows(gate_up=gate_up)
-    num_rows, width = gate_up.shape[0], gate_up.shape[1] // 2
-    y = torch.empty((num_rows, width), dtype=gate_up.dtype, device=gate_up.device)
+    return _launch(gate_up, gate_up.shape[1] // 2, kind, gated=True)
+
+
+def activation(x: torch.Tensor, kind: str) -> torch.Tensor:
+    """Return `kind(x)` for `x` [T, I].
+
+    Raises:
+        ValueError: an argument that does not fit the table above.
+    """
+    check_shape("x", x, "T", "I")
+    check_floating("x", x)
+    check_rows(x=x)
+    return _launch(x, x.shape[1], kind, gated=False)
+
+
+def _launch(x: torch.Tensor, width: int, kind: str, *, gated: bool) -> torch.Tensor:
+    y = torch.empty((x.shape[0], width), dtype=x.dtype, device=x.device)
     if y.numel():
-        grid = (num_rows, triton.cdiv(width, _BLOCK))
-        _gated_activation_kernel[grid](
-            gate_up,
+        _activation_kernel[(len(y), triton.cdiv(width, _BLOCK))](
+            x,
             y,
-            gate_up.stride(0),
+            x.stride(0),
             y.stride(0),
             width,
             KIND=kind,
+            GATED=gated,
             BLOCK=_BLOCK,
             num_warps=4,
             enable_fp_fusion=True,  # said outright, since Triton 3.10 changes the default

@@ -16,8 +16,8 @@
 | ends          | [E]          | int32                   | contiguous |
 
 Assignment i = t * top_k + rank. `order` lists the assignments sorted by expert, those of an expert
-by number; `ends[e]` is where those of expert e end. A tile of a grouped product holds rows of one
-expert alone: expert e has its tiles from number `start // BLOCK_M + e` on, so that the grid is the
+by number; `ends[e]` is where those of expert e end (`expert_order.py`). A tile of a grouped product
+holds rows of one expert alone: expert e has its tiles from number `start // BLOCK_M + e` on, so that the grid is the
 bound `T * top_k // BLOCK_M + E`, and nothing is read back (the numbering of `paged_attention.py`).
 Each row is one sum over K in one order: its bits do not depend on the other rows while the tiles
 keep their height, of which there are two. With `fixed_tiles` there is one, that of
@@ -176,14 +176,6 @@ def route(
             enable_fp_fusion=True,  # said outright, since Triton 3.10 changes the default
         )
     return shares, chosen
-
-
-def sort_by_expert(chosen: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """`order` and `ends` of the table above, from `chosen`; torch's ops, nothing is read back."""
-    experts, order = chosen.flatten().sort(stable=True)
-    numbers = torch.arange(num_experts, dtype=experts.dtype, device=experts.device)
-    ends = torch.searchsorted(experts, numbers, right=True, out_int32=True)
-    return order.to(torch.int32), ends
 
 
 def grouped_linear(

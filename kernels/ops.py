@@ -124,7 +124,11 @@ def add_layer_norm(
 
 
 def activation(x: torch.Tensor, kind: str) -> torch.Tensor:
-    """Apply one of `reference.ACTIVATIONS` to each element; plain torch on every device."""
+    """Apply one of `reference.ACTIVATIONS` to each element of `x` [T, I]."""
+    if x.is_cuda:
+        from tokenmill.kernels import gated_activation as on_gpu
+
+        return on_gpu.activation(x, kind)
     return reference.ACTIVATIONS[kind](x)
 
 

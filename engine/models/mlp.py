@@ -82,10 +82,10 @@ class MoE:
         return out
 
     def _at_once(self, x: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
-        from tokenmill.kernels import moe
+        from tokenmill.kernels import expert_order, moe
 
         shares, chosen = moe.route(self.router(x), self._top_k, normalize=self._normalize)
-        order, ends = moe.sort_by_expert(chosen, len(self.experts))
+        order, ends = expert_order.sort_by_expert(chosen, len(self.experts))
         multiply = partial(moe.grouped_linear, fixed_tiles=self.has_fixed_tiles)
         inner = multiply(x, up, order, ends)
         inner = ops.gated_activation(inner, self.experts[0].activation)

@@ -26,6 +26,16 @@ def test_matches_the_reference(
     assert_close(gated_activation(gate_up, kind), reference.gated_activation(gate_up, kind))
 
 
+@pytest.mark.parametrize("kind", reference.ACTIVATIONS)
+def test_without_a_gate(
+    device: torch.device, assert_close: Compare, poisoned: None, kind: str
+) -> None:
+    from tokenmill.kernels.gated_activation import activation
+
+    x = 4 * torch.randn(3, 200, device=device)[:, 50:150]
+    assert_close(activation(x, kind), reference.ACTIVATIONS[kind](x))
+
+
 def test_large_gates_neither_overflow_nor_vanish(device: torch.device) -> None:
     from tokenmill.kernels.gated_activation import gated_activation
 

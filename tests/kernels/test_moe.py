@@ -62,7 +62,8 @@ def test_grouped_products(
     depth: int,
     dtype: torch.dtype,
 ) -> None:
-    from tokenmill.kernels.moe import grouped_linear, sort_by_expert
+    from tokenmill.kernels.expert_order import sort_by_expert
+    from tokenmill.kernels.moe import grouped_linear
 
     if dtype == torch.bfloat16 and device.type == "cpu":
         pytest.skip("Triton's interpreter has no bfloat16 product of matrices")
@@ -112,7 +113,8 @@ def test_experts_at_once_are_those_one_by_one(
 
 def test_a_row_is_the_same_alone_and_among_others(device: torch.device) -> None:
     """Bit for bit, while the tiles are of one height."""
-    from tokenmill.kernels.moe import grouped_linear, sort_by_expert
+    from tokenmill.kernels.expert_order import sort_by_expert
+    from tokenmill.kernels.moe import grouped_linear
 
     x = torch.randn(30, 40, generator=torch.Generator().manual_seed(0)).to(device)
     weight = torch.randn(2, 33, 40, generator=torch.Generator().manual_seed(1)).to(device)
@@ -125,7 +127,8 @@ def test_a_row_is_the_same_alone_and_among_others(device: torch.device) -> None:
 @pytest.mark.parametrize("tokens", [1, 5, 16, 120])
 def test_with_fixed_tiles_in_any_batch(device: torch.device, tokens: int) -> None:
     """Bit for bit: few rows and many for each expert would have tiles of two heights."""
-    from tokenmill.kernels.moe import grouped_linear, sort_by_expert
+    from tokenmill.kernels.expert_order import sort_by_expert
+    from tokenmill.kernels.moe import grouped_linear
 
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     x = torch.randn(120, 72, generator=torch.Generator().manual_seed(0)).to(device, dtype)
@@ -134,15 +137,6 @@ def test_with_fixed_tiles_in_any_batch(device: torch.device, tokens: int) -> Non
     whole = grouped_linear(x, w, *sort_by_expert(chosen, 3), fixed_tiles=True)
     few = sort_by_expert(chosen[:tokens], 3)
     assert torch.equal(grouped_linear(x[:tokens], w, *few, fixed_tiles=True), whole[:tokens])
-
-
-def test_order_and_ends(device: torch.device) -> None:
-    from tokenmill.kernels.moe import sort_by_expert
-
-    chosen = torch.tensor([[3, 1], [1, 0], [3, 1]], dtype=torch.int32, device=device)
-    order, ends = sort_by_expert(chosen, 5)
-    assert order.tolist() == [3, 1, 2, 5, 0, 4]
-    assert ends.tolist() == [1, 4, 4, 6, 6]
 
 
 def test_more_choices_than_experts_are_refused(device: torch.device) -> None:

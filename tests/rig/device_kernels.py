@@ -14,7 +14,7 @@ def put_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
     for module, names in (
         (rms_norm, ("rms_norm", "add_rms_norm")),
         (layer_norm, ("layer_norm", "add_layer_norm")),
-        (gated_activation, ("gated_activation",)),
+        (gated_activation, ("gated_activation", "activation")),
         (rope_kv, ("rope_store_kv",)),
     ):
         for name in names:
