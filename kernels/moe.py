@@ -17,8 +17,9 @@
 
 Assignment i = t * top_k + rank. `order` lists the assignments sorted by expert, those of an expert
 by number; `ends[e]` is where those of expert e end (`expert_order.py`). A tile of a grouped product
-holds rows of one expert alone: expert e has its tiles from number `start // BLOCK_M + e` on, so that the grid is the
-bound `T * top_k // BLOCK_M + E`, and nothing is read back (the numbering of `paged_attention.py`).
+holds rows of one expert alone: expert e has its tiles from number `start // BLOCK_M + e` on, so
+that the grid is the bound `T * top_k // BLOCK_M + E`, and nothing is read back (the numbering of
+`paged_attention.py`).
 Each row is one sum over K in one order: its bits do not depend on the other rows while the tiles
 keep their height, of which there are two. With `fixed_tiles` there is one, that of
 `fixed_linear.py`, which says why.

@@ -146,6 +146,15 @@ def gated_activation(gate_up: torch.Tensor, kind: str) -> torch.Tensor:
     return reference.gated_activation(gate_up, kind)
 
 
+def soft_cap(logits: torch.Tensor, cap: float) -> torch.Tensor:
+    """Return `cap * tanh(logits / cap)` in float32, for logits [R, V], which may change."""
+    if logits.is_cuda:
+        from tokenmill.kernels import soft_cap as on_gpu
+
+        return on_gpu.soft_cap(logits, cap)
+    return logits.float().div_(cap).tanh_().mul_(cap)
+
+
 def rope_store_kv(
     q: torch.Tensor,
     k: torch.Tensor,

@@ -106,7 +106,7 @@ class Decoder:
         """The same numbers, in 16 bits where the head gives no more."""
         logits = self._gathered(self._weights.lm_head(hidden))
         cap = self.spec.logit_softcap
-        return logits if cap is None else logits.float().div_(cap).tanh_().mul_(cap)
+        return logits if cap is None else ops.soft_cap(logits, cap)
 
     def _summed(self, partial: torch.Tensor) -> torch.Tensor:
         return self._group.sum(partial)

@@ -30,6 +30,7 @@ from tokenmill.kernels.sampling import (
 from tokenmill.kernels.rms_norm import _rms_norm_kernel
 from tokenmill.kernels.rope_kv import _rope_store_kv_kernel
 from tokenmill.kernels.gated_activation import _activation_kernel
+from tokenmill.kernels.soft_cap import _soft_cap_kernel
 
 def compile_kernel(kernel, dtype, integers, floats, num_stages=3, **constants):
     def kind(name):
@@ -110,6 +111,7 @@ for post in (True, False):
     compile_kernel(
         _rms_norm_kernel, "bf16", [], ["eps"], ADD=True, POST=post, NORM=not post, BLOCK=1024
     )
+compile_kernel(_soft_cap_kernel, "bf16", [], ["cap"], BLOCK=2048)
 compile_kernel(_layer_norm_kernel, "bf16", [], ["eps"], ADD=True, HAS_BIAS=True, BLOCK=1024)
 for kind in ("silu", "gelu", "gelu_tanh", "relu"):
     compile_kernel(
