@@ -4,6 +4,7 @@ Fake tensors have shapes and a device and no numbers, so that whatever reads a n
 of torch asks a build for CPUs for the device's guard is put in other words.
 """
 
+import importlib
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -27,6 +28,7 @@ from tokenmill.engine.models.families import spec_from_config
 from tokenmill.engine.models.weights import empty_weights, pack
 from tokenmill.engine.step_graphs import StepGraphs
 from tokenmill.engine.tokenizer import Tokenizer
+from tokenmill.kernels import compiler
 from tokenmill.producer.params import SamplingParams
 
 DEVICE = torch.device("cuda:0")
@@ -103,6 +105,9 @@ def fake_gpu(launch: Callable[..., None]) -> Iterator[FakeTensorMode]:
     """Fake tensors may be on `DEVICE`; `launch(kernel, *arguments, grid=..., ...)` is a launch."""
     from triton.runtime import interpreter, jit
 
+    if compiler.has_wide_vectors():
+        # It makes a tensor as it is imported, which would be a fake one for the whole process.
+        importlib.import_module("tokenmill.kernels.compiled_linear")
     mode = FakeTensorMode(allow_non_fake_inputs=True)
 
     def pinned(tensor: torch.Tensor) -> Any:
