@@ -31,19 +31,25 @@ def launched(*arguments: str, cache: Path) -> Any:
 
 
 @pytest.mark.parametrize(
-    "family", ["qwen3", *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)]
+    ("family", "modes"),
+    [
+        ("qwen3", []),
+        *(pytest.param(name, [], marks=pytest.mark.slow) for name in OTHERS),
+        pytest.param("mixtral", ["--deterministic"], marks=pytest.mark.slow),
+    ],
 )
-def test_no_kernel_is_compiled_while_serving(tmp_path: Path, family: str) -> None:
-    found = launched("--traffic", family, cache=tmp_path)
+def test_no_kernel_is_compiled_while_serving(tmp_path: Path, family: str, modes: list[str]) -> None:
+    found = launched("--traffic", family, *modes, cache=tmp_path)
     assert found["compiled"][0] >= 10
     assert set(found["compiled"]) == {found["compiled"][0]}
     assert found["launches"] > 1000
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("modes", [[], ["--deterministic"]], ids=["", "deterministic"])
 @pytest.mark.parametrize("family", ["qwen3", *OTHERS])
-def test_no_kernel_of_real_shapes_spills(tmp_path: Path, family: str) -> None:
-    kernels = launched("--compile", family, cache=tmp_path)
+def test_no_kernel_of_real_shapes_spills(tmp_path: Path, family: str, modes: list[str]) -> None:
+    kernels = launched("--compile", family, *modes, cache=tmp_path)
     assert len(kernels) >= 10
     for kernel in kernels:
         assert not kernel["local_bytes"], kernel

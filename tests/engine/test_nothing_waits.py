@@ -80,6 +80,18 @@ def test_nothing_in_a_launch_waits(mode: FakeTensorMode, family: str, graphs: bo
     assert sum(len(output.token_ids) for output in outputs) >= 8 * len(requests)
 
 
+@pytest.mark.parametrize("graphs", [False, True])
+def test_nothing_waits_where_it_is_deterministic(mode: FakeTensorMode, graphs: bool) -> None:
+    """The check at the start aside, which reads bits."""
+    model = fake_model(mode, CONFIG | {"model_type": "mixtral"} | FAMILIES["mixtral"])
+    flags: dict[str, Any] = {"deterministic": True, "async_scheduling": True}
+    config = EngineConfig(**flags, cuda_graphs=graphs, **SIZE)
+    requests = requests_of(SAMPLINGS)
+    outputs = drain(fake_engine(mode, model, config), requests)
+    assert model.weights.has_fixed_tiles
+    assert sum(len(output.token_ids) for output in outputs) == 9 * len(requests)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_steps_in_turns_mix_no_devices(
     mode: FakeTensorMode, monkeypatch: pytest.MonkeyPatch, family: str

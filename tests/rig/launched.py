@@ -5,6 +5,8 @@ Triton compiles a kernel anew for other constants, types, and kinds of integers 
 
     launched.py --traffic FAMILY   after each round of traffic, how much has been compiled: counted
     launched.py --compile FAMILY   compiled for capability 9.0 in real shapes: what ptxas says
+
+with `--deterministic` of such an engine.
 """
 
 import argparse
@@ -149,13 +151,15 @@ def traffic(engine: Engine, seed: int, requests: int, longest: int) -> None:
     )
 
 
-def count(family: str) -> dict[str, Any]:
+def count(family: str, **modes: Any) -> dict[str, Any]:
     """Launches, and kernels compiled after each of three rounds."""
     launched = Launched()
     with fake_gpu(launched) as mode:
         model = fake_model(mode, TINY | {"model_type": family} | OF_FAMILIES.get(family, {}))
         size = {"max_model_len": 96, "token_budget": 32, "max_num_seqs": 8, "block_size": 16}
-        config: dict[str, Any] = size | {"kv_cache_memory": 1 << 20, "async_scheduling": True}
+        config: dict[str, Any] = (
+            size | {"kv_cache_memory": 1 << 20, "async_scheduling": True} | modes
+        )
         engine = fake_engine(mode, model, EngineConfig(**config))
         compiled = []
         for seed in range(3):
@@ -164,7 +168,7 @@ def count(family: str) -> dict[str, Any]:
     return {"launches": launched.num_launches, "compiled": compiled}
 
 
-def compile_all(family: str) -> list[dict[str, Any]]:
+def compile_all(family: str, **modes: Any) -> list[dict[str, Any]]:
     """What ptxas says of each kernel of a mixed and of decode steps."""
     launched = Launched(compiles=True)
     shapes: dict[str, Any] = dict(zip(NAMES, REAL[family], strict=True))
@@ -178,6 +182,7 @@ def compile_all(family: str) -> list[dict[str, Any]]:
             token_budget=2048,
             max_num_seqs=256,
             kv_cache_memory=8 << 30,
+            **modes,
         )
         params = SamplingParams(max_tokens=4, temperature=0.6, ignore_eos=True)
         drain(fake_engine(mode, model, config), [(700 + n, params) for n in range(4)])
@@ -212,8 +217,12 @@ def main() -> None:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--traffic", choices=REAL)
     what.add_argument("--compile", choices=REAL)
+    parser.add_argument("--deterministic", action="store_true")
     options = parser.parse_args()
-    found = count(options.traffic) if options.traffic else compile_all(options.compile)
+    modes = {"deterministic": options.deterministic}
+    found: Any = compile_all(options.compile, **modes) if options.compile else None
+    if options.traffic:
+        found = count(options.traffic, **modes)
     print(json.dumps(found))
 
 
