@@ -3,6 +3,7 @@
 python bench/gpu_table.py OUTDIR
 """
 
+import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,7 +13,8 @@ from typing import Any
 from gpu_result import read_gpu_result
 
 Results = dict[str, dict[str, Any]]
-NAMES = ("engine", "sync", "kernels", "steps", "transformers", "start", "plan")
+USUAL = ("engine", "sync", "kernels", "steps", "transformers", "start", "plan")
+NAMES = (*USUAL, "tiles")
 #: Least shares of rooflines, by kernel.
 ATTENTION = {"decode attention": 0.85, "chunk attention": 0.70}
 #: The same of steps of Llama-3.1-8B, by the beginning of their names.
@@ -43,10 +45,10 @@ def lines(results: Results, tests: str = "") -> list[str]:
     found = [_origin(content) for content in results.values() if content][:1]
     if tests:
         found.append(f"{'tests':17} {tests}")
-    for rows in (_engine, _steps, _kernels, _peer, _sync, _start):
+    for rows in (_engine, _steps, _kernels, _tiles, _peer, _sync, _start):
         found += [row.line() for row in rows(results)]
     found += results["plan"].get("lines", [])
-    found += [f"{name}: no result" for name in NAMES if not results[name]]
+    found += [f"{name}: no result" for name in USUAL if not results[name]]
     if any(content.get("is_tiny") for content in results.values()):
         found.append("a rehearsal with tiny shapes: no figure means anything, met or missed")
     return found
@@ -197,6 +199,23 @@ def _start(results: Results) -> Iterator[Row]:
                 parts = ", ".join(f"{name} {taken:.1f}" for name, taken in one["parts_s"].items())
                 text = f"{one['ready_s']:8.1f} s to ready, first token {one['first_token_s']:.1f}"
                 yield Row("start", f"{model}, {state}", f"{text} ({parts})")
+
+
+def _tiles(results: Results) -> Iterator[Row]:
+    """The best tile of each kind beside the rule's, which comes first; what failed."""
+    for kind, records in results["tiles"].get("tiles", {}).items():
+        right = [record for record in records if "ms" in record]
+        if right:
+            best = min(right, key=lambda record: math.prod(record["ms"]))
+            took = " and ".join(f"{ms:.3f}" for ms in best["ms"])
+            text = f"{best['tile']} {took} ms"
+            if (first := records[0]) is not best and "ms" in first:
+                took = " and ".join(f"{ms:.3f}" for ms in first["ms"])
+                text += f", by the rule {first['tile']} {took} ms"
+            yield Row("tile", kind, text)
+        for record in records:
+            if "error" in record:
+                yield Row("", f"  {record['tile']}", record["error"])
 
 
 def main() -> None:

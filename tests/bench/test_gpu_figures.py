@@ -205,6 +205,15 @@ def test_every_figure_stands_beside_its_target() -> None:
         {"kernel": "chunk attention", "shape": "4096", "ms": 1, "roofline": 0.5, "bound": "c"},
     ]
     results["kernels"] |= {"kernels": cases}
+    results["tiles"] |= {
+        "tiles": {
+            "decode_attention 128 2 2": [
+                {"tile": [16, 64, 4, 3], "ms": [2.0, 1.0]},
+                {"tile": [16, 64, 4, 4], "ms": [1.5, 1.0]},
+                {"tile": [16, 128, 4, 4], "error": "no room"},
+            ]
+        }
+    }
     results |= {"start": {}, "transformers": {}, "sync": {}}
     table = lines(results, "90 passed in 60 s")
     text = "\n".join(table)
@@ -217,10 +226,16 @@ def test_every_figure_stands_beside_its_target() -> None:
         "MISSED: at least 85%",
         "met: at least 80%",
     ]
-    assert [line.rsplit("  ", 1)[1] for line in table if "attention" in line] == [
+    assert [
+        line.rsplit("  ", 1)[1] for line in table if "t least" in line and "attention" in line
+    ] == [
         "met: at least 85%",
         "MISSED: at least 70%",
     ]
+    assert (
+        "[16, 64, 4, 4] 1.500 and 1.000 ms, by the rule [16, 64, 4, 3] 2.000 and 1.000 ms" in text
+    )
+    assert "[16, 128, 4, 4]                  no room" in text
     assert "start: no result" in text
 
 
