@@ -42,8 +42,12 @@ def measure(
 def logsumexp(logits: torch.Tensor) -> torch.Tensor:
     """Of `logits` [R, V], [R, 1]: of a row alone the same bits as of that row among others.
 
-    Torch divides one long sum among its threads on a CPU, and several not.
+    Torch divides one long sum among its threads on a CPU, and several not; a GPU has a kernel.
     """
+    if logits.is_cuda:
+        from tokenmill.kernels import logsumexp as on_gpu
+
+        return on_gpu.logsumexp(logits)[:, None]
     rows = logits.expand(2, -1) if len(logits) == 1 else logits
     return rows.logsumexp(dim=-1, keepdim=True)[: len(logits)]
 

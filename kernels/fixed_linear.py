@@ -164,6 +164,7 @@ def fixed_linear(
     return y
 
 
+@functools.lru_cache(4096)
 def choose_tile(num_rows: int, num_outputs: int, dtype: torch.dtype, *, is_large: bool) -> Tile:
     """The largest tile that leaves programs enough; `is_large`: on a device of `_LARGE`."""
     if dtype == torch.float32:

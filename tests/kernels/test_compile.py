@@ -19,6 +19,7 @@ from tokenmill.kernels.decode_attention import _decode_parts_kernel, _merge_part
 from tokenmill.kernels.dequant_gemm import _dequant_gemm_kernel
 from tokenmill.kernels.expert_order import _expert_order_kernel
 from tokenmill.kernels.fixed_linear import _fixed_linear_kernel
+from tokenmill.kernels.logsumexp import _logsumexp_kernel
 from tokenmill.kernels.logit_edits import _allowed_kernel, _cells_kernel
 from tokenmill.kernels.moe import _grouped_linear_kernel, _route_kernel, _sum_experts_kernel
 from tokenmill.kernels.paged_attention import _paged_attention_kernel
@@ -91,6 +92,7 @@ for block_m, block_n, block_k in ((64, 16, 128), (128, 128, 64)):
         BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, PRECISION="tf32",
     )
 compile_kernel(_expert_order_kernel, "i32", [], [], BLOCK=1024)
+compile_kernel(_logsumexp_kernel, "fp32", [], [], BLOCK=4096)
 compile_kernel(_sum_experts_kernel, "bf16", [], [], TOP_K=6, BLOCK=1024)
 drawn = ["top_k_ptr", "rows_ptr", "positions_ptr", "last_ptr", "found_ptr"]
 compile_kernel(_highest_kernel, "bf16", drawn, [], BLOCK=4096)
