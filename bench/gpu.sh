@@ -21,7 +21,7 @@ limit and what those before it left over; shortly before it begins nothing more 
 is stopped. One that fails or is stopped leaves the others alone, keeps what it has written, and
 makes the exit status 1.
 
---limit  seconds for all parts together (570): one that would begin with less than 15 left does not
+--limit  seconds for all parts together (550): one that would begin with less than 15 left does not
 --tiny   the same programs with tiny shapes under Triton's interpreter, without a GPU: a rehearsal,
          whose figures mean nothing
 
@@ -32,7 +32,7 @@ esac
 out=$(realpath -m "$1")
 shift
 cd "$(dirname "$0")/.."
-limit=570 is_tiny= parts=()
+limit=550 is_tiny= parts=()
 declare -A is_fixed seconds=([tests]=110 [engine]=150 [sync]=25 [kernels]=70 [steps]=100 [transformers]=50
   [start]=40 [plan]=15 [tiles]=120)
 while [ $# -gt 0 ]; do

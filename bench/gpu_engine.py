@@ -70,6 +70,9 @@ class Nano:
     def __init__(self, options: argparse.Namespace, ceilings: Ceilings) -> None:
         self._out: Path = options.out
         self._runs: int = options.runs
+        self._cache: dict[str, Any] = {}
+        if options.kv_cache_gib:
+            self._cache = {"kv_cache_memory": int(options.kv_cache_gib * 2**30)}
         self._is_tiny: bool = options.tiny
         self._ceilings = ceilings
         self._model = random_model(tiny(QWEN3_06B) if options.tiny else QWEN3_06B)
@@ -83,7 +86,7 @@ class Nano:
         size: dict[str, Any] = {"max_model_len": 2304}
         if self._is_tiny:
             size = {"max_model_len": 64, "token_budget": 16, "max_num_seqs": 4}
-        engine = Engine(self._model, EngineConfig(**size | MODES[name]))
+        engine = Engine(self._model, EngineConfig(**size | self._cache | MODES[name]))
         stats = engine.stats()
         note(
             {
@@ -104,6 +107,9 @@ class Nano:
             is_first = len(runs) == 1 and (runs[0]["seconds"] or 0.0) < SHORT_S
             if time.perf_counter() > ends and not is_first:
                 break
+        # What an engine keeps to itself, and nobody else asks for.
+        graphs = getattr(engine._executor, "_graphs", None)  # noqa: SLF001
+        note({"captured": len(getattr(graphs, "_captured", ()))})
         self._profile(engine, name, note)
         note({"cost": self._cost(engine)})
         engine.close()
@@ -179,6 +185,7 @@ def main() -> None:
     parser = gpu_arguments(__doc__, 150)
     parser.add_argument("--modes", default="", help=f"of {', '.join(MODES)}")
     parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--kv-cache-gib", type=float, help="else what the largest step leaves")
     options = parser.parse_args()
     check_device(options)
     names = chosen_modes(options.modes)

@@ -48,12 +48,12 @@ def run_workload(engine: Engine, requests: Sequence[Request]) -> dict[str, float
     """Drain the workload: rates over wall time, and what of a step the host waited.
 
     `host_ms_per_step`: wall time less the waiting for tokens that are on their way; None where an
-    engine in turns waits within torch, unseen.
+    engine in turns waits within torch, unseen. `allocations` should be none after the first run.
 
     Raises:
         RuntimeError: a request ended with an error, or with fewer tokens than asked for.
     """
-    before = engine.stats()
+    before, allocated = engine.stats(), num_allocations()
     started, steps, generated = time.perf_counter(), 0, 0
     add_all(engine, requests)
     with waiting() as waited:
@@ -74,8 +74,17 @@ def run_workload(engine: Engine, requests: Sequence[Request]) -> dict[str, float
         "mean_batch": generated / steps,
         "preemptions": after.num_preemptions - before.num_preemptions,
         "step_ms": 1e3 * seconds / steps,
+        "allocations": num_allocations() - allocated,
         "host_ms_per_step": 1e3 * (seconds - waited[0]) / steps if waited[0] else None,
     }
+
+
+def num_allocations() -> int:
+    """Blocks of memory that torch has asked CUDA for, of the device and pinned: each waits."""
+    if not torch.cuda.is_available():
+        return 0
+    device, host = torch.cuda.memory_stats(), torch.cuda.host_memory_stats()
+    return int(device.get("num_device_alloc", 0)) + int(host.get("num_host_alloc", 0))
 
 
 def num_tokens(outputs: Sequence[StepOutput]) -> int:
