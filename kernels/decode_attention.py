@@ -124,6 +124,8 @@ def _decode_parts_kernel(
     inside = (rows < G)[:, None] & (channels < D)[None, :]
     q_offsets = token.to(tl.int64) * q_token + head[:, None] * q_head + channels[None, :]
     q = tl.load(q_ptr + q_offsets, mask=inside, other=0.0)  # [BLOCK_M, BLOCK_D]
+    if k_cache_ptr.dtype.element_ty.primitive_bitwidth == 8 and q.dtype == tl.bfloat16:
+        q = q.to(tl.float16)  # holds fp8 as well, and one instruction makes two of them
     query_position = tl.full([BLOCK_M], 0, tl.int32) + context - 1
     highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)

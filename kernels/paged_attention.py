@@ -117,6 +117,8 @@ def _paged_attention_kernel(
     q_inside = row_inside[:, None] & channel_inside[None, :]
     q_offsets = token[:, None] * q_token + head[:, None] * q_head + channels[None, :]
     q = tl.load(q_ptr + q_offsets, mask=q_inside, other=0.0)  # [BLOCK_M, BLOCK_D]
+    if k_cache_ptr.dtype.element_ty.primitive_bitwidth == 8 and q.dtype == tl.bfloat16:
+        q = q.to(tl.float16)  # holds fp8 as well, and one instruction makes two of them
 
     before = tl.load(context_lens_ptr + seq) - query_len  # tokens cached before this chunk
     end = before + tl.minimum(first_query + BLOCK_Q, query_len)  # keys that any row sees

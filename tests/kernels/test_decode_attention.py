@@ -87,17 +87,22 @@ def test_windows_and_soft_caps(
     assert_close(decode(case), case.run(reference.paged_attention))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_keys_and_values_in_fp8(
-    device: torch.device, assert_close: Compare, attention_case: BuildCase
+    device: torch.device, assert_close: Compare, attention_case: BuildCase, dtype: torch.dtype
 ) -> None:
-    case = attention_case([(1, 70), (1, 9)], device=device)
+    from tokenmill.kernels.paged_attention import paged_attention
+
     if device.type == "cuda" and torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("needs a device with fp8")
+    case = attention_case([(1, 70), (1, 9), (1, 33)], dtype=dtype, device=device)
     caches = (
         cache.nan_to_num(0.0).to(torch.float8_e4m3fn) for cache in (case.k_cache, case.v_cache)
     )
     case = replace(case, **dict(zip(("k_cache", "v_cache"), caches, strict=True)))
-    assert_close(decode(case), case.run(reference.paged_attention))
+    expected = case.run(reference.paged_attention)
+    assert_close(decode(case), expected)
+    assert_close(case.run(paged_attention), expected)
 
 
 def test_the_part_that_is_used(
