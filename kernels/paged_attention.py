@@ -21,7 +21,7 @@ A tile of BLOCK_M rows holds BLOCK_Q queries times the G heads that share a KV h
 decoding fills the tensor cores too. No two chunks share a tile: chunk s has its tiles from number
 `cu_seqlens_q[s] // BLOCK_Q + s` on, a numbering with gaps that needs no other prefix sum. The grid
 is the bound `T // BLOCK_Q + S`, known without reading lengths back; each program finds its chunk by
-binary search and leaves if it stands in a gap.
+counting those before it, SEARCHED at a time, and leaves if it stands in a gap.
 
 Keys are visited from position 0 in tiles of TILE, in one program: a row's result depends neither on
 the other chunks of the step nor on where its own chunk started. With a window the first tile is the
@@ -57,6 +57,9 @@ from tokenmill.kernels.checks import (
 )
 from tokenmill.kernels.tiles import Tile, choose_tile
 
+#: Chunks that a program looks at together to find its own.
+SEARCHED = 256
+
 
 # The counts change from step to step: specialised, each new kind would compile while serving.
 @triton.jit(do_not_specialize=["num_seqs", "table_row"])
@@ -88,19 +91,16 @@ def _paged_attention_kernel(
     CAPPED: tl.constexpr,
     PRECISION: tl.constexpr,
     SKIP_SINGLE: tl.constexpr,
+    SEARCHED: tl.constexpr,
 ):
     q_tile = tl.num_programs(0) - 1 - tl.program_id(0)  # those that see most keys come first
     kv_head = tl.program_id(1)
-    low = 0
-    high = num_seqs
-    while low < high:  # the last chunk whose first tile is not behind q_tile
-        middle = (low + high) // 2
-        first_tile = tl.load(cu_seqlens_q_ptr + middle) // BLOCK_Q + middle
-        if first_tile <= q_tile:
-            low = middle + 1
-        else:
-            high = middle
-    seq = low - 1
+    seq = -1
+    for first in range(0, num_seqs, SEARCHED):  # the last chunk whose first tile is not behind
+        chunks = first + tl.arange(0, SEARCHED)
+        starts = tl.load(cu_seqlens_q_ptr + chunks, mask=chunks < num_seqs, other=0)
+        is_before = (chunks < num_seqs) & (starts // BLOCK_Q + chunks <= q_tile)
+        seq += tl.sum(is_before.to(tl.int32), axis=0)
     start = tl.load(cu_seqlens_q_ptr + seq)
     query_len = tl.load(cu_seqlens_q_ptr + seq + 1) - start
     first_query = (q_tile - start // BLOCK_Q - seq) * BLOCK_Q
@@ -256,6 +256,7 @@ def paged_attention(
         CAPPED=bool(softcap),
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         SKIP_SINGLE=skip_single,
+        SEARCHED=SEARCHED,
         num_warps=tile.warps,
         num_stages=tile.stages,
         enable_fp_fusion=True,  # said outright, since Triton 3.10 changes the default

@@ -63,6 +63,7 @@ for dtype, precision, block_m, window in forms:
         _paged_attention_kernel, dtype, lengths, ["score_scale", "cap_log2"], Hkv=3, G=3, D=80,
         BLOCK_SIZE=16, BLOCK_D=128, BLOCK_M=block_m, BLOCK_Q=block_m // 3, TILE=32,
         WINDOW=window, CAPPED=window > 0, PRECISION=precision, SKIP_SINGLE=window > 0,
+        SEARCHED=256,
     )
     decode = {"Hkv": 3, "G": 3, "D": 256, "BLOCK_SIZE": 64, "BLOCK_D": 256, "BLOCK_M": 16}
     compile_kernel(

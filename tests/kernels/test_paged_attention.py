@@ -98,6 +98,20 @@ def test_chunks_of_one_query_can_be_left_out(
     assert (out[[0, 4]] == 7.0).all()
 
 
+def test_more_chunks_than_are_looked_at_together(
+    device: torch.device,
+    attention_case: BuildCase,
+    assert_close: Compare,
+    poisoned: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from tokenmill.kernels import paged_attention
+
+    monkeypatch.setattr(paged_attention, "SEARCHED", 2)
+    case = attention_case([*MIXED, (70, 70), (1, 5)], device=device)
+    assert_close(case.run(paged_attention.paged_attention), case.run(reference.paged_attention))
+
+
 def test_int64_tables_are_refused(device: torch.device, attention_case: BuildCase) -> None:
     from tokenmill.kernels.paged_attention import paged_attention
 
