@@ -49,7 +49,15 @@ def test_no_kernel_is_compiled_while_serving(tmp_path: Path, family: str, modes:
 @pytest.mark.parametrize("modes", [[], ["--deterministic"]], ids=["", "deterministic"])
 @pytest.mark.parametrize("family", ["qwen3", *OTHERS])
 def test_no_kernel_of_real_shapes_spills(tmp_path: Path, family: str, modes: list[str]) -> None:
-    kernels = launched("--compile", family, *modes, cache=tmp_path)
+    check_kernels(launched("--compile", family, *modes, cache=tmp_path))
+
+
+@pytest.mark.slow
+def test_nor_does_one_that_reads_and_writes_8_bits(tmp_path: Path) -> None:
+    check_kernels(launched("--compile", "qwen3", "--kv-cache-dtype", "fp8", cache=tmp_path))
+
+
+def check_kernels(kernels: list[dict[str, Any]]) -> None:
     assert len(kernels) >= 10
     for kernel in kernels:
         assert not kernel["local_bytes"], kernel

@@ -129,6 +129,7 @@ def fake_gpu(launch: Callable[..., None]) -> Iterator[FakeTensorMode]:
             (jit.JITFunction, "run", run),
             (torch.Tensor, "pin_memory", pinned),
             (torch.cuda, "get_device_properties", lambda _: H100),
+            (torch.cuda, "get_device_capability", lambda _: (H100.major, H100.minor)),
             (FakeTensor, "__getitem__", _item),
             (FakeTensor, "__setitem__", _set_item),
             (FakeTensor, "copy_", _copy),

@@ -6,7 +6,7 @@ Triton compiles a kernel anew for other constants, types, and kinds of integers 
     launched.py --traffic FAMILY   after each round of traffic, how much has been compiled: counted
     launched.py --compile FAMILY   compiled for capability 9.0 in real shapes: what ptxas says
 
-with `--deterministic` of such an engine.
+with `--deterministic` of such an engine, with `--kv-cache-dtype` of one with such a cache.
 """
 
 import argparse
@@ -218,8 +218,9 @@ def main() -> None:
     what.add_argument("--traffic", choices=REAL)
     what.add_argument("--compile", choices=REAL)
     parser.add_argument("--deterministic", action="store_true")
+    parser.add_argument("--kv-cache-dtype", default="auto")
     options = parser.parse_args()
-    modes = {"deterministic": options.deterministic}
+    modes = {"deterministic": options.deterministic, "kv_cache_dtype": options.kv_cache_dtype}
     found: Any = compile_all(options.compile, **modes) if options.compile else None
     if options.traffic:
         found = count(options.traffic, **modes)
