@@ -4,6 +4,7 @@ python bench/gpu_table.py OUTDIR
 """
 
 import math
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -41,14 +42,17 @@ class Row:
 
 
 def lines(results: Results, tests: str = "") -> list[str]:
-    """Hardware and versions, then a line for each figure; what is missing is said."""
+    """A line for each figure, the most telling last; hardware, versions, and what is missing."""
     found = [_origin(content) for content in results.values() if content][:1]
+    found += results["plan"].get("lines", [])
+    parts = (_kernels, _tiles, _start, _sync, _peer, _steps, _engine)
+    rows = [row for part in parts for row in part(results)]
+    found += [row.line() for row in rows]
     if tests:
         found.append(f"{'tests':17} {tests}")
-    for rows in (_engine, _steps, _kernels, _tiles, _peer, _sync, _start):
-        found += [row.line() for row in rows(results)]
-    found += results["plan"].get("lines", [])
     found += [f"{name}: no result" for name in USUAL if not results[name]]
+    met = [row.is_met for row in rows if row.target]
+    found.append(f"of {len(met)} figures with a target {sum(met)} met it")
     if any(content.get("is_tiny") for content in results.values()):
         found.append("a rehearsal with tiny shapes: no figure means anything, met or missed")
     return found
@@ -223,9 +227,15 @@ def main() -> None:
         raise SystemExit("usage: gpu_table.py OUTDIR")
     out = Path(sys.argv[1])
     log = out / "tests.log"
-    said = log.read_text().splitlines() if log.exists() else []
     results = {name: read_gpu_result(out, f"gpu_{name}") for name in NAMES}
-    print("\n".join(lines(results, said[-1].strip("= ") if said else "")))
+    print("\n".join(lines(results, tests_of(log.read_text()) if log.exists() else "")))
+
+
+def tests_of(log: str) -> str:
+    """What pytest counted, or else its last word."""
+    said = [line.strip("= ") for line in log.splitlines()] or [""]
+    counts = [line for line in said if re.search(r"\d+ (passed|failed|error)", line)]
+    return [*said[-1:], *counts[-1:]][-1]
 
 
 if __name__ == "__main__":

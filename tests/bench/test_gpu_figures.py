@@ -176,6 +176,16 @@ def nano(rate: float, host: float | None) -> dict[str, Any]:
     return {"nano": figures, "runs": [figures], "token_budget": 2048}
 
 
+def test_of_an_interrupted_log_the_counts_are_told() -> None:
+    from gpu_table import tests_of
+
+    assert tests_of("gw1 PASSED\n== 2 failed, 8 passed in 9s ==\nInterrupted\n") == (
+        "2 failed, 8 passed in 9s"
+    )
+    assert tests_of("no tests ran") == "no tests ran"
+    assert tests_of("") == ""
+
+
 def test_every_figure_stands_beside_its_target() -> None:
     from gpu_table import NAMES, lines
 
@@ -237,6 +247,7 @@ def test_every_figure_stands_beside_its_target() -> None:
     )
     assert "[16, 128, 4, 4]                  no room" in text
     assert "start: no result" in text
+    assert table[-1] == "of 7 figures with a target 4 met it"
 
 
 # -- on paper ----------------------------------------------------------------------------------
