@@ -3,7 +3,8 @@
     p        = softmax(router_logits[t]);   chosen = the top_k of p, their shares p / sum p if NORM
     inner[i] = x[t(i)] W1[e(i)]^T                     for each assignment i of a token to an expert
     outer[i] = activation(inner[i]) W2[e(i)]^T
-    out[t]   = sum over t's assignments, in the order of their ranks, of share * outer
+    out[t]   = sum over t's assignments, in the order of their ranks, of share * outer,
+               and, if there is an expert for all tokens, sigmoid(gate[t]) * common[t]
 
 | tensor        | shape        | dtype                   | strides    |
 | ------------- | ------------ | ----------------------- | ---------- |
@@ -12,6 +13,8 @@
 | chosen        | [T, top_k]   | int32                   | contiguous |
 | x             | [T, K]       | float32, bfloat16, half | rows, 1    |
 | weight        | [E, N, K]    | that of x               | contiguous |
+| common        | [T, N]       | that of x               | contiguous |
+| gate          | [T, 1]       | float32, bfloat16, half | contiguous |
 | order         | [T * top_k]  | int32                   | contiguous |
 | ends          | [E]          | int32                   | contiguous |
 
@@ -129,9 +132,12 @@ def _grouped_linear_kernel(
 def _sum_experts_kernel(
     outer_ptr,
     shares_ptr,
+    common_ptr,
+    gate_ptr,
     out_ptr,
     N,
     TOP_K: tl.constexpr,
+    HAS_COMMON: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
@@ -142,6 +148,9 @@ def _sum_experts_kernel(
         place = token * TOP_K + rank
         row = tl.load(outer_ptr + place * N + columns, mask=inside, other=0.0)
         total += tl.load(shares_ptr + place) * row.to(tl.float32)
+    if HAS_COMMON:
+        row = tl.load(common_ptr + token * N + columns, mask=inside, other=0.0).to(tl.float32)
+        total += tl.sigmoid(tl.load(gate_ptr + token).to(tl.float32)) * row
     tl.store(out_ptr + token * N + columns, total.to(out_ptr.dtype.element_ty), mask=inside)
 
 
@@ -238,8 +247,13 @@ def grouped_linear(
     return y
 
 
-def sum_experts(outer: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
-    """The shares' sum [T, N] of the assignments' rows [T * top_k, N].
+def sum_experts(
+    outer: torch.Tensor,
+    shares: torch.Tensor,
+    common: torch.Tensor | None = None,
+    gate: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The shares' sum [T, N] of the assignments' rows [T * top_k, N], and the gated `common`.
 
     Raises:
         ValueError: an argument that does not fit the table above.
@@ -252,10 +266,27 @@ def sum_experts(outer: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
     check_contiguous(outer=outer, shares=shares)
     check_device(outer.device, shares=shares)
     width = outer.shape[1]
+    if common is not None and gate is not None:
+        check_shape("common", common, num_tokens, width)
+        check_dtype("common", common, outer.dtype)
+        check_shape("gate", gate, num_tokens, 1)
+        check_floating("gate", gate)
+        check_contiguous(common=common, gate=gate)
+        check_device(outer.device, common=common, gate=gate)
     out = torch.empty((num_tokens, width), dtype=outer.dtype, device=outer.device)
     if out.numel():
         block = min(1024, triton.next_power_of_2(width))
         _sum_experts_kernel[(num_tokens, triton.cdiv(width, block))](
-            outer, shares, out, width, TOP_K=top_k, BLOCK=block, num_warps=4, enable_fp_fusion=True
+            outer,
+            shares,
+            outer if common is None else common,
+            outer if gate is None else gate,
+            out,
+            width,
+            TOP_K=top_k,
+            HAS_COMMON=common is not None and gate is not None,
+            BLOCK=block,
+            num_warps=4,
+            enable_fp_fusion=True,
         )
     return out

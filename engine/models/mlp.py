@@ -62,11 +62,15 @@ class MoE:
         self._normalize = normalize
 
     def __call__(self, x: torch.Tensor, adapted: Adapted = ()) -> torch.Tensor:
-        out = self._one_by_one(x) if self.stacks is None else self._at_once(x, *self.stacks)
+        common = gate = None
         if self.shared is not None and self.shared_gate is not None:
+            common, gate = self.shared(x, adapted), self.shared_gate(x)
+        if self.stacks is not None:
+            return self._at_once(x, *self.stacks, common, gate)
+        out = self._one_by_one(x)
+        if common is not None and gate is not None:
             # Torch's own sigmoid rounds a tensor's last few elements differently.
-            gate = torch.exp(-self.shared_gate(x)).add_(1).reciprocal_()
-            out += gate * self.shared(x, adapted)
+            out += torch.exp(-gate).add_(1).reciprocal_() * common
         return out
 
     def _one_by_one(self, x: torch.Tensor) -> torch.Tensor:
@@ -81,7 +85,14 @@ class MoE:
             out.index_add_(0, rows, self.experts[number](x[rows]) * share)
         return out
 
-    def _at_once(self, x: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+    def _at_once(
+        self,
+        x: torch.Tensor,
+        up: torch.Tensor,
+        down: torch.Tensor,
+        common: torch.Tensor | None,
+        gate: torch.Tensor | None,
+    ) -> torch.Tensor:
         from tokenmill.kernels import expert_order, moe
 
         shares, chosen = moe.route(self.router(x), self._top_k, normalize=self._normalize)
@@ -89,7 +100,7 @@ class MoE:
         multiply = partial(moe.grouped_linear, fixed_tiles=self.has_fixed_tiles)
         inner = multiply(x, up, order, ends)
         inner = ops.gated_activation(inner, self.experts[0].activation)
-        return moe.sum_experts(multiply(inner, down, order, ends), shares)
+        return moe.sum_experts(multiply(inner, down, order, ends), shares, common, gate)
 
     def linears(self) -> Iterator[Linear]:
         """All linears in it."""

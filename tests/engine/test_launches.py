@@ -32,6 +32,16 @@ FAMILIES: dict[str, tuple[dict[str, Any], int, int]] = {
     "gemma3_text": ({"layer_types": ["full_attention"] * 4, "query_pre_attn_scalar": 16}, 9, 5),
     "olmo2": ({}, 9, 3),
     "mixtral": ({"num_local_experts": 4, "num_experts_per_tok": 2}, 13, 4),
+    "qwen2_moe": (
+        {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "shared_expert_intermediate_size": 32,
+        },
+        17,
+        4,
+    ),
     "opt": ({"ffn_dim": 96, "word_embed_proj_dim": 64}, 9, 6),
     "phi": ({}, 9, 4),
 }

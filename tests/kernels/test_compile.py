@@ -94,7 +94,7 @@ for block_m, block_n, block_k in ((64, 16, 128), (128, 128, 64)):
     )
 compile_kernel(_expert_order_kernel, "i32", [], [], BLOCK=1024)
 compile_kernel(_logsumexp_kernel, "fp32", [], [], BLOCK=4096)
-compile_kernel(_sum_experts_kernel, "bf16", [], [], TOP_K=6, BLOCK=1024)
+compile_kernel(_sum_experts_kernel, "bf16", [], [], TOP_K=6, HAS_COMMON=True, BLOCK=1024)
 drawn = ["top_k_ptr", "rows_ptr", "positions_ptr", "last_ptr", "found_ptr"]
 compile_kernel(_highest_kernel, "bf16", drawn, [], BLOCK=4096)
 compile_kernel(_search_kernel, "bf16", drawn, [], BLOCK=4096, BLOCK_P=64)
