@@ -127,9 +127,13 @@ def _fixed_linear_kernel(
 
 
 def fixed_linear(
-    x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None = None
+    x: torch.Tensor,
+    w: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    tile: Tile | None = None,
 ) -> torch.Tensor:
-    """Return y [M, N] of the formula above.
+    """Return y [M, N] of the formula above; `tile` None: as the shape wants.
 
     Raises:
         ValueError: an argument that does not fit the table above.
@@ -139,7 +143,8 @@ def fixed_linear(
     y = torch.empty((num_rows, num_outputs), dtype=x.dtype, device=x.device)
     if not y.numel():
         return y
-    tile = choose_tile(num_rows, num_outputs, x.dtype, is_large=_is_large(x.device))
+    if tile is None:
+        tile = choose_tile(num_rows, num_outputs, x.dtype, is_large=is_large(x.device))
     count = triton.cdiv(num_rows, tile.rows) * triton.cdiv(num_outputs, tile.outputs)
     _fixed_linear_kernel[(count,)](
         x,
@@ -166,7 +171,7 @@ def fixed_linear(
 
 @functools.lru_cache(4096)
 def choose_tile(num_rows: int, num_outputs: int, dtype: torch.dtype, *, is_large: bool) -> Tile:
-    """The largest tile that leaves programs enough; `is_large`: on a device of `_LARGE`."""
+    """The largest tile that leaves programs enough; `is_large` as of the device."""
     if dtype == torch.float32:
         return _FLOAT32
     for least, tile in tiles(is_large=is_large):
@@ -189,7 +194,8 @@ def tiles(*, is_large: bool) -> list[tuple[int, Tile]]:
 
 
 @functools.cache
-def _is_large(device: torch.device) -> bool:
+def is_large(device: torch.device) -> bool:
+    """Whether programs may take 192 KiB of shared memory there."""
     if device.type != "cuda":
         return False
     return torch.cuda.get_device_properties(device.index or 0).major in _LARGE

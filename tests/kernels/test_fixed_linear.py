@@ -54,17 +54,14 @@ def test_products(
 
 
 @pytest.mark.parametrize("number", range(6))
-def test_every_tile(
-    device: torch.device, assert_close: Compare, monkeypatch: pytest.MonkeyPatch, number: int
-) -> None:
+def test_every_tile(device: torch.device, assert_close: Compare, number: int) -> None:
     """Whatever would choose it; more tiles below each other than a band has."""
     from tokenmill.kernels import fixed_linear as module
 
     _, tile = module.tiles(is_large=True)[number]
-    monkeypatch.setattr(module, "choose_tile", lambda *_, **__: tile)
     x, w, bias = linear_of(9 * tile.rows + 5, tile.outputs + 9, 70, device, torch.float16)
     expected = (x.float() @ w.float().T + bias.float()).half()
-    assert_close(module.fixed_linear(x, w, bias), expected)
+    assert_close(module.fixed_linear(x, w, bias, tile=tile), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
@@ -105,18 +102,15 @@ def test_any_number_of_rows_of_real_shapes(
 @pytest.mark.gpu
 @pytest.mark.parametrize("depth", [64, 1000, 4096])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_all_tiles_have_the_same_bits(
-    device: torch.device, monkeypatch: pytest.MonkeyPatch, depth: int, dtype: torch.dtype
-) -> None:
+def test_all_tiles_have_the_same_bits(device: torch.device, depth: int, dtype: torch.dtype) -> None:
     from tokenmill.kernels import fixed_linear as module
 
     if device.type == "cpu":
         pytest.skip("numpy's products depend on the tile")
     x, w, bias = linear_of(300, 700, depth, device, dtype)
     expected = module.fixed_linear(x, w, bias)
-    for _, tile in module.tiles(is_large=module._is_large(device)):
-        monkeypatch.setattr(module, "choose_tile", lambda *_, tile=tile, **__: tile)
-        assert torch.equal(module.fixed_linear(x, w, bias), expected), tile
+    for _, tile in module.tiles(is_large=module.is_large(device)):
+        assert torch.equal(module.fixed_linear(x, w, bias, tile=tile), expected), tile
 
 
 @pytest.mark.parametrize(
