@@ -13,12 +13,11 @@ head of some parts in a row, so that one long sequence keeps the whole device bu
     keys          0 ........ 255 | 256 ...... 511 | 512 ...... 767 | 768 ... n - 1
     2 a program   program 0                         program 1
 
-The G query heads that share the KV head are the rows of its tile. Each part has the three values of
-a running softmax (`attention_tile.py`), which are merged in order within groups of GROUP parts; the
-values of AT_ONCE groups are summed in one order, and those sums in order. A program that takes a
-group merges it, and if that is all there is the result is its own; else a second kernel goes on.
-It does so by the same operations, and parts and groups depend on positions alone: a row has the
-same bits alone, in any batch, with any number of parts a program, at any width of the tables.
+The G query heads that share the KV head are the rows of its tile. Parts are merged in an order that
+depends on positions alone (`merge_parts.py`). A program that takes a group of them merges it, and
+if that is all there is the result is its own; else a second kernel goes on, by the same operations:
+a row has the same bits alone, in any batch, with any number of parts a program, at any width of the
+tables.
 
 The grid is bound by what the block tables can hold, known on the host; programs of parts that a
 sequence does not have leave at once. No length is read back, so the launch can be in a CUDA graph.
@@ -39,29 +38,12 @@ from tokenmill.kernels.attention_tile import (
     read_tile,
 )
 from tokenmill.kernels.checks import check_divisible
+from tokenmill.kernels.merge_parts import GROUP, merge_part, merge_parts
 from tokenmill.kernels.paged_attention import check_attention
 from tokenmill.kernels.tiles import Tile, choose_tile, num_processors
 
 #: Positions of a part. Results depend on it in their last bits: one number for all batches.
 PART = 256
-#: Parts of a group, and the most that a program takes. Another number would be other bits too.
-GROUP = 16
-#: Groups that are merged at once. The same.
-AT_ONCE = 8
-
-
-@triton.jit
-def _merge(highest, total, mean, part_highest, part_total, part_mean):
-    """The three values with a part's: [M], [M] and [M, D].
-
-    Multiply-adds are spelt out, for the same bits in both kernels.
-    """
-    risen = tl.maximum(highest, part_highest)
-    shrink = tl.exp2(highest - risen)
-    weight = tl.exp2(part_highest - risen)
-    total = tl.fma(total, shrink, part_total * weight)
-    mean = tl.fma(mean, shrink[:, None], part_mean * weight[:, None])
-    return risen, total, mean
 
 
 @triton.jit(do_not_specialize=["table_row", "parts", "num_states", "is_merged"])
@@ -158,7 +140,7 @@ def _decode_parts_kernel(
         mean = tl.dot(weights.to(q.dtype), v.to(q.dtype), mean, input_precision=PRECISION)
         if ((tile_start + TILE) % PART == 0) | (tile_start + TILE >= end):  # the part's end
             if is_merged:
-                all_highest, all_total, all_mean = _merge(
+                all_highest, all_total, all_mean = merge_part(
                     all_highest, all_total, all_mean, highest, total, mean
                 )
             else:
@@ -178,71 +160,6 @@ def _decode_parts_kernel(
         tl.store(sums_ptr + place * 2, all_highest, mask=rows < G)
         tl.store(sums_ptr + place * 2 + 1, all_total, mask=rows < G)
         tl.store(means_ptr + place[:, None] * D + channels[None, :], all_mean, mask=inside)
-
-
-@triton.jit(do_not_specialize=["num_states", "state_size", "group"])
-def _merge_parts_kernel(
-    sums_ptr,
-    means_ptr,
-    out_ptr,
-    cu_seqlens_q_ptr,
-    context_lens_ptr,
-    out_token,
-    out_head,
-    num_states,
-    state_size,  # positions of a state: those of a part, or of a group
-    group,  # states of a group: 1 if they are groups
-    Hq: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    AT_ONCE: tl.constexpr,
-    TILE: tl.constexpr,
-    WINDOW: tl.constexpr,
-):
-    head = tl.program_id(0)
-    seq = tl.program_id(1).to(tl.int64)
-    context = tl.load(context_lens_ptr + seq)
-    token = tl.load(cu_seqlens_q_ptr + seq)
-    if tl.load(cu_seqlens_q_ptr + seq + 1) - token != 1:
-        return
-    channels = tl.arange(0, BLOCK_D)
-    inside = channels < D
-    first = 0
-    if WINDOW:
-        first = tl.maximum(context - WINDOW, 0) // TILE * TILE // state_size
-    end = tl.cdiv(context, state_size)
-    all_highest = -1e30
-    all_total = 0.0
-    all_mean = tl.zeros([BLOCK_D], tl.float32)
-    for start in range(first // (group * AT_ONCE) * (group * AT_ONCE), end, group * AT_ONCE):
-        groups = start + tl.arange(0, AT_ONCE) * group
-        highest = tl.full([AT_ONCE], -1e30, tl.float32)
-        total = tl.zeros([AT_ONCE], tl.float32)
-        mean = tl.zeros([AT_ONCE, BLOCK_D], tl.float32)
-        for step in tl.range(0, tl.minimum(group, end - start), num_stages=6):
-            state = groups + step
-            there = (state >= first) & (state < end)  # one that is not changes nothing
-            place = (seq * Hq + head) * num_states + state
-            highest, total, mean = _merge(
-                highest,
-                total,
-                mean,
-                tl.load(sums_ptr + place * 2, mask=there, other=float("-inf")),
-                tl.load(sums_ptr + place * 2 + 1, mask=there, other=0.0),
-                tl.load(
-                    means_ptr + place[:, None] * D + channels[None, :],
-                    mask=there[:, None] & inside[None, :],
-                    other=0.0,
-                ),
-            )
-        risen = tl.maximum(all_highest, tl.max(highest, axis=0))
-        shrink = tl.exp2(all_highest - risen)
-        weights = tl.exp2(highest - risen)
-        all_total = all_total * shrink + tl.sum(total * weights, axis=0)
-        all_mean = all_mean * shrink + tl.sum(mean * weights[:, None], axis=0)
-        all_highest = risen
-    out = out_ptr + token.to(tl.int64) * out_token + head * out_head + channels
-    tl.store(out, (all_mean / all_total).to(out_ptr.dtype.element_ty), mask=inside)
 
 
 def choose_parts(num_seqs: int, num_kv_heads: int, num_parts: int, processors: int) -> int:
@@ -337,23 +254,15 @@ def decode_attention(
     )
     if is_whole:
         return out
-    _merge_parts_kernel[(num_heads, num_seqs)](
+    merge_parts(
         sums,
         means,
         out,
-        cu_seqlens_q,
-        context_lens,
-        *out.stride()[:2],
-        num_states,
-        state,
-        1 if is_merged else GROUP,
-        Hq=num_heads,
-        D=head_dim,
-        BLOCK_D=block_d,
-        AT_ONCE=AT_ONCE,
-        TILE=tile.keys,
-        WINDOW=window or 0,
-        num_warps=4,
-        enable_fp_fusion=True,
+        cu_seqlens_q=cu_seqlens_q,
+        context_lens=context_lens,
+        part=part,
+        is_merged=is_merged,
+        first_of=tile.keys,
+        window=window or 0,
     )
     return out

@@ -134,40 +134,21 @@ def _paged_attention_kernel(
     block = block_at(table, begin, end, BLOCK_SIZE)
     next_block = block_at(table, begin + TILE, end, BLOCK_SIZE)
     k = read_tile(
-        k_cache_ptr, table, block, begin, end, kv_head, Hkv, D, BLOCK_SIZE, BLOCK_D, TILE, False
-    )
+        k_cache_ptr, table, block, begin, end, kv_head,
+        Hkv, D, BLOCK_SIZE, BLOCK_D, TILE, False,
+    )  # fmt: skip
     next_scores = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision=PRECISION)
     for tile_start in range(begin, end, TILE):
         # The next tile's scores come first, for the tensor cores to work while these are weighed.
         following = tl.minimum(tile_start + TILE, last)
         k = read_tile(
-            k_cache_ptr,
-            table,
-            next_block,
-            following,
-            end,
-            kv_head,
-            Hkv,
-            D,
-            BLOCK_SIZE,
-            BLOCK_D,
-            TILE,
-            False,
-        )
+            k_cache_ptr, table, next_block, following, end, kv_head,
+            Hkv, D, BLOCK_SIZE, BLOCK_D, TILE, False,
+        )  # fmt: skip
         v = read_tile(
-            v_cache_ptr,
-            table,
-            block,
-            tile_start,
-            end,
-            kv_head,
-            Hkv,
-            D,
-            BLOCK_SIZE,
-            BLOCK_D,
-            TILE,
-            True,
-        )
+            v_cache_ptr, table, block, tile_start, end, kv_head,
+            Hkv, D, BLOCK_SIZE, BLOCK_D, TILE, True,
+        )  # fmt: skip
         block = block_at(table, tile_start + TILE, end, BLOCK_SIZE)
         next_block = block_at(table, tile_start + 2 * TILE, end, BLOCK_SIZE)
         scores = next_scores

@@ -15,7 +15,8 @@ from triton.compiler import ASTSource
 from tokenmill.kernels.batch_rows import (
     _advance_kernel, _build_chunks_kernel, _build_tokens_kernel
 )
-from tokenmill.kernels.decode_attention import _decode_parts_kernel, _merge_parts_kernel
+from tokenmill.kernels.decode_attention import _decode_parts_kernel
+from tokenmill.kernels.merge_parts import _merge_parts_kernel
 from tokenmill.kernels.dequant_gemm import _dequant_gemm_kernel
 from tokenmill.kernels.expert_order import _expert_order_kernel
 from tokenmill.kernels.fixed_linear import _fixed_linear_kernel

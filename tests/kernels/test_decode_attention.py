@@ -157,10 +157,11 @@ def test_bits_do_not_depend_on_how_many_parts_a_program_takes(
     window: int | None,
 ) -> None:
     """Contexts of a group, one more key, less, and more groups than are merged at once."""
-    from tokenmill.kernels import decode_attention
+    from tokenmill.kernels import decode_attention, merge_parts
 
     monkeypatch.setattr(decode_attention, "GROUP", 4)
-    monkeypatch.setattr(decode_attention, "AT_ONCE", 2)
+    monkeypatch.setattr(merge_parts, "GROUP", 4)
+    monkeypatch.setattr(merge_parts, "AT_ONCE", 2)
     case = attention_case([(1, c) for c in (128, 129, 5, 600)], heads=(2, 1), device=device)
     case = replace(case, window=window)
     expected = decode(case, 32, parts=1)
