@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import os
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -158,6 +160,35 @@ def test_what_was_measured_before_an_error_is_kept_when_it_goes_on(
     assert chosen_modes("ahead, graphs") == ["ahead", "graphs"]
     with pytest.raises(SystemExit, match="got fast"):
         chosen_modes("fast")
+
+
+def test_after_an_error_of_a_device_the_program_begins_again_with_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import gpu_device
+    from gpu_modes import ModeRun, Note
+
+    def measure(name: str, note: Note) -> None:
+        raise RuntimeError("an illegal address")
+
+    begun: list[tuple[str, list[str]]] = []
+
+    def execv(program: str, arguments: list[str]) -> None:
+        begun.append((program, arguments))
+        raise SystemExit  # it would not return
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr(gpu_device, "gpu_provenance", dict)
+    monkeypatch.setattr(os, "execv", execv)
+    monkeypatch.setattr(sys, "argv", ["bench/gpu_engine.py", "--seconds", "60"])
+    monkeypatch.setenv("GPU_BENCH_GOES_ON", "")
+    with pytest.raises(SystemExit):
+        ModeRun(tmp_path, "gpu_some", {}, 60).run(["graphs", "ahead"], measure, 30)
+    assert begun[0][1][1:-1] == ["bench/gpu_engine.py", "--seconds", "60", "--seconds"]
+    assert 50 <= int(begun[0][1][-1]) <= 60
+    assert os.environ["GPU_BENCH_GOES_ON"] == "1"
+    modes = json.loads((tmp_path / "gpu_some.json").read_text())["modes"]
+    assert modes == {"graphs": {"error": "RuntimeError: an illegal address"}}
 
 
 # -- the table ---------------------------------------------------------------------------------
