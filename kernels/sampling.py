@@ -23,19 +23,17 @@ The noise is standard Gumbel noise from 23 bits of a counter hash: splitmix64's 
 and position gives two words, MurmurHash3's 32-bit finaliser mixes them with the token id. Those
 bits are the same on every device; the two logarithms after them are rounded by each device's own.
 
-What is kept is always everything down to some x, so a threshold is searched for, not an order:
-x <= 0, so its bits without the sign grow as x falls, and the 32 bits of the threshold are found
-from the top, two in each of 16 passes over the row, by counting (top_k) or by adding up
-probabilities (top_p). Tokens that tie with the last one kept are kept.
+What is kept is always everything down to some x, so a threshold is searched for, not an order
+(`kernels/thresholds.py`). Tokens that tie with the last one kept are kept.
 
-    highest   a program for each part of a row        its highest logit
-    search    a program for each row, only if asked   the threshold
-    draw      a program for each part of a row        its best token, its sum of exp(logits - max)
-    merge     a program for each row                  token and log probability
+    highest      a program for each part of a row   its highest logit
+    thresholds   only where they are asked for
+    draw         a program for each part of a row   its best token, its sum of exp(logits - max)
+    merge        a program for each row             token and log probability
 
 Parts have a fixed number of tokens, so a row's sums do not depend on its batch. Memory-bound: the
 row is read twice, by as many programs as it has parts: one program a row would leave all but one
-processor idle at batch 1, and the passes of a search do.
+processor idle at batch 1.
 """
 
 from typing import NamedTuple
@@ -52,8 +50,9 @@ from tokenmill.kernels.checks import (
     check_rows,
     check_shape,
 )
+from tokenmill.kernels.thresholds import find_thresholds, highest_of
 
-#: Tokens of a part, and of a block of a search.
+#: Tokens of a part.
 PART = 4096
 
 
@@ -91,76 +90,6 @@ def _gumbel(bits):
 
 
 @triton.jit
-def _scaled(row, columns, V, highest, temperature):
-    """The x of these columns, and its bits without the sign, which grow as x falls."""
-    logits = tl.load(row + columns, mask=columns < V, other=float("-inf")).to(tl.float32)
-    x = tl.div_rn(logits - highest, temperature)
-    return x, tl.abs(x).to(tl.uint32, bitcast=True)
-
-
-@triton.jit
-def _mass(row, V, highest, temperature, limit, BLOCK: tl.constexpr):
-    """The sum of exp(x) where the bits are below `limit`."""
-    sums = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, V, BLOCK):
-        x, bits = _scaled(row, start + tl.arange(0, BLOCK), V, highest, temperature)
-        sums += tl.where(bits < limit, tl.exp(x), 0.0)
-    return tl.sum(sums, axis=0)
-
-
-@triton.jit
-def _search(row, V, highest, temperature, limit, wanted, MASS: tl.constexpr, BLOCK: tl.constexpr):
-    """The least bits up to which `wanted` tokens lie, or MASS: as much of exp(x).
-
-    Bits from `limit` on are not counted. Returns the bits [1], all ones if there is not as much,
-    and how much lies strictly before them.
-    """
-    one = tl.full([1], 1, tl.uint32)
-    shift = tl.full([1], 30, tl.uint32)
-    found = tl.zeros([1], tl.uint32)
-    before = wanted * 0.0
-    for _ in range(16):
-        reach = (one << shift) - 1
-        first = found | reach
-        second = first | (one << shift)
-        third = found | (one << (shift + 1)) | reach
-        sums_1 = tl.zeros([BLOCK], tl.float32)
-        sums_2 = tl.zeros([BLOCK], tl.float32)
-        sums_3 = tl.zeros([BLOCK], tl.float32)
-        for start in range(0, V, BLOCK):
-            columns = start + tl.arange(0, BLOCK)
-            x, bits = _scaled(row, columns, V, highest, temperature)
-            weight = tl.where((columns < V) & (bits < limit), 1.0, 0.0)
-            if MASS:
-                weight = weight * tl.exp(x)
-            sums_1 += tl.where(bits <= first, weight, 0.0)
-            sums_2 += tl.where(bits <= second, weight, 0.0)
-            sums_3 += tl.where(bits <= third, weight, 0.0)
-        to_first = tl.sum(sums_1, axis=0)
-        to_second = tl.sum(sums_2, axis=0)
-        to_third = tl.sum(sums_3, axis=0)
-        if to_first < wanted:
-            before = to_first
-            found += one << shift
-            if to_second < wanted:
-                before = to_second
-                found += one << shift
-                if to_third < wanted:
-                    before = to_third
-                    found += one << shift
-        shift -= 2
-    return found, before
-
-
-@triton.jit
-def _highest_of(highest_ptr, place, P, BLOCK_P: tl.constexpr):
-    """Of a row, from its parts; infinite if one of its logits is, or is no number."""
-    parts = tl.arange(0, BLOCK_P)
-    found = tl.load(highest_ptr + place * P + parts, mask=parts < P, other=float("-inf"))
-    return tl.max(found, axis=0)
-
-
-@triton.jit
 def _highest_kernel(logits_ptr, highest_ptr, last_ptr, logits_row, V, P, BLOCK: tl.constexpr):
     place = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
@@ -171,46 +100,6 @@ def _highest_kernel(logits_ptr, highest_ptr, last_ptr, logits_row, V, P, BLOCK: 
     tl.store(highest_ptr + place * P + part, tl.max(logits, axis=0))
     if part == 0:
         tl.store(last_ptr + place, -1)  # all bits: nothing is left out, unless a search says so
-
-
-@triton.jit
-def _search_kernel(
-    logits_ptr,
-    highest_ptr,
-    rows_ptr,
-    temperature_ptr,
-    top_k_ptr,
-    top_p_ptr,
-    last_ptr,
-    logits_row,
-    V,
-    P,
-    BLOCK: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-):
-    place = tl.program_id(0).to(tl.int64)
-    row = logits_ptr + place * logits_row
-    given = tl.load(rows_ptr + place)
-    asked = tl.load(temperature_ptr + given)
-    top_k = tl.load(top_k_ptr + given)
-    top_p = tl.load(top_p_ptr + given)
-    highest = _highest_of(highest_ptr, place, P, BLOCK_P)
-    is_ranked = (top_k > 0) & (top_k < V)
-    is_filtered = (asked > 0.0) & (is_ranked | (top_p < 1.0))
-    if is_filtered & (tl.abs(highest) < float("inf")):
-        temperature = tl.maximum(asked, 1e-6)
-        last = tl.full([1], 0xFFFFFFFF, tl.uint32)  # the bits of the last token that is kept
-        k = top_k.to(tl.float32)
-        before = k
-        if is_ranked:
-            last, before = _search(row, V, highest, temperature, last, k, False, BLOCK)
-        if top_p < 1.0:
-            total = _mass(row, V, highest, temperature, last, BLOCK)
-            if is_ranked:  # of the tokens that tie with the last, as many as there is room for
-                total += (k - before) * tl.sum(tl.exp(-last.to(tl.float32, bitcast=True)), axis=0)
-            found, before = _search(row, V, highest, temperature, last, top_p * total, True, BLOCK)
-            last = tl.minimum(last, found)
-        tl.store(last_ptr + place + tl.zeros([1], tl.int64), last.to(tl.int32, bitcast=True))
 
 
 @triton.jit
@@ -237,7 +126,7 @@ def _draw_kernel(
     row = logits_ptr + place * logits_row
     given = tl.load(rows_ptr + place)
     asked = tl.load(temperature_ptr + given)
-    highest = _highest_of(highest_ptr, place, P, BLOCK_P)
+    highest = highest_of(highest_ptr, place, P, BLOCK_P)
     if tl.abs(highest) < float("inf"):
         columns = part * BLOCK + tl.arange(0, BLOCK)
         logits = tl.load(row + columns, mask=columns < V, other=float("-inf")).to(tl.float32)
@@ -253,7 +142,7 @@ def _draw_kernel(
             seed = tl.load(seeds_ptr + given + one).to(tl.uint64, bitcast=True)
             position = tl.load(positions_ptr + place + one).to(tl.int64)
             position = position.to(tl.uint64, bitcast=True)
-            x = tl.div_rn(logits - highest, tl.maximum(asked, 1e-6))
+            x = tl.div_rn(logits - highest, tl.maximum(asked, 1e-6))  # as `thresholds.scaled`
             bits = tl.abs(x).to(tl.uint32, bitcast=True)
             noise = _gumbel(noise_bits(seed, position, columns.to(tl.uint32)))
             kept = (bits <= last) & (x >= least)
@@ -281,7 +170,7 @@ def _merge_kernel(
     BLOCK_P: tl.constexpr,
 ):
     place = tl.program_id(0).to(tl.int64)
-    highest = _highest_of(highest_ptr, place, P, BLOCK_P)
+    highest = highest_of(highest_ptr, place, P, BLOCK_P)
     if tl.abs(highest) < float("inf"):
         parts = tl.arange(0, BLOCK_P)
         at = place * P + parts
@@ -379,17 +268,15 @@ def sample(
         logits, highest, last, *shape, BLOCK=block, **(options | {"num_warps": 4})
     )
     if is_filtered:
-        _search_kernel[(num_rows,)](
+        find_thresholds(
             logits,
             highest,
             rows,
-            temperature,
-            top_k,
-            top_p,
-            last,
-            *shape,
-            **sizes,
-            **options,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            last=last,
+            part=block,
         )
     _draw_kernel[grid](
         logits,

@@ -26,9 +26,8 @@ from tokenmill.kernels.moe import _grouped_linear_kernel, _route_kernel, _sum_ex
 from tokenmill.kernels.paged_attention import _paged_attention_kernel
 from tokenmill.kernels.layer_norm import _layer_norm_kernel
 from tokenmill.kernels.penalties import _penalize_kernel
-from tokenmill.kernels.sampling import (
-    _draw_kernel, _highest_kernel, _merge_kernel, _search_kernel
-)
+from tokenmill.kernels.sampling import _draw_kernel, _highest_kernel, _merge_kernel
+from tokenmill.kernels.thresholds import _gather_kernel, _levels_kernel, _search_kernel
 from tokenmill.kernels.rms_norm import _rms_norm_kernel
 from tokenmill.kernels.rope_kv import _rope_store_kv_kernel
 from tokenmill.kernels.gated_activation import _activation_kernel
@@ -42,7 +41,8 @@ def compile_kernel(kernel, dtype, integers, floats, num_stages=3, **constants):
         wide += ("tokens_ptr",) if "tokens_ptr" not in integers else ()
         exact = ("cos_sin_ptr", "sums_ptr", "means_ptr", "shares_ptr", "logprobs_ptr")
         exact += ("temperature_ptr", "top_p_ptr", "min_p_ptr", "scales_ptr")
-        exact += ("highest_ptr", "best_ptr")
+        exact += ("highest_ptr", "best_ptr", "masses_ptr", "totals_ptr")
+        exact += ("counts_ptr",) if "counts_ptr" not in integers else ()
         known = dict.fromkeys(wide, "*i64") | dict.fromkeys(exact, "*fp32")
         known["zeros_ptr"] = "*u8"
         if name in constants:
@@ -98,8 +98,12 @@ compile_kernel(_logsumexp_kernel, "fp32", [], [], BLOCK=4096)
 compile_kernel(_sum_experts_kernel, "bf16", [], [], TOP_K=6, HAS_COMMON=True, BLOCK=1024)
 drawn = ["top_k_ptr", "rows_ptr", "positions_ptr", "last_ptr", "found_ptr"]
 compile_kernel(_highest_kernel, "bf16", drawn, [], BLOCK=4096)
-compile_kernel(_search_kernel, "bf16", drawn, [], BLOCK=4096, BLOCK_P=64)
-compile_kernel(_draw_kernel, "bf16", [*drawn, "tokens_ptr"], [], BLOCK=4096, BLOCK_P=64)
+parts = {"BLOCK": 4096, "BLOCK_P": 64}
+drawn += ["candidates_ptr", "sizes_ptr"]
+compile_kernel(_levels_kernel, "bf16", drawn, [], LEVELS=16, **parts)
+compile_kernel(_gather_kernel, "bf16", drawn, ["margin"], LEVELS=16, **parts)
+compile_kernel(_search_kernel, "bf16", drawn, [], BLOCK=1024, BLOCK_P=64)
+compile_kernel(_draw_kernel, "bf16", [*drawn, "tokens_ptr"], [], **parts)
 compile_kernel(_merge_kernel, "bf16", drawn, [], BLOCK_P=64)
 edits = ["places_ptr", "counted_ptr", "rows_ptr", "lengths_ptr", "tokens_ptr", "counts_ptr"]
 edits += ["prompts_ptr", "words_ptr"]

@@ -88,11 +88,12 @@ def test_parts_are_merged(device: torch.device) -> None:
     """Of 16-bit logits, from resident parameters that lie in another order."""
     from tokenmill.kernels.sampling import sample
 
-    kinds = [SAMPLINGS[n] for n in (0, 2, 7, 9, 11)]
+    far_apart = {"temperature": 0.05, "top_k": 60}  # no level has as many
+    kinds = [*(SAMPLINGS[n] for n in (0, 2, 7, 9, 11)), far_apart]
     seqs = [make_sequence(n, 1 + n, kind) for n, kind in enumerate(kinds)]
     logits = random_logits(len(seqs), 100).bfloat16()
     logits[0, [70, 99]] = 20.0  # the first of equals, in another part than the second
-    order = torch.tensor([4, 6, 1, 0, 3], dtype=torch.int32)
+    order = torch.tensor([4, 6, 1, 0, 3, 5], dtype=torch.int32)
 
     def resident(values: list[Any], dtype: torch.dtype) -> torch.Tensor:
         column = torch.full((7,), 1, dtype=dtype)
@@ -116,6 +117,39 @@ def test_parts_are_merged(device: torch.device) -> None:
     told = logits.float().log_softmax(dim=-1).gather(1, tokens.cpu()[:, None]).squeeze(1)
     assert_close(logprobs.cpu(), told, rtol=1e-5, atol=1e-5)
     assert_close(totals.cpu(), logits.float().logsumexp(dim=-1), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("_short_parts", "poisoned")
+@pytest.mark.parametrize(("top_k", "top_p"), [(9, 1.0), (0, 0.8), (45, 0.9), (110, 1.0), (2, 0.9)])
+def test_thresholds_are_those_of_a_sort(device: torch.device, top_k: int, top_p: float) -> None:
+    """The least bits down to which as many lie, or as much; rows that ask for nothing have -1."""
+    from tokenmill.kernels.thresholds import find_thresholds
+
+    logits = 2 * random_logits(3, 120)
+    logits[:, 100:] -= 30
+    heat = torch.tensor([1.0, 0.0, 2.5])
+    depths = ((logits.amax(dim=1, keepdim=True) - logits) / heat.clamp(min=1e-6)[:, None]).sort()[0]
+    count = top_k or 120
+    reached = depths[:, :count].neg().exp().cumsum(dim=1)
+    places = (
+        (reached < top_p * reached[:, -1:]).sum(dim=1) if top_p < 1 else torch.tensor(count - 1)
+    )
+    expected = depths.gather(1, places.expand(3)[:, None]).squeeze(1).view(torch.int32)
+    expected[1] = -1
+    last = torch.full((3,), -1, dtype=torch.int32, device=device)
+    find_thresholds(
+        logits.to(device),
+        torch.stack([logits[:, n : n + 32].amax(dim=1) for n in range(0, 120, 32)], dim=1).to(
+            device
+        ),
+        torch.arange(3, dtype=torch.int32, device=device),
+        temperature=heat.to(device),
+        top_k=torch.full((3,), top_k, dtype=torch.int32, device=device),
+        top_p=torch.full((3,), top_p, device=device),
+        last=last,
+        part=32,
+    )
+    assert last.tolist() == expected.tolist()
 
 
 @pytest.mark.usefixtures("_short_parts", "poisoned")
