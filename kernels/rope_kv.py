@@ -105,10 +105,8 @@ def _load_heads(
 
 @triton.jit
 def _cached(tile, dtype: tl.constexpr):
-    """What the cache keeps of it; a NaN stays one."""
-    if dtype == tl.float8e4nv:
-        tile = tl.clamp(tile.to(tl.float32), -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
-    return tile.to(dtype)
+    """What the cache keeps of it; conversions to float8_e4m3fn saturate, and a NaN stays one."""
+    return tile.to(tl.float32).to(dtype)
 
 
 @triton.jit
