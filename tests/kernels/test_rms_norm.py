@@ -72,6 +72,17 @@ def test_what_is_added_may_be_normed_before(
     assert_close(y, expected_y)
 
 
+def test_what_is_added_is_rounded_before(device: torch.device) -> None:
+    """As where the norm is a kernel of its own; bit for bit."""
+    from tokenmill.kernels.rms_norm import add_rms_norm, rms_norm
+
+    x, residual = (5 * torch.randn(2, 9, 256, device=device)).bfloat16()
+    post = torch.randn(256, device=device)
+    _, together = add_rms_norm(x, residual.clone(), None, 1e-5, post=post)
+    _, apart = add_rms_norm(rms_norm(x, post, 1e-5), residual.clone(), None, 1e-5)
+    assert torch.equal(together, apart)
+
+
 def test_rows_may_be_strided(device: torch.device, assert_close: Compare) -> None:
     from tokenmill.kernels.rms_norm import rms_norm
 
