@@ -15,8 +15,9 @@ JSON and logs go to OUTDIR, written after every figure; the table of all that li
   plan          Llama-2-70B on 4 GPUs, on paper, from what steps measured; needs no GPU
   tiles         attention's tiles, checked and timed; the best are OUTDIR/tile_tables/NAME.json, for
                 kernels/tile_tables
+  fixed_linears what deterministic linears cost beside cuBLAS, by tile
 
-Without PART all of them but tiles, in this order. A part may take SECONDS, or without them its share of the
+Without PART all of them but the last two, in this order. A part may take SECONDS, or without them its share of the
 limit and what those before it left over; shortly before it begins nothing more by itself, then it
 is stopped. One that fails or is stopped leaves the others alone, keeps what it has written, and
 makes the exit status 1.
@@ -34,7 +35,7 @@ shift
 cd "$(dirname "$0")/.."
 limit=550 is_tiny= parts=()
 declare -A is_fixed seconds=([tests]=110 [engine]=150 [sync]=25 [kernels]=70 [steps]=100 [transformers]=50
-  [start]=40 [plan]=15 [tiles]=120)
+  [start]=40 [plan]=15 [tiles]=120 [fixed_linears]=60)
 while [ $# -gt 0 ]; do
   name=${1%%:*}
   case $1 in

@@ -33,7 +33,7 @@ MODES: dict[str, dict[str, Any]] = {
     **{f"budget {size}": {**BEST, "token_budget": size} for size in (1024, 2048, 4096, 8192)},
 }
 #: What is measured where nothing is said.
-USUAL = ("graphs", "in turns", "fp8 KV", "deterministic", "ahead")
+USUAL = ("graphs", "fp8 KV", "deterministic", "in turns", "ahead")
 #: What says of a mode that no more is to be measured.
 ENDS = {"seconds", "refused", "error", "left_out"}
 #: Figures of a mode, which `note` adds to and writes.

@@ -15,7 +15,7 @@ from gpu_result import read_gpu_result
 
 Results = dict[str, dict[str, Any]]
 USUAL = ("engine", "sync", "kernels", "steps", "transformers", "start", "plan")
-NAMES = (*USUAL, "tiles")
+NAMES = (*USUAL, "tiles", "fixed_linears")
 #: Least shares of rooflines, by kernel.
 ATTENTION = {"decode attention": 0.85, "chunk attention": 0.70}
 #: The same of steps of Llama-3.1-8B, by the beginning of their names.
@@ -45,7 +45,7 @@ def lines(results: Results, tests: str = "") -> list[str]:
     """A line for each figure, the most telling last; hardware, versions, and what is missing."""
     found = [_origin(content) for content in results.values() if content][:1]
     found += results["plan"].get("lines", [])
-    parts = (_kernels, _tiles, _start, _sync, _peer, _steps, _engine)
+    parts = (_kernels, _tiles, _fixed_linears, _start, _sync, _peer, _steps, _engine)
     rows = [row for part in parts for row in part(results)]
     found += [row.line() for row in rows]
     if tests:
@@ -220,6 +220,16 @@ def _tiles(results: Results) -> Iterator[Row]:
         for record in records:
             if "error" in record:
                 yield Row("", f"  {record['tile']}", record["error"])
+
+
+def _fixed_linears(results: Results) -> Iterator[Row]:
+    for step in results["fixed_linears"].get("steps", []):
+        other = ", ".join(step["other_bits"])
+        text = (
+            f"{step['fixed_ms']:10.4f} ms, {step['ratio']:.2f} times cuBLAS, with the best tiles "
+            f"{step['best_tiles_ms']:.4f}{'; other bits: ' if other else ''}{other}"
+        )
+        yield Row("fixed linears", f"{step['model']}, {step['rows']} rows", text)
 
 
 def main() -> None:

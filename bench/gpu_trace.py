@@ -12,7 +12,6 @@ import json
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -72,10 +71,12 @@ def figures_of(spans: Sequence[Span], steps: int) -> dict[str, Any]:
     for span in spans:
         took[span.name[:NAME_CHARS]].append(span.end - span.start)
     gaps: dict[str, list[float]] = defaultdict(list)
-    for before, after in pairwise(spans):
-        if after.start > before.end:
-            pair = f"{before.name[: NAME_CHARS // 2]} -> {after.name[: NAME_CHARS // 2]}"
-            gaps[pair].append(after.start - before.end)
+    last = spans[0]
+    for span in spans:
+        if span.start > last.end:
+            pair = f"{last.name[: NAME_CHARS // 2]} -> {span.name[: NAME_CHARS // 2]}"
+            gaps[pair].append(span.start - last.end)
+        last = max(last, span, key=lambda one: one.end)
     return {
         "steps": steps,
         "busy": busy / (busy + idle) if busy + idle else None,
