@@ -3,7 +3,8 @@
 A candidate has to give what plain torch gives, within roundings, on ragged chunks; one that does
 not, or that does not compile, is named and left out. Then it is timed with the heads of
 Llama-3.1-8B at two shapes; the best has the lowest product of times. OUTDIR/gpu_tiles.json has all
-times, and OUTDIR/tile_tables/NAME.json is what is committed as `kernels/tile_tables/NAME.json`.
+times, with those of decoding programs that take more or fewer parts of the keys, and
+OUTDIR/tile_tables/NAME.json is what is committed as `kernels/tile_tables/NAME.json`.
 
     python bench/gpu_tiles.py --out OUTDIR [--seconds 110] [--tiny]
 
@@ -25,9 +26,9 @@ from gpu_device import check_device, gpu_arguments, gpu_provenance, time_ms, wri
 from triton.errors import TritonError
 
 from tokenmill.kernels import reference
-from tokenmill.kernels.decode_attention import decode_attention
+from tokenmill.kernels.decode_attention import PART, choose_parts, decode_attention
 from tokenmill.kernels.paged_attention import paged_attention
-from tokenmill.kernels.tiles import Tile, table_name, tile_key
+from tokenmill.kernels.tiles import Tile, num_processors, table_name, tile_key
 
 #: Most that a result in bfloat16 may differ, of values up to 4: weights and result are rounded.
 TOLERANCE = 3e-2
@@ -43,6 +44,9 @@ TINY = {
     "chunk_attention": ([(20, 40)], [(5, 33), (1, 1)]),
     "decode_attention": ([(1, 40)] * 2, [(1, 70)]),
 }
+#: Sequences and tokens of each for which programs of more or fewer parts are timed.
+SPLIT = [(1, 2048), (1, 32768), (8, 8192), (64, 2048), (256, 512)]
+CHANNELS = 128
 #: Rows, keys, warps, stages; those of the rule come first.
 CANDIDATES = {
     ("chunk_attention", 128): (
@@ -178,6 +182,20 @@ def measure_kind(
     return records
 
 
+def measure_parts(place: Place, *, is_tiny: bool) -> list[dict[str, Any]]:
+    """Times of decode attention by the parts that a program takes, and what would be chosen."""
+    kind = Kind("decode_attention", CHANNELS, place.dtype)
+    records: list[dict[str, Any]] = []
+    for batch, context in [(2, 300)] if is_tiny else SPLIT:
+        run, _ = attention(place, kind, [(1, context)] * batch)
+        counts = [1, 4] if is_tiny else [1, 2, 4, 8, 16]
+        times = {n: time_ms(partial(run, partial(decode_attention, parts=n)))[0] for n in counts}
+        num_parts = -(-context // PART)
+        chosen = choose_parts(batch, place.heads[1], num_parts, num_processors(place.device))
+        records.append({"shape": f"{batch} x {context}", "ms": times, "chosen": chosen})
+    return records
+
+
 def best(records: list[dict[str, Any]]) -> object:
     """The tile of the lowest product of times; None if there is none."""
     right = [record for record in records if "ms" in record]
@@ -215,6 +233,12 @@ def main() -> None:
             for record in found[key]:
                 print(key, record["tile"], record.get("ms") or record.get("error"), flush=True)
             write_gpu_result(options.out, "gpu_tiles", {"is_tiny": options.tiny, "tiles": found})
+    with torch.inference_mode():
+        parts = measure_parts(place, is_tiny=options.tiny)
+    for record in parts:
+        print("parts of a program", record["shape"], record["ms"], "chosen:", record["chosen"])
+    content = {"is_tiny": options.tiny, "tiles": found, "parts": parts}
+    write_gpu_result(options.out, "gpu_tiles", content)
     chosen = {key: best(records) for key, records in found.items()}
     path = write_table(options.out, {key: tile for key, tile in chosen.items() if tile})
     print(f"best: {chosen}\nthe table: {path}")

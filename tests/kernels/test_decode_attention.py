@@ -10,8 +10,8 @@ from tokenmill.kernels import reference
 Compare = Callable[[torch.Tensor, torch.Tensor], None]
 BuildCase = Callable[..., Any]
 
-#: One key, an end inside a tile, at a tile's end, at a part's end, and just behind it.
-CONTEXTS = [1, 32, 64, 65, 200]
+#: One key, ends just before, at and behind a tile's and a part's, and one key before a window.
+CONTEXTS = [1, 32, 63, 65, 97, 200]
 
 
 def decode(
@@ -73,7 +73,7 @@ def test_block_sizes(
 
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
-@pytest.mark.parametrize("window", [None, 1, 65, 130, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("window", [None, 1, 64, 130, pytest.param(1000, marks=pytest.mark.slow)])
 def test_windows_and_soft_caps(
     device: torch.device,
     attention_case: BuildCase,

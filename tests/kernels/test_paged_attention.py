@@ -130,7 +130,7 @@ def test_int64_tables_are_refused(device: torch.device, attention_case: BuildCas
 
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
-@pytest.mark.parametrize("window", [1, 7, 16, 40, 1000])
+@pytest.mark.parametrize("window", [1, 7, 40, 64, 1000])
 def test_windows_and_soft_caps(
     device: torch.device,
     attention_case: BuildCase,
@@ -141,7 +141,7 @@ def test_windows_and_soft_caps(
 ) -> None:
     from tokenmill.kernels.paged_attention import paged_attention
 
-    chunks = [(1, 40), (63, 70), (1, 3), (7, 7), (1, 100), (5, 90)]
+    chunks = [(1, 40), (63, 70), (1, 3), (7, 7), (1, 97), (5, 90)]
     case = replace(attention_case(chunks, device=device), window=window, softcap=softcap)
     assert_close(case.run(paged_attention), case.run(reference.paged_attention))
 
