@@ -11,6 +11,7 @@ import pytest
 BENCH = Path(__file__).resolve().parents[2] / "bench"
 
 
+@pytest.mark.slow
 def test_a_step_is_all_its_linears(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "gpu_fixed_linears.py", "--out", tmp_path, "--tiny"],

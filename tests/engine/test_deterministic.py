@@ -170,25 +170,37 @@ def _kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(step_graphs, "TOKEN_MULTIPLE", 16)
 
 
+def token_of(number: int, position: int) -> int:
+    return (31 * number + 37 * position) % 64
+
+
 def answer(
     model: LoadedModel,
     lengths: list[int],
     *,
     first: int = 0,
     repeat: int = 1,
+    num_outputs: int = 4,
     adapter: str = "",
+    written: tuple[int, ...] = (),
     **config: Any,
 ) -> Engine:
-    """Answer prompts of those lengths, numbered; again as often, when their blocks are known."""
+    """Answer prompts of those lengths, numbered; again as often, when their blocks are known.
+
+    `written`: what the first of them has for an answer already, from elsewhere.
+    """
     defaults: dict[str, Any] = {"max_num_seqs": 6, "block_size": 4, "kv_cache_memory": 1 << 22}
     engine = Engine(model, EngineConfig(**(defaults | {"deterministic": True} | config)))
     engine.scheduler.output_lengths.record(1)  # admit all at once
     for turn in range(repeat):
         for number, length in enumerate(lengths, first):
-            prompt = [(31 * number + 37 * n) % 64 for n in range(length)]
+            prompt = [token_of(number, n) for n in range(length)]
             asked = adapter if number % 2 == 0 else ""
-            params = SamplingParams(max_tokens=4, temperature=0.5, ignore_eos=True, adapter=asked)
-            engine.add(f"{number}.{turn}", prompt, params, seed=number)
+            params = SamplingParams(
+                max_tokens=num_outputs, temperature=0.5, ignore_eos=True, adapter=asked
+            )
+            begun = written if number == first else ()
+            engine.add(f"{number}.{turn}", prompt, params, output_ids=begun, seed=number)
         while engine.has_work:
             engine.step()
     engine.check_integrity()
@@ -205,7 +217,12 @@ def answer(
 )
 def test_kernels_alone_in_a_batch_in_chunks_and_cached(family: str, seen: Logits) -> None:
     """The check at the start is run once, as it takes as long as a request."""
-    model = make_model(family, CPU, num_hidden_layers=1, intermediate_size=32)
+    few: dict[str, Any] = {
+        "num_hidden_layers": 1,
+        "intermediate_size": 32,
+        "num_attention_heads": 2,
+    }
+    model = make_model(family, CPU, **few, num_key_value_heads=2 if family == "gpt_neox" else 1)
     model.weights.fix_tiles()  # as on a GPU
     answer(model, [17], token_budget=24, max_model_len=24)
     settings: dict[str, Any] = {"deterministic": False, "max_model_len": 24}
@@ -268,6 +285,16 @@ def compare(model: LoadedModel, seen: Logits, **settings: Any) -> None:
     for mode in MODES.values():
         answer(model, lengths, token_budget=1200, repeat=2, **mode, **settings)
         answer(model, lengths, token_budget=61, **mode, **settings)
+    token_bytes = model.spec.kv_token_elements * model.dtype.itemsize
+    few: dict[str, Any] = {"token_budget": 600, "first": 300, "num_outputs": 24}
+    few |= settings | {"max_model_len": 240}
+    answer(model, [200, *[100] * 5], **few)
+    few["kv_cache_memory"] = 4 * 190 * token_bytes  # for the prompts, and for each two blocks more
+    small = answer(model, [200, *[100] * 5], **few)
+    assert small.stats().num_preemptions > 0
+    answer(model, [402], token_budget=1200, first=200, **settings)
+    written = tuple(token_of(200, n) for n in (400, 401))
+    answer(model, [400, 33], token_budget=1200, first=200, written=written, **settings)
     many: dict[str, Any] = {"token_budget": 300, "max_num_seqs": 150, "first": 10}
     answer(model, [2, 1] * 75, **many, **MODES["graphs"], **settings)
     answer(model, [2, 1, 2], **(many | {"max_num_seqs": 1}), **settings)
