@@ -34,8 +34,8 @@ out=$(realpath -m "$1")
 shift
 cd "$(dirname "$0")/.."
 limit=550 is_tiny= parts=()
-declare -A is_fixed seconds=([tests]=110 [engine]=150 [sync]=25 [kernels]=70 [steps]=100 [transformers]=50
-  [start]=40 [plan]=15 [tiles]=120 [fixed_linears]=60)
+declare -A is_fixed seconds=([tests]=100 [engine]=140 [sync]=25 [kernels]=60 [steps]=90 [transformers]=50
+  [start]=65 [plan]=15 [tiles]=120 [fixed_linears]=60)
 while [ $# -gt 0 ]; do
   name=${1%%:*}
   case $1 in
