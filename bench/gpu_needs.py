@@ -48,6 +48,12 @@ def main() -> None:
         print(f"{name} is not installed; without it: {without or 'nothing runs'}")
     if "" in lost.values():
         raise SystemExit(1)
+    try:
+        import numba  # noqa: F401
+    except ModuleNotFoundError:
+        pass  # a CPU does without it
+    except ImportError as error:
+        print(f"numba does not load, so tests that compare with a CPU fail: {error}")
     import torch
 
     if torch.cuda.is_available():
