@@ -58,7 +58,10 @@ def test_every_tile(device: torch.device, assert_close: Compare, number: int) ->
     """Whatever would choose it; more tiles below each other than a band has."""
     from tokenmill.kernels import fixed_linear as module
 
-    _, tile = module.tiles(is_large=True)[number]
+    known = module.tiles(is_large=device.type == "cpu" or module.is_large(device))
+    if number >= len(known):
+        pytest.skip("the device has not the memory for all of them")
+    _, tile = known[number]
     x, w, bias = linear_of(9 * tile.rows + 5, tile.outputs + 9, 70, device, torch.float16)
     expected = (x.float() @ w.float().T + bias.float()).half()
     assert_close(module.fixed_linear(x, w, bias, tile=tile), expected)
