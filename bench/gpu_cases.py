@@ -9,6 +9,7 @@ Llama-3.1-8B; sampling with Qwen3's vocabulary; experts of Mixtral's shapes; lin
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import gpu_linears
 import torch
@@ -172,7 +173,6 @@ def chunk_cases(scale: Scale) -> Iterator[Case]:
 
 
 def row_cases(scale: Scale) -> Iterator[Case]:
-    heads, kv_heads = scale.heads
     for rows in scale.rows:
         x, residual = random(scale, rows, scale.hidden), random(scale, rows, scale.hidden)
         weight = random(scale, scale.hidden)
@@ -189,26 +189,25 @@ def row_cases(scale: Scale) -> Iterator[Case]:
             partial(gated_activation, gate_up, "silu"),
             bytes=1.5 * gate_up.nbytes,
         )
-        qkv = random(scale, rows, heads + 2 * kv_heads, scale.head_dim)
-        keys, values, _ = cache(scale, 1, rows)
-        places = torch.arange(rows, device=scale.device)
-        angles = torch.rand(rows, scale.head_dim, device=scale.device)
-        yield Case(
-            "RoPE + KV write",
-            f"{rows} tokens",
-            partial(
-                rope_store_kv,
-                qkv[:, :heads],
-                qkv[:, heads:-kv_heads],
-                qkv[:, -kv_heads:],
-                places,
-                angles,
-                places,
-                keys,
-                values,
-            ),
-            bytes=2 * qkv.nbytes,
-        )
+        yield rope_case(scale, "RoPE + KV write", rows, scale.dtype)
+        norm = torch.ones(scale.head_dim, device=scale.device)
+        norms = {"q_norm": norm, "k_norm": norm, "eps": 1e-6}
+        yield rope_case(scale, "norms, RoPE + fp8 KV write", rows, torch.float8_e4m3fn, **norms)
+
+
+def rope_case(scale: Scale, name: str, rows: int, held: torch.dtype, **norms: Any) -> Case:
+    heads, kv_heads = scale.heads
+    qkv = random(scale, rows, heads + 2 * kv_heads, scale.head_dim)
+    keys, values = (tensor.to(held) for tensor in cache(scale, 1, rows)[:2])
+    places = torch.arange(rows, device=scale.device)
+    angles = torch.rand(rows, scale.head_dim, device=scale.device)
+    parts = qkv[:, :heads], qkv[:, heads:-kv_heads], qkv[:, -kv_heads:]
+    return Case(
+        name,
+        f"{rows} tokens",
+        partial(rope_store_kv, *parts, places, angles, places, keys, values, **norms),
+        bytes=qkv.nbytes + parts[0].nbytes + 2 * parts[2].numel() * held.itemsize,
+    )
 
 
 def sampling_cases(scale: Scale) -> Iterator[Case]:
