@@ -18,7 +18,7 @@ from tokenmill.engine.copies import DeviceStream, Stream, Tensors, Wait, to_devi
 from tokenmill.engine.device_rows import DeviceRows, Head, Received, RowMessage
 from tokenmill.engine.device_sampler import DeviceSampler, Draw
 from tokenmill.engine.device_step import StepBuffers, StepShape
-from tokenmill.engine.executor import Sampled, StepResult, Ticket, sampled_of
+from tokenmill.engine.executor import Sampled, StepResult, Ticket
 from tokenmill.engine.logprobs import measure, prompt_positions, slices, told_of
 from tokenmill.engine.models.low_rank import Adapter
 from tokenmill.engine.runner import Runner
@@ -90,14 +90,13 @@ class DeviceExecutor:
         """Queue a step on the device."""
         launch = self._launch_of(plan.chunks)
         wait = self._stream.submit(partial(self._compute, launch))
-        sampled = sampled_of(plan.chunks)
+        sampled = [plan.chunks[place].seq for place in launch.draw.sampled]
         collect = partial(_result, launch, sampled, wait)
         return Ticket(plan.chunks, sampled, plan.num_tokens, started, collect)
 
     # -- on the host ---------------------------------------------------------------------------
 
     def _launch_of(self, chunks: Seq[Chunk]) -> Launch:
-        sampled = [n for n, c in enumerate(chunks) if c.start + c.length == c.seq.num_tokens]
         shape = StepShape(
             num_tokens=sum(c.length for c in chunks),
             num_seqs=len(chunks),
@@ -108,13 +107,13 @@ class DeviceExecutor:
         graphs = None if prompts or adapted else self._graphs
         padded = None if graphs is None else graphs.padded(shape)
         shape = padded or shape
-        message = self._rows.lay_out(chunks, shape.num_seqs)
+        laid_out = self._rows.lay_out(chunks, shape.num_seqs)
         return Launch(
-            message=message,
+            message=laid_out.message,
             shape=shape,
             num_seqs=len(chunks),
             graphs=graphs if padded else None,
-            draw=Draw.of([chunk.seq for chunk in chunks], sampled, message.longest),
+            draw=Draw.of([chunk.seq for chunk in chunks], laid_out),
             prompts=prompts,
             adapted=adapted,
         )

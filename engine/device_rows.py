@@ -48,6 +48,10 @@ class Row:
     """What the device has of a sequence, behind all steps that have been launched."""
 
     number: int
+    #: Whether its tokens are drawn by top_k or top_p, and whether it asks for more than a token, or
+    #: for a token of other logits.
+    is_ranked: bool = False
+    is_special: bool = False
     num_tokens: int = 0
     num_computed_tokens: int = -1
     #: Tokens of which it knows how often each is there; counted when they are first needed.
@@ -83,11 +87,9 @@ class RowMessage:
     numbers: torch.Tensor
     sizes: list[int]
     num_seqs: int
-    #: Tokens of the longest sequence with penalties.
-    longest: int
 
     @classmethod
-    def of(cls, lists: "_Lists", num_seqs: int, longest: int) -> "RowMessage":
+    def of(cls, lists: "_Lists", num_seqs: int) -> "RowMessage":
         """The message of these lists for `num_seqs` sequences, with padding."""
         missing, numbers, sizes = num_seqs - len(lists.rows), array("i"), list[int]()
         rows = lists.rows + [-1] * (_aligned(num_seqs, _ITEMS) - len(lists.rows))
@@ -97,7 +99,7 @@ class RowMessage:
             numbers.extend(part)
             numbers.extend([0] * (_aligned(len(part), _ITEMS) - len(part)))
             sizes.append(len(part))
-        return cls(torch.frombuffer(numbers, dtype=torch.int32), sizes, num_seqs, longest)
+        return cls(torch.frombuffer(numbers, dtype=torch.int32), sizes, num_seqs)
 
     def parts(self, device: torch.device) -> list[torch.Tensor]:
         """Its lists on a device; the copy is queued there."""
@@ -125,6 +127,20 @@ class Received:
     def is_editing(self) -> bool:
         """Whether logits are changed."""
         return bool(len(self.biased) or len(self.penalized) or len(self.endless))
+
+
+@dataclass(slots=True)
+class LaidOut:
+    """A step as the host knows it; places are those of its sequences."""
+
+    message: RowMessage
+    #: Who is drawn for, and of these who asks for more than a token, or for one of other logits.
+    sampled: list[int]
+    special: list[int]
+    #: Whether top_k or top_p is asked for.
+    is_filtered: bool
+    #: Tokens of the longest sequence with penalties.
+    longest: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,25 +221,35 @@ class DeviceRows:
 
     # -- on the host ---------------------------------------------------------------------------
 
-    def lay_out(self, chunks: Seq[Chunk], num_padded: int) -> RowMessage:
+    def lay_out(self, chunks: Seq[Chunk], num_padded: int) -> LaidOut:
         """What a step of `chunks` sends: rows, prefix sums and changes, padded to `num_padded`.
 
         The sequences count as computed from here on, and those drawn for as one token longer.
         """
         self._release()
-        lists, longest = _Lists(), 0
+        lists, sampled, special = _Lists(), list[int](), list[int]()
+        is_filtered, longest, end = False, 0, 0
         for place, chunk in enumerate(chunks):
-            row = self._row_of(chunk.seq, lists)
+            seq, length = chunk.seq, chunk.length
+            row = self._row_of(seq, lists)
             self._catch_up(row, chunk, lists)
+            end += length
             lists.rows.append(row.number)
-            lists.starts.append(lists.starts[-1] + chunk.length)
-            row.num_computed_tokens += chunk.length
-            is_sampled = row.num_computed_tokens == chunk.seq.num_tokens
-            lists.is_sampled.append(int(is_sampled))
-            row.num_tokens += int(is_sampled)
-            if is_sampled and self._edit(place, chunk.seq, row, lists):
+            lists.starts.append(end)
+            row.num_computed_tokens += length
+            is_sampled = row.num_computed_tokens == seq.num_tokens
+            lists.is_sampled.append(is_sampled)
+            if not is_sampled:
+                continue
+            sampled.append(place)
+            row.num_tokens += 1
+            is_filtered |= row.is_ranked
+            if row.is_special:
+                special.append(place)
+                self._edit(place, seq, row, lists)
                 longest = max(longest, row.num_counted_tokens)
-        return RowMessage.of(lists, num_padded, longest)
+        message = RowMessage.of(lists, num_padded)
+        return LaidOut(message, sampled, special, is_filtered, longest)
 
     def _release(self) -> None:
         """Who no longer runs has no row."""
@@ -235,7 +261,8 @@ class DeviceRows:
         if row is None:
             taken = {row.number for row in self._rows.values()}
             number = next(n for n in range(len(self.computed)) if n not in taken)
-            row = self._rows[seq] = Row(number)
+            params = seq.params
+            row = self._rows[seq] = Row(number, params.is_ranked, _is_special(seq))
             for name, values in self._cells_of(seq):
                 lists.set(self._cell(name, number), values)
         return row
@@ -282,8 +309,8 @@ class DeviceRows:
                     lists.set(first + column, [new[column]])
             row.table = list(new)
 
-    def _edit(self, place: int, seq: Sequence, row: Row, lists: _Lists) -> bool:
-        """Note what a step changes of the logits at `place`; whether by penalties."""
+    def _edit(self, place: int, seq: Sequence, row: Row, lists: _Lists) -> None:
+        """Note what a step changes of the logits at `place`."""
         params = seq.params
         if params.logit_bias:
             lists.biased.append(place)
@@ -293,7 +320,6 @@ class DeviceRows:
             lists.penalized.append(place)
             lists.counted.append(row.num_counted_tokens)
             row.num_counted_tokens = row.num_computed_tokens
-        return params.has_penalties
 
     # -- on the device -------------------------------------------------------------------------
 
@@ -304,6 +330,12 @@ class DeviceRows:
         head, *parts, cells, values = message.parts(self._memory.device)
         batch_rows.write_cells(self._memory, cells, values)
         return Received(Head(head, message.num_seqs), *parts)
+
+
+def _is_special(seq: Sequence) -> bool:
+    params = seq.params
+    edits = params.logit_bias or params.min_tokens or params.has_penalties or seq.constraint
+    return bool(edits) or params.logprobs is not None
 
 
 def _bits(values: Iterable[float]) -> "array[int]":

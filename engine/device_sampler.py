@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from tokenmill.engine.copies import Tensors, to_device
-from tokenmill.engine.device_rows import DeviceRows, Received
+from tokenmill.engine.device_rows import DeviceRows, LaidOut, Received
 from tokenmill.engine.logprobs import measure, slices
 from tokenmill.engine.sequence import Sequence
 from tokenmill.engine.token_masks import FORBIDDEN, packed_masks
@@ -47,20 +47,21 @@ class Draw:
         return self.plain + self.changed
 
     @classmethod
-    def of(cls, seqs: Seq[Sequence], sampled: list[int], longest: int) -> "Draw":
+    def of(cls, seqs: Seq[Sequence], laid_out: LaidOut) -> "Draw":
         """For a step of `seqs`; what they are asked for is copied."""
-        asked = [n for n in sampled if seqs[n].params.logprobs is not None]
-        changed = [n for n in asked if _is_changed(seqs[n])]
-        constrained = [n for n in sampled if seqs[n].constraint]
+        special = laid_out.special
+        asked = [n for n in special if seqs[n].params.logprobs is not None]
+        changed = {n: _is_changed(seqs[n]) for n in asked}
+        constrained = [n for n in special if seqs[n].constraint]
         return cls(
-            sampled=sampled,
-            is_filtered=any(seqs[n].params.is_ranked for n in sampled),
-            plain=[n for n in asked if n not in changed],
-            changed=changed,
+            sampled=laid_out.sampled,
+            is_filtered=laid_out.is_filtered,
+            plain=[n for n in asked if not changed[n]],
+            changed=[n for n in asked if changed[n]],
             num_top=max((seqs[n].params.logprobs or 0 for n in asked), default=0),
             constrained=constrained,
             masks=packed_masks([seqs[n] for n in constrained]),
-            longest=longest,
+            longest=laid_out.longest,
         )
 
 

@@ -385,7 +385,7 @@ def test_changes_in_a_table_are_sent_and_nothing_twice() -> None:
         (13, 1, [3, 3, 9, 1], 0),
     ):
         seq.block_table = table
-        message = rows.lay_out([Chunk(seq, start, length)], 3)
+        message = rows.lay_out([Chunk(seq, start, length)], 3).message
         received = rows.receive(message)
         assert received.head.rows.tolist() == [0, -1, -1]
         assert received.head.starts.tolist() == [0, length, length, length]
@@ -398,7 +398,7 @@ def test_changes_in_a_table_are_sent_and_nothing_twice() -> None:
     assert rows.seeds.tolist() == [-1, 0]
     assert rows.top_k.tolist() == [3, 0]
     seq.status = SequenceStatus.FINISHED
-    assert rows.lay_out([], 2).numbers.tolist() == [-1, -1, -1, -1, 0, 0, 0, 0]
+    assert rows.lay_out([], 2).message.numbers.tolist() == [-1, -1, -1, -1, 0, 0, 0, 0]
 
 
 def test_constraints_wait_for_their_token(smollm2: LoadedModel) -> None:
