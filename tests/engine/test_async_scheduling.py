@@ -44,7 +44,16 @@ SAMPLINGS: list[dict[str, Any]] = [
     {"temperature": 1.2, "min_tokens": 5, "stop_token_ids": tuple(range(3, 60))},
     {"temperature": 0.9, "repetition_penalty": 1.3, "frequency_penalty": 0.5, "logprobs": 0},
     {"temperature": 0.5, "logit_bias": {7: 4.0, 9: 3.0}, "prompt_logprobs": 1},
-    {"temperature": 2.0, "min_p": 0.02, "stop_token_ids": tuple(range(10, 40))},
+    {"temperature": 2.0, "min_p": 0.02, "stop_token_ids": tuple(range(10, 40)), "logprobs": 0},
+    {
+        "temperature": 1.0,
+        "logit_bias": dict.fromkeys((1, *range(50, 60)), 9.0),
+        "repetition_penalty": 2.5,
+        "presence_penalty": -1.0,
+        "min_tokens": 7,
+        "stop_token_ids": tuple(range(30, 56)),
+        "logprobs": 1,
+    },
 ]
 
 
@@ -159,7 +168,8 @@ TRAFFIC = st.builds(
 
 def busy(*, is_captured: bool) -> Traffic:
     """More than the cache holds, so that some lose their blocks."""
-    requests = [Request(n // 2, 9 + n, n % 2, 14, n, 5 * (n == 3)) for n in range(6)]
+    samplings = (0, 7, 2, 3, 4, 7)
+    requests = [Request(n // 2, 9 + n, n % 2, 14, s, 5 * (n == 3)) for n, s in enumerate(samplings)]
     return Traffic(requests, 13, 8, None, True, Policy.SPLITFUSE, is_captured, 1)
 
 
