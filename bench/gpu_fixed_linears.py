@@ -5,6 +5,12 @@ two models and four numbers of rows: the time of cuBLAS, of every tile, of the o
 added up for all layers and the head, that is the cost of a step's linears, and what a better table
 of tiles could save of it. The head has no more rows than 256 sequences.
 
+Where cuBLAS does not split its sums it may well have the same bits: how many elements differ is
+told too. It splits none where it has no memory for that, by what vLLM sets on such a GPU; if then
+nothing differs, and nothing is slower, cuBLAS is the better form for many rows:
+
+    CUBLAS_WORKSPACE_CONFIG=:16:8 CUBLASLT_WORKSPACE_SIZE=1 python bench/gpu_fixed_linears.py ...
+
     python bench/gpu_fixed_linears.py --out OUTDIR [--seconds 60] [--tiny]
 
 `--tiny` runs the same once with tiny shapes: on a CPU with TRITON_INTERPRET=1.
@@ -86,6 +92,7 @@ def measure(case: Case, device: torch.device, dtype: torch.dtype) -> dict[str, A
         "fixed_ms": times["x".join(str(size) for size in chosen[:3])],
         "tiles_ms": times,
         "other_bits": differ,
+        "cublas_elements_differ": int((linear(x, w) != expected).sum()),
     }
 
 
@@ -112,6 +119,8 @@ def step_of(records: list[dict[str, Any]]) -> dict[str, Any]:
         "best_tiles_ms": total(lambda record: min(record["tiles_ms"].values())),
         "ratio": fixed / cublas,
         "other_bits": sorted({name for record in records for name in record["other_bits"]}),
+        "cublas_differs": sum(record["cublas_elements_differ"] > 0 for record in records),
+        "linears": len(records),
     }
 
 
@@ -144,7 +153,8 @@ def main() -> None:
         print(
             "{model}, {rows} rows: linears {fixed_ms:.2f} ms, cuBLAS {cublas_ms:.2f} "
             "({ratio:.2f}), with the best tiles {best_tiles_ms:.2f}; "
-            "tiles of other bits: {other_bits}".format(**step)
+            "tiles of other bits: {other_bits}; cuBLAS has other bits in {cublas_differs} of "
+            "{linears} shapes".format(**step)
         )
 
 
