@@ -88,7 +88,7 @@ for bits, group, block_m, block_n in ((4, 32, 16, 32), (8, 0, 128, 128)):
         _dequant_gemm_kernel, "bf16", ["words_ptr"], [], BITS=bits, GROUP=group, BLOCK=128,
         HAS_BIAS=bits == 8, BLOCK_M=block_m, BLOCK_N=block_n, PRECISION="tf32",
     )
-for block_m, block_n, block_k in ((64, 16, 128), (128, 128, 64)):
+for block_m, block_n, block_k in ((64, 16, 64), (128, 128, 64)):
     compile_kernel(
         _fixed_linear_kernel, "bf16", [], [], HAS_BIAS=True, EVEN_K=block_m == 64, BAND=8,
         BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, PRECISION="tf32",
