@@ -34,7 +34,7 @@ import triton.language as tl
 #: Levels, of which the last is everything.
 _LEVELS = 16
 #: Candidates that a pass of a search looks at, at a time.
-_BLOCK = 1024
+_BLOCK = 2048
 #: What sums that are rounded in another order may miss, and more.
 _MARGIN = 1.00001
 
@@ -154,19 +154,22 @@ def _gather_kernel(
 
 
 @triton.jit
-def _weights(candidates, start, size, limit, MASS: tl.constexpr, BLOCK: tl.constexpr):
-    """Bits of candidates, and their weights, 0 where the bits are not below `limit`."""
+def _weights(candidates, start, size, V, limit, MASS: tl.constexpr, BLOCK: tl.constexpr):
+    """Bits of candidates, and their weights, 0 where the bits are not below `limit`.
+
+    What lies behind the last is read too, whatever it is: a whole vector at a time.
+    """
     places = start + tl.arange(0, BLOCK)
-    bits = tl.load(candidates + places, mask=places < size, other=0)
-    weights = tl.where(places < size, 1.0, 0.0)
+    found = tl.load(candidates + places, mask=places < V, other=0)
+    bits = found.to(tl.uint32, bitcast=True)
+    weights = tl.full([BLOCK], 1.0, tl.float32)
     if MASS:
-        weights = weights * tl.exp(-bits.to(tl.float32, bitcast=True))
-    bits = bits.to(tl.uint32, bitcast=True)
-    return bits, tl.where(bits < limit, weights, 0.0)
+        weights = tl.exp(-tl.abs(found.to(tl.float32, bitcast=True)))
+    return bits, tl.where((places < size) & (bits < limit), weights, 0.0)
 
 
 @triton.jit
-def _search(candidates, size, limit, wanted, MASS: tl.constexpr, BLOCK: tl.constexpr):
+def _search(candidates, size, V, limit, wanted, MASS: tl.constexpr, BLOCK: tl.constexpr):
     """The least bits up to which `wanted` candidates lie, or MASS: as much of exp(x).
 
     Bits from `limit` on are not counted. Returns the bits [1], all ones if there is not as much,
@@ -185,7 +188,7 @@ def _search(candidates, size, limit, wanted, MASS: tl.constexpr, BLOCK: tl.const
         sums_2 = tl.zeros([BLOCK], tl.float32)
         sums_3 = tl.zeros([BLOCK], tl.float32)
         for start in range(0, size, BLOCK):
-            bits, weights = _weights(candidates, start, size, limit, MASS, BLOCK)
+            bits, weights = _weights(candidates, start, size, V, limit, MASS, BLOCK)
             sums_1 += tl.where(bits <= first, weights, 0.0)
             sums_2 += tl.where(bits <= second, weights, 0.0)
             sums_3 += tl.where(bits <= third, weights, 0.0)
@@ -233,15 +236,15 @@ def _search_kernel(
         total = tl.load(totals_ptr + place)
         if (top_k > 0) & (top_k < V):
             k = top_k.to(tl.float32)
-            last, before = _search(candidates, size, last, k, False, BLOCK)
+            last, before = _search(candidates, size, V, last, k, False, BLOCK)
             sums = tl.zeros([BLOCK], tl.float32)
             for start in range(0, size, BLOCK):
-                _, weights = _weights(candidates, start, size, last, True, BLOCK)
+                _, weights = _weights(candidates, start, size, V, last, True, BLOCK)
                 sums += weights
             tied = tl.sum(tl.exp(-last.to(tl.float32, bitcast=True)), axis=0)
             total = tl.sum(sums, axis=0) + (k - before) * tied
         if top_p < 1.0:
-            found, before = _search(candidates, size, last, top_p * total, True, BLOCK)
+            found, before = _search(candidates, size, V, last, top_p * total, True, BLOCK)
             last = tl.minimum(last, found)
         tl.store(last_ptr + place + tl.zeros([1], tl.int64), last.to(tl.int32, bitcast=True))
 
@@ -306,5 +309,5 @@ def find_thresholds(
         num_parts,
         BLOCK=min(_BLOCK, part),
         **parts,
-        **(options | {"num_warps": 4}),
+        **options,
     )

@@ -52,6 +52,11 @@ SAMPLINGS: list[dict[str, Any]] = [
     {"temperature": 0.9},
     {"temperature": 0.9, "top_k": 9, "top_p": 0.9},
 ]
+EDITS: list[dict[str, Any]] = [
+    {"temperature": 0.9, "repetition_penalty": 1.7, "presence_penalty": 0.5},
+    {"temperature": 0.0, "frequency_penalty": 1.5, "logit_bias": {4: 9.0, 8: 9.0}},
+    {"temperature": 0.9, "min_tokens": 3, "stop_token_ids": tuple(range(60)), "logprobs": 1},
+]
 PROMPTS = [[5, 9, 31, 4, 77, 12, 60, 8, 8, 40, 41, 42, 3], [17, 2], [96, 1, 50, 51]]
 
 
@@ -83,12 +88,18 @@ def make_model(family: str, device: torch.device, *, stacked: bool = False) -> L
     return LoadedModel("random", spec, pack(weights), tokenizer, device, torch.float32)
 
 
-def tokens(model: LoadedModel, *, kv_cache_memory: int | None = 1 << 20, **mode: Any) -> Tokens:
+def tokens(
+    model: LoadedModel,
+    samplings: list[dict[str, Any]] = SAMPLINGS,
+    *,
+    kv_cache_memory: int | None = 1 << 20,
+    **mode: Any,
+) -> Tokens:
     config = EngineConfig(
         token_budget=8, max_num_seqs=3, block_size=4, kv_cache_memory=kv_cache_memory, **mode
     )
     engine = Engine(model, config)
-    for number, (prompt, sampling) in enumerate(zip(PROMPTS, SAMPLINGS, strict=True)):
+    for number, (prompt, sampling) in enumerate(zip(PROMPTS, samplings, strict=True)):
         params = SamplingParams(max_tokens=4, ignore_eos=True, **sampling)
         engine.add(str(number), prompt, params, seed=number)
     found: dict[str, list[int]] = {str(number): [] for number in range(len(PROMPTS))}
@@ -119,10 +130,20 @@ def test_a_gpu_gives_the_tokens_of_a_cpu(family: str) -> None:
     ],
     ids=["ahead", "graphs", "both"],
 )
-def test_a_gpu_that_is_not_waited_for_gives_the_same(family: str, mode: dict[str, bool]) -> None:
+def test_a_gpu_that_is_not_waited_for_gives_the_same(family: str, mode: dict[str, Any]) -> None:
     """One step ahead and in graphs, which the second half of the steps replays."""
     model = make_model(family, torch.device("cuda"), stacked=True)
     assert tokens(model, **mode) == tokens(make_model(family, CPU))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_gpu_changes_logits_as_a_cpu_does(ahead: bool) -> None:
+    """Penalties, biases and ends that come too early, with and without waiting for each step."""
+    mode: dict[str, Any] = {"async_scheduling": ahead, "cuda_graphs": ahead}
+    found = tokens(make_model("qwen3", torch.device("cuda")), EDITS, **mode)
+    assert found == tokens(make_model("qwen3", CPU), EDITS)
 
 
 def sharp_model(device: torch.device) -> LoadedModel:
@@ -157,7 +178,7 @@ def tokens_of_8_bit_keys(monkeypatch: pytest.MonkeyPatch) -> Tokens:
 def test_a_gpu_keeps_keys_and_values_in_8_bits(
     ahead: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    mode = {"async_scheduling": ahead, "cuda_graphs": ahead}
+    mode: dict[str, Any] = {"async_scheduling": ahead, "cuda_graphs": ahead}
     found = tokens(sharp_model(torch.device("cuda")), kv_cache_dtype="fp8", **mode)
     assert found == tokens_of_8_bit_keys(monkeypatch)
 

@@ -102,7 +102,7 @@ parts = {"BLOCK": 4096, "BLOCK_P": 64}
 drawn += ["candidates_ptr", "sizes_ptr"]
 compile_kernel(_levels_kernel, "bf16", drawn, [], LEVELS=16, **parts)
 compile_kernel(_gather_kernel, "bf16", drawn, ["margin"], LEVELS=16, **parts)
-compile_kernel(_search_kernel, "bf16", drawn, [], BLOCK=1024, BLOCK_P=64)
+compile_kernel(_search_kernel, "bf16", drawn, [], BLOCK=2048, BLOCK_P=64)
 compile_kernel(_draw_kernel, "bf16", [*drawn, "tokens_ptr"], [], **parts)
 compile_kernel(_merge_kernel, "bf16", drawn, [], BLOCK_P=64)
 edits = ["places_ptr", "counted_ptr", "rows_ptr", "lengths_ptr", "tokens_ptr", "counts_ptr"]

@@ -120,7 +120,16 @@ def test_parts_are_merged(device: torch.device) -> None:
 
 
 @pytest.mark.usefixtures("_short_parts", "poisoned")
-@pytest.mark.parametrize(("top_k", "top_p"), [(9, 1.0), (0, 0.8), (45, 0.9), (110, 1.0), (2, 0.9)])
+@pytest.mark.parametrize(
+    ("top_k", "top_p"),
+    [
+        (0, 0.8),
+        (45, 0.9),
+        (2, 0.9),
+        pytest.param(9, 1.0, marks=pytest.mark.slow),
+        pytest.param(110, 1.0, marks=pytest.mark.slow),
+    ],
+)
 def test_thresholds_are_those_of_a_sort(device: torch.device, top_k: int, top_p: float) -> None:
     """The least bits down to which as many lie, or as much; rows that ask for nothing have -1."""
     from tokenmill.kernels.thresholds import find_thresholds
