@@ -54,6 +54,9 @@ from tokenmill.kernels.thresholds import find_thresholds, highest_of
 
 #: Tokens of a part.
 PART = 4096
+#: Noise is between -2.82 and 16.64: what lies lower cannot come before the highest, so no noise is
+#: made for a part that has nothing higher.
+_WORTH = -19.5
 
 
 @triton.jit
@@ -120,6 +123,7 @@ def _draw_kernel(
     P,
     BLOCK: tl.constexpr,
     BLOCK_P: tl.constexpr,
+    WORTH: tl.constexpr,
 ):
     place = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
@@ -133,20 +137,24 @@ def _draw_kernel(
         sums = tl.sum(tl.exp(logits - highest), axis=0)
         score = logits
         if asked > 0.0:
-            min_p = tl.load(min_p_ptr + given)
-            least = float("-inf")
-            if min_p > 0.0:
-                least = tl.log(min_p)
-            one = tl.zeros([1], tl.int64)
-            last = tl.load(last_ptr + place + one).to(tl.uint32, bitcast=True)
-            seed = tl.load(seeds_ptr + given + one).to(tl.uint64, bitcast=True)
-            position = tl.load(positions_ptr + place + one).to(tl.int64)
-            position = position.to(tl.uint64, bitcast=True)
-            x = tl.div_rn(logits - highest, tl.maximum(asked, 1e-6))  # as `thresholds.scaled`
-            bits = tl.abs(x).to(tl.uint32, bitcast=True)
-            noise = _gumbel(noise_bits(seed, position, columns.to(tl.uint32)))
-            kept = (bits <= last) & (x >= least)
-            score = tl.where(kept & (columns < V), x + noise, float("-inf"))
+            score = tl.full([BLOCK], float("-inf"), tl.float32)
+            temperature = tl.maximum(asked, 1e-6)
+            part_highest = tl.load(highest_ptr + place * P + part)
+            if tl.div_rn(part_highest - highest, temperature) > WORTH:
+                min_p = tl.load(min_p_ptr + given)
+                least = float("-inf")
+                if min_p > 0.0:
+                    least = tl.log(min_p)
+                one = tl.zeros([1], tl.int64)
+                last = tl.load(last_ptr + place + one).to(tl.uint32, bitcast=True)
+                seed = tl.load(seeds_ptr + given + one).to(tl.uint64, bitcast=True)
+                position = tl.load(positions_ptr + place + one).to(tl.int64)
+                position = position.to(tl.uint64, bitcast=True)
+                x = tl.div_rn(logits - highest, temperature)  # as `thresholds.scaled`
+                bits = tl.abs(x).to(tl.uint32, bitcast=True)
+                noise = _gumbel(noise_bits(seed, position, columns.to(tl.uint32)))
+                kept = (bits <= last) & (x >= least)
+                score = tl.where(kept & (columns < V), x + noise, float("-inf"))
         best = tl.max(score, axis=0)
         token = tl.min(tl.where(score == best, columns, V - 1), axis=0)
         tl.store(best_ptr + place * P + part, best)
@@ -292,6 +300,7 @@ def sample(
         sums,
         *shape,
         **sizes,
+        WORTH=_WORTH,
         **options,
     )
     _merge_kernel[(num_rows,)](

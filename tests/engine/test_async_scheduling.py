@@ -13,7 +13,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import models
 
 import host_kernels
-from tokenmill.engine import step_graphs
+from tokenmill.engine import logprobs, step_graphs
 from tokenmill.engine.config import EngineConfig
 from tokenmill.engine.device_executor import DeviceExecutor
 from tokenmill.engine.device_rows import DeviceRows
@@ -357,6 +357,18 @@ def test_penalties_do_not_wait() -> None:
     while engine.has_work:
         engine.step()
     assert engine.stats().num_steps == 9
+
+
+@pytest.mark.usefixtures("_plain_kernels")
+def test_log_probabilities_are_measured_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of few logits at a time, whether they were changed or not."""
+    requests = [Request(0, 5 + n, n, 6, n, 0) for n in (2, 6, 7)]
+    expected = answers(make_engine(None), requests, aborts=False)
+    monkeypatch.setattr(logprobs, "SLICE_ELEMENTS", 97)
+    found = answers(ahead(make_engine(None)), requests, aborts=False)
+    assert {key: answer.all for key, answer in found.items()} == {
+        key: answer.all for key, answer in expected.items()
+    }
 
 
 @pytest.mark.usefixtures("_plain_kernels")

@@ -103,7 +103,7 @@ drawn += ["candidates_ptr", "sizes_ptr"]
 compile_kernel(_levels_kernel, "bf16", drawn, [], LEVELS=16, **parts)
 compile_kernel(_gather_kernel, "bf16", drawn, ["margin"], LEVELS=16, **parts)
 compile_kernel(_search_kernel, "bf16", drawn, [], BLOCK=2048, BLOCK_P=64)
-compile_kernel(_draw_kernel, "bf16", [*drawn, "tokens_ptr"], [], **parts)
+compile_kernel(_draw_kernel, "bf16", [*drawn, "tokens_ptr"], [], WORTH=-19.5, **parts)
 compile_kernel(_merge_kernel, "bf16", drawn, [], BLOCK_P=64)
 edits = ["places_ptr", "counted_ptr", "rows_ptr", "lengths_ptr", "tokens_ptr", "counts_ptr"]
 edits += ["prompts_ptr", "words_ptr"]

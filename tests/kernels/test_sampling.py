@@ -162,6 +162,23 @@ def test_thresholds_are_those_of_a_sort(device: torch.device, top_k: int, top_p:
 
 
 @pytest.mark.usefixtures("_short_parts", "poisoned")
+def test_a_part_far_below_the_highest_is_drawn_from_by_the_highest_noise(
+    device: torch.device,
+) -> None:
+    """Of 200,000 tokens' noise the one that makes most of a low logit."""
+    seqs = [make_sequence(seed, 3, {"temperature": 1.0}) for seed in range(6000)]
+    noise = sampler.gumbel_noise(seqs, 96, torch.device("cpu"))
+    gain = noise[:, 64:] - noise[:, :1]
+    seed, token = divmod(int(gain.argmax()), 32)
+    most = float(gain.max())
+    assert 12 < most < 19.5
+    logits = torch.full((2, 96), -200.0)
+    logits[:, 0] = 0.0
+    logits[:, 64 + token] = torch.tensor([0.001, -0.001]) - most
+    assert on_device(logits, [seqs[seed]] * 2, device)[0].tolist() == [64 + token, 0]
+
+
+@pytest.mark.usefixtures("_short_parts", "poisoned")
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_logits_that_are_no_numbers_give_no_token(device: torch.device, value: float) -> None:
     """And take none from their neighbours; a single infinite one takes the row, but not -inf."""
