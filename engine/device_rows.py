@@ -176,16 +176,7 @@ class DeviceRows:
     ) -> None:
         self.block_size = block_size
         self._eos_token_ids = eos_token_ids
-        widths = {
-            "tokens": max_model_len,
-            "computed": 1,
-            "tables": -(-max_model_len // block_size),
-            **dict.fromkeys((*FLOATS, "top_k", "prompts", "bias_sizes", "ends_sizes"), 1),
-            "seeds": 2,
-            "bias_tokens": MAX_LOGIT_BIAS,
-            "bias_values": MAX_LOGIT_BIAS,
-            "ends": MAX_STOP_TOKEN_IDS + len(eos_token_ids),
-        }
+        widths = _widths(max_model_len, block_size, len(eos_token_ids))
         self._widths, self._firsts, size = widths, dict[str, int](), 0
         for name, width in widths.items():
             self._firsts[name] = size
@@ -336,6 +327,25 @@ def _is_special(seq: Sequence) -> bool:
     params = seq.params
     edits = params.logit_bias or params.min_tokens or params.has_penalties or seq.constraint
     return bool(edits) or params.logprobs is not None
+
+
+def row_bytes(max_model_len: int, block_size: int, num_eos: int) -> int:
+    """Memory that a row takes on the device."""
+    return 4 * (sum(_widths(max_model_len, block_size, num_eos).values()) + max_model_len)
+
+
+def _widths(max_model_len: int, block_size: int, num_eos: int) -> dict[str, int]:
+    """Cells of 32 bits that a row has of each resident tensor; its counts are beside them."""
+    return {
+        "tokens": max_model_len,
+        "computed": 1,
+        "tables": -(-max_model_len // block_size),
+        **dict.fromkeys((*FLOATS, "top_k", "prompts", "bias_sizes", "ends_sizes"), 1),
+        "seeds": 2,
+        "bias_tokens": MAX_LOGIT_BIAS,
+        "bias_values": MAX_LOGIT_BIAS,
+        "ends": MAX_STOP_TOKEN_IDS + num_eos,
+    }
 
 
 def _bits(values: Iterable[float]) -> "array[int]":

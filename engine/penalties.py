@@ -16,6 +16,7 @@ from collections.abc import Sequence as Seq
 
 import torch
 
+from tokenmill.engine.copies import to_device
 from tokenmill.engine.sequence import Sequence
 from tokenmill.engine.token_counts import TokenCounts
 
@@ -25,10 +26,11 @@ def apply_bias(logits: torch.Tensor, seqs: Seq[Sequence]) -> None:
     biased = [(row, seq.params.logit_bias) for row, seq in enumerate(seqs) if seq.params.logit_bias]
     if not biased:
         return
-    rows = torch.tensor([row for row, bias in biased for _ in bias], device=logits.device)
-    tokens = torch.tensor([token for _, bias in biased for token in bias], device=logits.device)
-    values = [value for _, bias in biased for value in bias.values()]
-    logits[rows, tokens] += logits.new_tensor(values)
+    rows = torch.tensor([row for row, bias in biased for _ in bias])
+    tokens = torch.tensor([token for _, bias in biased for token in bias])
+    values = torch.tensor([v for _, bias in biased for v in bias.values()], dtype=logits.dtype)
+    places = to_device(rows, logits.device), to_device(tokens, logits.device)
+    logits[places] += to_device(values, logits.device)
 
 
 def apply_penalties(logits: torch.Tensor, seqs: Seq[Sequence]) -> None:
@@ -38,14 +40,15 @@ def apply_penalties(logits: torch.Tensor, seqs: Seq[Sequence]) -> None:
         return
     device, params = logits.device, [seqs[row].params for row in rows]
     counted = [_counts(seqs[row]) for row in rows]
-    sizes = torch.tensor([len(c.token_ids) for c in counted], device=device)
+    sizes = torch.tensor([len(c.token_ids) for c in counted])
+    total = sum(len(c.token_ids) for c in counted)
 
-    def spread(values: list[float]) -> torch.Tensor:
-        return logits.new_tensor(values).repeat_interleave(sizes)
+    def spread(values: list[int] | list[float]) -> torch.Tensor:
+        return to_device(torch.tensor(values).repeat_interleave(sizes, output_size=total), device)
 
-    row = torch.tensor(rows, device=device).repeat_interleave(sizes)
-    token = _joined((c.token_ids for c in counted), torch.int64).to(device)
-    count = _joined((c.counts for c in counted), torch.float32).to(device)
+    row = spread(rows)
+    token = to_device(_joined((c.token_ids for c in counted), torch.int64), device)
+    count = to_device(_joined((c.counts for c in counted), torch.float32), device)
     value = logits[row, token]
     repetition = spread([float(p.repetition_penalty) for p in params])
     value = torch.where(value > 0, value / repetition, value * repetition)

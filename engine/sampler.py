@@ -8,10 +8,11 @@ argmax(logits / temperature + Gumbel noise), which is an exact draw from the sof
 import math
 from collections.abc import Collection
 from collections.abc import Sequence as Seq
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from tokenmill.engine.copies import to_device
 from tokenmill.engine.filters import keep_likely
 from tokenmill.engine.logprobs import SLICE_ELEMENTS, logprobs_of
 from tokenmill.engine.penalties import apply_bias, apply_penalties
@@ -35,12 +36,12 @@ def sample(
 
     The token is `NO_TOKEN` where the highest logit is not finite.
 
-    `logits` [L, V] float32 are changed. Rows are taken in slices, so that what is allocated beside
-    them does not grow with the batch.
+    `logits` [L, V] float32 are changed. On a CPU rows are taken in slices, so that what is
+    allocated beside them does not grow with the batch; on a GPU the host would wait for each.
     """
     tokens: list[int] = []
     logprobs: list[TokenLogprobs | None] = []
-    step = max(1, SLICE_ELEMENTS // logits.shape[1])
+    step = max(1, len(seqs) if logits.is_cuda else SLICE_ELEMENTS // logits.shape[1])
     for start in range(0, len(seqs), step):
         rows, part = logits[start : start + step], seqs[start : start + step]
         asked = [row for row, seq in enumerate(part) if seq.params.logprobs is not None]
@@ -96,19 +97,20 @@ def draw_by_kernel(logits: torch.Tensor, seqs: Seq[Sequence]) -> "Drawn":
     """
     from tokenmill.kernels.sampling import sample as draw
 
-    device, params = logits.device, [seq.params for seq in seqs]
-    told = [(p.temperature, p.top_p, p.min_p) for p in params]
-    temperature, top_p, min_p = torch.tensor(told, dtype=torch.float32).T.contiguous().to(device)
-    keys = torch.tensor([(signed64(seq.seed), seq.num_tokens) for seq in seqs]).T.contiguous()
-    seeds, positions = keys.to(device)
+    params = [seq.params for seq in seqs]
+
+    def column(values: list[Any], dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        # A tensor of its own: for pointers that are no multiples of 16 kernels are compiled anew.
+        return to_device(torch.tensor(values, dtype=dtype), logits.device)
+
     return draw(
         logits,
-        temperature=temperature,
-        top_k=torch.tensor([p.top_k for p in params], dtype=torch.int32, device=device),
-        top_p=top_p,
-        min_p=min_p,
-        seeds=seeds,
-        positions=positions,
+        temperature=column([p.temperature for p in params]),
+        top_k=column([p.top_k for p in params], torch.int32),
+        top_p=column([p.top_p for p in params]),
+        min_p=column([p.min_p for p in params]),
+        seeds=column([signed64(seq.seed) for seq in seqs], torch.int64),
+        positions=column([seq.num_tokens for seq in seqs], torch.int64),
         is_filtered=any(p.is_ranked for p in params),
     )
 

@@ -7,6 +7,7 @@ import torch
 from tokenmill.engine.block_pool import BlockPool
 from tokenmill.engine.config import EngineConfig
 from tokenmill.engine.cost_model import CostModel
+from tokenmill.engine.device_rows import row_bytes
 from tokenmill.engine.kv_cache import num_blocks_in
 from tokenmill.engine.loader import LoadedModel
 from tokenmill.engine.messages import CacheSize
@@ -39,7 +40,16 @@ def num_kv_blocks(
         longest = min(config.max_model_len or model.spec.max_position, model.spec.max_position)
         budget = config.token_budget or budgets_of(config, model.device)[1]
         size = CacheSize(2, block_size, longest, kv_dtype)
-        memory = kv_memory(model, Most(max(budget, max_num_seqs), max_num_seqs, longest), size)
+        most = Most(max(budget, max_num_seqs), max_num_seqs, longest)
+        num_eos = len(model.tokenizer.eos_token_ids)
+        has_rows = config.async_scheduling or config.cuda_graphs
+        memory = kv_memory(
+            model,
+            most,
+            size,
+            kept=has_rows * max_num_seqs * row_bytes(longest, block_size, num_eos),
+            num_pools=1 + config.cuda_graphs,
+        )
     blocks = num_blocks_in(memory, model.spec, block_size=block_size, dtype=kv_dtype)
     return model.group.least(blocks)
 

@@ -7,8 +7,9 @@ A size is captured when it is first used, after it has been run once.
     others, up to MOST_TOKENS           multiples of 256    max_num_seqs
     more                                not captured
 
-and tables to a power of two of attention's parts, as many as its grid has. Rows and prefix sums are
-copied to where the graph reads them; lengths, positions and tables it makes from the resident rows.
+and tables to a power of four of attention's parts, as many as its grid has. Rows and prefix sums
+are copied to where the graph reads them; lengths, positions and tables it makes from the resident
+rows.
 Drawing is left out: it depends on what the requests ask.
 
 Where there is no CUDA a step is the same work on the same memory, run again: for tests.
@@ -45,6 +46,7 @@ class StepGraphs:
         self._hidden = runner.new_hidden(max_num_seqs)
         self._captured: dict[StepShape, Callable[[], None]] = {}
         self._pool: Any = None
+        self._stream: Any = None
 
     def padded(self, shape: StepShape) -> StepShape | None:
         """The size that a step is padded to; None: it is not captured."""
@@ -81,22 +83,30 @@ class StepGraphs:
         # Never run on a device.
         work()  # compiles kernels and makes workspaces, none of which a capture allows
         self._pool = self._pool or torch.cuda.graph_pool_handle()
+        # One stream for all: cuBLAS keeps a workspace for each.
+        self._stream = self._stream or torch.cuda.Stream()  # type: ignore[no-untyped-call]
         graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
         gc.disable()  # what is collected while a graph is captured would be freed within it
         try:
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                work()
+            # As `torch.cuda.graph`, which gives all cached memory back each time.
+            with torch.cuda.stream(self._stream):
+                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+                try:
+                    work()
+                finally:
+                    graph.capture_end()
         finally:
             gc.enable()
         return graph.replay
 
     def _padded_width(self, width: int) -> int:
         parts = -(-width * self._block_size // PART)
-        parts = 1 << (parts - 1).bit_length()
+        parts = 1 << -(-(parts - 1).bit_length() // 2) * 2  # programs without keys leave at once
         return min(self._most_blocks, -(-parts * PART // self._block_size))
 
 
 def decode_sizes(most: int) -> list[int]:
-    """1, 2, 4, 8, then by 8 to 64, by 16 to 256, by 32 beyond; the last is `most`."""
-    sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, most + 32, 32)]
+    """1, 2, 4, 8, then by 16 to 64, by 32 to 256, by 64 beyond; the last is `most`."""
+    sizes = [1, 2, 4, 8, *range(16, 64, 16), *range(64, 256, 32), *range(256, most + 64, 64)]
     return [*(size for size in sizes if size < most), most]

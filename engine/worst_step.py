@@ -78,10 +78,19 @@ class Most:
         ]
 
 
-def kv_memory(model: LoadedModel, most: Most, size: CacheSize, memory: Memory | None = None) -> int:
+def kv_memory(
+    model: LoadedModel,
+    most: Most,
+    size: CacheSize,
+    memory: Memory | None = None,
+    *,
+    kept: int = 0,
+    num_pools: int = 1,
+) -> int:
     """Bytes that the KV cache of a rank may take, its weights being there already.
 
-    On a CPU, and where a model is divided among ranks, it is `default_kv_memory`.
+    `kept`: what an executor keeps for its rows; `num_pools`: 2 where graphs have memory for a
+    step of their own. It is `default_kv_memory` on a CPU and for a model divided among ranks.
 
     Raises:
         OutOfMemory: the device does not hold the largest step beside the weights.
@@ -95,9 +104,10 @@ def kv_memory(model: LoadedModel, most: Most, size: CacheSize, memory: Memory | 
     except torch.OutOfMemoryError as error:
         raise OutOfMemory(_refusal(model, most, f"does not fit: {error}")) from error
     free, total = memory.free()
-    left = free - found[0] - int(RESERVE * total)
+    needed = found[0] * num_pools + kept
+    left = free - needed - int(RESERVE * total)
     if left <= 0:
-        taken = f"takes {_gib(found[0])} of {_gib(free)} that are free of {_gib(total)}"
+        taken = f"takes {_gib(needed)} of {_gib(free)} that are free of {_gib(total)}"
         raise OutOfMemory(_refusal(model, most, taken))
     return left
 

@@ -50,7 +50,8 @@ def _group(scales_ptr, zeros_ptr, group, outputs, inside, N):
     return scale, tl.load(zeros_ptr + place, mask=inside, other=0).to(tl.int32)
 
 
-@triton.jit
+# The rows change from step to step: specialised, each new kind would compile while serving.
+@triton.jit(do_not_specialize=["M"])
 def _dequant_gemm_kernel(
     x_ptr,
     words_ptr,

@@ -462,7 +462,8 @@ def test_it_is_refused_where_it_cannot_be(monkeypatch: pytest.MonkeyPatch) -> No
 def test_sizes_are_padded_to_few() -> None:
     assert decode_sizes(1) == [1]
     assert decode_sizes(20) == [1, 2, 4, 8, 16, 20]
-    assert decode_sizes(256)[-4:] == [208, 224, 240, 256]
+    assert decode_sizes(256)[-4:] == [160, 192, 224, 256]
+    assert len(decode_sizes(256)) == 14
     engine = make_engine(None, max_num_seqs=20, token_budget=40, kv_cache_memory=1 << 22)
     executor = DeviceExecutor(
         engine._runner, engine.tokenizer, {}, max_num_seqs=20, is_captured=True

@@ -33,7 +33,8 @@ def launched(*arguments: str, cache: Path) -> Any:
 @pytest.mark.parametrize(
     ("family", "modes"),
     [
-        ("qwen3", []),
+        ("qwen3", ["--in-turns", "--packed"]),
+        pytest.param("qwen3", [], marks=pytest.mark.slow),
         *(pytest.param(name, [], marks=pytest.mark.slow) for name in OTHERS),
         pytest.param("mixtral", ["--deterministic"], marks=pytest.mark.slow),
     ],

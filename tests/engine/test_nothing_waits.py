@@ -4,16 +4,13 @@ No GPU is needed (`fake_gpu.py`): whatever reads a number raises, copies between
 watched, and kernels are not run. The tokens that an engine collects are made up.
 """
 
-import itertools
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import torch
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fake_gpu import Watch, drain, fake_engine, fake_gpu, fake_model
-from tokenmill.engine import runner
+from fake_gpu import drain, fake_engine, fake_gpu, fake_model, in_turns
 from tokenmill.engine.config import EngineConfig
 from tokenmill.producer.params import SamplingParams
 
@@ -93,21 +90,9 @@ def test_nothing_waits_where_it_is_deterministic(mode: FakeTensorMode, graphs: b
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_steps_in_turns_mix_no_devices(
-    mode: FakeTensorMode, monkeypatch: pytest.MonkeyPatch, family: str
-) -> None:
-    tokens = itertools.cycle(range(1, 97))
-
-    def told(tensor: torch.Tensor) -> Any:
-        found: Any = 0.0 if tensor.is_floating_point() else next(tokens)
-        for size in reversed(tensor.shape):
-            found = [found] * size
-        return found
-
-    monkeypatch.setattr(FakeTensor, "tolist", told)
-    monkeypatch.setattr(runner, "encode", lambda _: b"")
+def test_steps_in_turns_mix_no_devices(mode: FakeTensorMode, family: str) -> None:
     model = fake_model(mode, CONFIG | {"model_type": family} | FAMILIES[family])
     engine = fake_engine(mode, model, EngineConfig(**SIZE))
-    with mode, Watch(may_wait=True) as watch:
-        drain(engine, requests_of(SAMPLINGS))
+    with in_turns(mode, 97) as watch:
+        drain(engine, requests_of(SAMPLINGS + EDITS))
     assert watch.num_operations > 100

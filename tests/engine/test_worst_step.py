@@ -55,7 +55,9 @@ def test_the_cache_gets_what_the_largest_step_leaves(
     monkeypatch.setattr(Decoder, "forward", spy)
     device = Device(total=10_000, unused=7_000, step=2_000)
     assert kv_memory(model, Most(40, 4, 256), SIZE, device) == 5_000 - int(RESERVE * 10_000)
-    assert steps == [(40, [256, 13, 13, 13])]  # all tokens, all sequences, one at the end
+    left = kv_memory(model, Most(40, 4, 256), SIZE, device, kept=300, num_pools=2)
+    assert left == 2_700 - int(RESERVE * 10_000)
+    assert steps[:1] == [(40, [256, 13, 13, 13])]  # all tokens, all sequences, one at the end
 
 
 def test_a_model_that_leaves_nothing_is_refused_with_the_numbers(model: LoadedModel) -> None:

@@ -19,12 +19,14 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from tokenmill.engine import runner
 from tokenmill.engine.config import EngineConfig
 from tokenmill.engine.copies import Tensors, Wait
 from tokenmill.engine.device_executor import DeviceExecutor
 from tokenmill.engine.engine import Engine, StepOutput
 from tokenmill.engine.loader import LoadedModel
 from tokenmill.engine.models.families import spec_from_config
+from tokenmill.engine.models.packed_linear import IntPacking
 from tokenmill.engine.models.weights import empty_weights, pack
 from tokenmill.engine.probe import Probe
 from tokenmill.engine.step_graphs import StepGraphs
@@ -142,13 +144,15 @@ def fake_gpu(launch: Callable[..., None]) -> Iterator[FakeTensorMode]:
         yield mode
 
 
-def fake_model(mode: FakeTensorMode, config: dict[str, Any]) -> LoadedModel:
-    """A model of these shapes in bfloat16."""
+def fake_model(
+    mode: FakeTensorMode, config: dict[str, Any], packing: IntPacking | None = None
+) -> LoadedModel:
+    """A model of these shapes in bfloat16, or with linears that are packed."""
     spec = spec_from_config(config)
     backend = Backend(models.WordLevel({f"w{n}": n for n in range(97)}, unk_token="w0"))
     tokenizer = Tokenizer(backend, eos_token_ids=[0])
     with mode:
-        weights = pack(empty_weights(spec, torch.bfloat16, DEVICE))
+        weights = pack(empty_weights(spec, torch.bfloat16, DEVICE, packing=packing))
     return LoadedModel("fake", spec, weights, tokenizer, DEVICE, torch.bfloat16)
 
 
@@ -167,6 +171,26 @@ def fake_engine(mode: FakeTensorMode, model: LoadedModel, config: EngineConfig) 
                 stream=MadeUp(mode, engine.vocab_size),
             )
     return engine
+
+
+@contextmanager
+def in_turns(mode: FakeTensorMode, vocabulary: int) -> Iterator[Watch]:
+    """For engines in turns: numbers that are read on the host are made up."""
+    tokens = itertools.cycle(range(1, vocabulary))
+
+    def told(tensor: torch.Tensor) -> Any:
+        found: Any = 0.0 if tensor.is_floating_point() else next(tokens)
+        for size in reversed(tensor.shape):
+            found = [found] * size
+        return found
+
+    with (
+        patch.object(FakeTensor, "tolist", told),
+        patch.object(runner, "encode", lambda _: b""),
+        mode,
+        Watch(may_wait=True) as watch,
+    ):
+        yield watch
 
 
 def drain(engine: Engine, requests: list[tuple[int, SamplingParams]]) -> list[StepOutput]:

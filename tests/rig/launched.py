@@ -16,6 +16,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver, jit
 
-from fake_gpu import drain, fake_engine, fake_gpu, fake_model
+from fake_gpu import drain, fake_engine, fake_gpu, fake_model, in_turns
 from tokenmill.engine.config import EngineConfig
 from tokenmill.engine.engine import Engine
+from tokenmill.engine.models.packed_linear import IntPacking
 from tokenmill.producer.params import SamplingParams
 
 TINY: dict[str, Any] = {
@@ -151,20 +153,24 @@ def traffic(engine: Engine, seed: int, requests: int, longest: int) -> None:
     )
 
 
-def count(family: str, **modes: Any) -> dict[str, Any]:
+def count(family: str, *, is_packed: bool = False, **modes: Any) -> dict[str, Any]:
     """Launches, and kernels compiled after each of three rounds."""
     launched = Launched()
     with fake_gpu(launched) as mode:
-        model = fake_model(mode, TINY | {"model_type": family} | OF_FAMILIES.get(family, {}))
+        shapes = TINY | {"model_type": family} | OF_FAMILIES.get(family, {})
+        model = fake_model(mode, shapes, IntPacking(4, 32) if is_packed else None)
         size = {"max_model_len": 96, "token_budget": 32, "max_num_seqs": 8, "block_size": 16}
         config: dict[str, Any] = (
             size | {"kv_cache_memory": 1 << 20, "async_scheduling": True} | modes
         )
-        engine = fake_engine(mode, model, EngineConfig(**config))
+        engine_config = EngineConfig(**config)
+        engine = fake_engine(mode, model, engine_config)
         compiled = []
-        for seed in range(3):
-            traffic(engine, seed, requests=16, longest=40)
-            compiled.append(len(launched.variants))
+        waits = nullcontext() if engine_config.async_scheduling else in_turns(mode, 97)
+        with waits:
+            for seed in range(3):
+                traffic(engine, seed, requests=16, longest=40)
+                compiled.append(len(launched.variants))
     return {"launches": launched.num_launches, "compiled": compiled}
 
 
@@ -219,11 +225,17 @@ def main() -> None:
     what.add_argument("--compile", choices=REAL)
     parser.add_argument("--deterministic", action="store_true")
     parser.add_argument("--kv-cache-dtype", default="auto")
+    parser.add_argument("--in-turns", action="store_true")
+    parser.add_argument("--packed", action="store_true", help="linears of 4 bits; --traffic alone")
     options = parser.parse_args()
-    modes = {"deterministic": options.deterministic, "kv_cache_dtype": options.kv_cache_dtype}
+    modes: dict[str, Any] = {
+        "deterministic": options.deterministic,
+        "kv_cache_dtype": options.kv_cache_dtype,
+    }
     found: Any = compile_all(options.compile, **modes) if options.compile else None
     if options.traffic:
-        found = count(options.traffic, **modes)
+        modes["async_scheduling"] = not options.in_turns
+        found = count(options.traffic, is_packed=options.packed, **modes)
     print(json.dumps(found))
 
 
