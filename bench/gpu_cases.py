@@ -20,6 +20,7 @@ from tokenmill.kernels.expert_order import sort_by_expert
 from tokenmill.kernels.gated_activation import gated_activation
 from tokenmill.kernels.moe import grouped_linear, route, sum_experts
 from tokenmill.kernels.paged_attention import paged_attention
+from tokenmill.kernels.penalties import penalize
 from tokenmill.kernels.rms_norm import add_rms_norm
 from tokenmill.kernels.rope_kv import rope_store_kv
 from tokenmill.kernels.sampling import sample
@@ -213,7 +214,7 @@ def rope_case(scale: Scale, name: str, rows: int, held: torch.dtype, **norms: An
 def sampling_cases(scale: Scale) -> Iterator[Case]:
     for rows in scale.rows[:2]:
         for name, top_k, top_p in (("plain", 0, 1.0), ("top_k 50", 50, 1.0), ("top_p 0.9", 0, 0.9)):
-            logits = random(scale, rows, scale.vocabulary)
+            logits = 4 * random(scale, rows, scale.vocabulary)  # as flat as a trained model's
             ones = torch.ones(rows, device=scale.device)
             seeds = torch.arange(rows, device=scale.device)
             yield Case(
@@ -232,6 +233,35 @@ def sampling_cases(scale: Scale) -> Iterator[Case]:
                 ),
                 bytes=logits.nbytes,
             )
+
+
+def penalty_cases(scale: Scale) -> Iterator[Case]:
+    """Of a decode step: one token more than are counted."""
+    for rows, context in ((1, scale.contexts[-1]), (scale.rows[1], scale.contexts[0])):
+        shape = (rows, context)
+        tokens = torch.randint(scale.vocabulary, shape, device=scale.device, dtype=torch.int32)
+        numbers, ones = integers(scale, list(range(rows))), torch.ones(rows, device=scale.device)
+        logits = random(scale, rows, scale.vocabulary).float()
+        yield Case(
+            "penalties",
+            f"{rows} rows of {context} tokens",
+            partial(
+                penalize,
+                logits,
+                numbers,
+                integers(scale, [context - 1] * rows),
+                rows=numbers,
+                lengths=integers(scale, [context] * rows),
+                longest=context,
+                tokens=tokens,
+                counts=torch.ones_like(tokens),
+                prompts=0 * numbers,
+                repetition=1.1 * ones,
+                presence=ones,
+                frequency=ones,
+            ),
+            bytes=rows * context * (4 + 8 + 2 * 32),  # a token, its count, a sector of logits
+        )
 
 
 def moe_cases(scale: Scale) -> Iterator[Case]:
@@ -301,6 +331,7 @@ MAKERS = (
     chunk_cases,
     row_cases,
     sampling_cases,
+    penalty_cases,
     moe_cases,
     batch_cases,
     linear_cases,

@@ -24,7 +24,7 @@ tokens alone, kept from step to step, so that a step looks at each old token onc
 pair of them. So a decode step reads 8 n bytes of a row and as many logits as it has distinct
 tokens; counts as wide as the vocabulary would be 600 KB of a row at 152k tokens, cleared and read.
 All pairs are compared once, when a sequence comes: by the rates of an H100 in 15 us for 4,096
-tokens, 130 us for 32k.
+tokens, 130 us for 32k. The one token of a decode step is compared with 1,024 at a time.
 
 A program has a block of a row's positions, and changes the logits of those that are first there:
 no token has two, so nothing is written twice. Each product is rounded before it is subtracted, as
@@ -46,6 +46,8 @@ from tokenmill.kernels.checks import (
 _BLOCK = 256
 #: Tokens that are compared with a block at a time.
 _ABREAST = 16
+#: So many new tokens of a block are compared one by one, with as many at a time.
+_FEW, _WIDE = 4, 1024
 
 
 @triton.jit
@@ -65,6 +67,8 @@ def _penalize_kernel(
     L,
     BLOCK: tl.constexpr,
     ABREAST: tl.constexpr,
+    FEW: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
     first = tl.program_id(1) * BLOCK
     place = tl.load(places_ptr + tl.program_id(0)).to(tl.int64)
@@ -78,9 +82,21 @@ def _penalize_kernel(
         token = tl.load(tokens_ptr + row * L + mine, mask=inside, other=-1)
         count = tl.load(counts_ptr + row * L + mine, mask=mine < counted, other=0)
         abreast = tl.arange(0, ABREAST)
-        if first + BLOCK > counted:  # of new tokens here, those that are not the first are none
+        # Of new tokens here, those that are not the first are none.
+        new = tl.maximum(first, counted)
+        end = tl.minimum(first + BLOCK, length)
+        if new < end and end - new <= FEW:  # while it decodes: one token against all before it
+            for position in range(new, end):
+                one = tl.load(tokens_ptr + row * L + position)
+                seen = tl.zeros([WIDE], tl.int32)
+                for start in range(0, position, WIDE):
+                    others = start + tl.arange(0, WIDE)
+                    other = tl.load(tokens_ptr + row * L + others, mask=others < position, other=-2)
+                    seen |= (other == one).to(tl.int32)
+                count = tl.where((mine == position) & (tl.max(seen, axis=0) > 0), -1, count)
+        elif new < end:
             found = tl.zeros([BLOCK, ABREAST], tl.int32)
-            for start in range(0, tl.minimum(first + BLOCK, length), ABREAST):
+            for start in range(0, end, ABREAST):
                 others = start + abreast
                 other = tl.load(tokens_ptr + row * L + others, mask=others < length, other=-2)
                 is_before = others[None, :] < mine[:, None]
@@ -169,6 +185,8 @@ def penalize(
             tokens.shape[1],
             BLOCK=_BLOCK,
             ABREAST=_ABREAST,
+            FEW=_FEW,
+            WIDE=_WIDE,
             num_warps=4,
             enable_fp_fusion=False,  # a product that is not rounded gives other bits than a CPU's
         )

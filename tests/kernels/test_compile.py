@@ -107,7 +107,7 @@ compile_kernel(_draw_kernel, "bf16", [*drawn, "tokens_ptr"], [], WORTH=-19.5, **
 compile_kernel(_merge_kernel, "bf16", drawn, [], BLOCK_P=64)
 edits = ["places_ptr", "counted_ptr", "rows_ptr", "lengths_ptr", "tokens_ptr", "counts_ptr"]
 edits += ["prompts_ptr", "words_ptr"]
-compile_kernel(_penalize_kernel, "fp32", edits, [], BLOCK=256, ABREAST=16)
+compile_kernel(_penalize_kernel, "fp32", edits, [], BLOCK=256, ABREAST=16, FEW=4, WIDE=1024)
 compile_kernel(_cells_kernel, "fp32", edits, ["value"], ADD=True, BLOCK=128)
 compile_kernel(_allowed_kernel, "fp32", edits, [], BLOCK=2048)
 resident = ["rows_ptr", "cu_seqlens_q_ptr", "tokens_ptr", "computed_ptr", "tables_ptr"]

@@ -8,7 +8,7 @@ from tokenmill.engine.sequence import Sequence
 from tokenmill.engine.token_counts import TokenCounts
 from tokenmill.producer.params import SamplingParams
 
-VOCABULARY, LENGTH, ROWS = 50, 700, 5
+VOCABULARY, LENGTH, ROWS = 50, 1400, 5
 #: Of each sequence its prompt, and repetition, presence and frequency penalty.
 SEQUENCES = [
     (3, (1.3, 0.0, 0.0)),
@@ -22,13 +22,17 @@ STEPS: list[list[int | None]] = [
     [5, 301, 260, None],
     [None, 302, 261, 257],
     [600, 303, 262, 258],
+    [None, 1300, None, None],
+    [None, 1301, None, None],  # a token that is new behind more than are compared at a time
+    [None, 1302, None, None],  # one that stands at the begin alone
+    [None, 1303, None, 262],
 ]
 
 
 def make_sequences() -> list[Sequence]:
-    """Of tokens that come again and again."""
+    """Of tokens that come again and again, all of them even but two."""
     draw = torch.Generator().manual_seed(5)
-    return [
+    seqs = [
         Sequence(
             seq_id=str(number),
             token_ids=(torch.randint(VOCABULARY, (LENGTH,), generator=draw) // 3 * 2).tolist(),
@@ -41,6 +45,10 @@ def make_sequences() -> list[Sequence]:
         )
         for number, (prompt, given) in enumerate(SEQUENCES)
     ]
+    for seq in seqs:
+        seq.token_ids[1300] = 49
+        seq.token_ids[2] = seq.token_ids[1301] = 47
+    return seqs
 
 
 def cut(seq: Sequence, length: int) -> Sequence:
@@ -122,5 +130,5 @@ def test_they_are_the_samplers_from_step_to_step(device: torch.device) -> None:
 def test_counts_of_another_shape_are_refused(device: torch.device) -> None:
     resident = Resident(make_sequences(), device)
     resident.counts = resident.counts[:, 1:]
-    with pytest.raises(ValueError, match=r"^counts: expected shape \[5, 700\], got \[5, 699\]"):
+    with pytest.raises(ValueError, match=r"^counts: expected shape \[5, 1400\], got \[5, 1399\]"):
         resident.penalize(torch.zeros(4, VOCABULARY), [(0, 0, 3)])
