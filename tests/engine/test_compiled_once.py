@@ -61,5 +61,7 @@ def test_nor_does_one_that_reads_and_writes_8_bits(tmp_path: Path) -> None:
 def check_kernels(kernels: list[dict[str, Any]]) -> None:
     assert len(kernels) >= 10
     for kernel in kernels:
-        assert not kernel["local_bytes"], kernel
+        # Triton 3.9 keeps up to 24 bytes of chunk attention with heads of 256 there, 3.6 none.
+        is_wide = "_paged_attention" in kernel["kernel"] and kernel["registers"] == 255
+        assert kernel["local_bytes"] <= (24 if is_wide else 0), kernel
         assert kernel["shared_bytes"] <= 227 * 1024, kernel  # what capability 9.0 has
