@@ -12,7 +12,7 @@ import torch
 
 from tokenmill.engine.logprobs import logsumexp
 from tokenmill.engine.sequence import Sequence
-from tokenmill.kernels import ops
+from tokenmill.kernels import cpu_ops
 
 #: Likeliest tokens among which the threshold is looked for, and then, where it lies below, more of
 #: them; what is left is sorted. Of most rows the first are enough, and take a third of the time.
@@ -26,9 +26,9 @@ def keep_likely(logits: torch.Tensor, seqs: Seq[Sequence]) -> torch.Tensor:
     The likeliest token always stays.
     """
     vocabulary = logits.shape[1]
-    if ops.can_filter(logits):
+    if cpu_ops.can_filter(logits):
         params = [seq.params for seq in seqs]
-        ops.keep_likely(logits, [(p.top_k or vocabulary, p.top_p, p.min_p) for p in params])
+        cpu_ops.keep_likely(logits, [(p.top_k or vocabulary, p.top_p, p.min_p) for p in params])
         return logits
 
     def column(values: list[float]) -> torch.Tensor:

@@ -19,7 +19,7 @@ import torch
 from tokenmill.engine.errors import UnsupportedModel
 from tokenmill.engine.models.checkpoint import NamedTensors
 from tokenmill.engine.models.spec import ModelSpec
-from tokenmill.kernels import ops
+from tokenmill.kernels import cpu_ops
 
 if TYPE_CHECKING:
     import numpy as np
@@ -148,8 +148,8 @@ class GGUFFile:
         values = torch.empty(count, dtype=torch.float32)
         if info.ggml_type == _F32:
             values.numpy()[:] = raw.view(np.float32)
-        elif ops.can_dequantize(info.ggml_type):
-            ops.dequantize(raw, info.ggml_type, values)
+        elif cpu_ops.can_dequantize(info.ggml_type):
+            cpu_ops.dequantize(raw, info.ggml_type, values)
         else:
             _dequantize(name, info.ggml_type, raw, values.numpy())
         return values.reshape(info.shape)

@@ -21,7 +21,7 @@ from tokenmill.engine.models.weight_map import WeightMap, fill_weights, place_of
 from tokenmill.engine.models.weights import ModelWeights, empty_weights, pack
 from tokenmill.engine.sources import resolve
 from tokenmill.engine.tokenizer import Tokenizer, tokenizer_from_directory, tokenizer_from_gguf
-from tokenmill.kernels import ops
+from tokenmill.kernels import cpu_ops
 from tokenmill.producer.errors import InvalidRequest
 
 LOGGER = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ def load(
     file = GGUFFile(path) if path.suffix == ".gguf" else None
     # One after the other: both hold Python's lock, and the weights wait for the kernels alone.
     with ThreadPoolExecutor(1) as beside:
-        kernels = beside.submit(ops.load_compiled) if place.type == "cpu" else None
+        kernels = beside.submit(cpu_ops.load_compiled) if place.type == "cpu" else None
         tokenizer = beside.submit(_tokenizer, path, file)
         try:
             stored = None if file else stored_weights(read_json(path / "config.json"))

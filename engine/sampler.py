@@ -18,7 +18,7 @@ from tokenmill.engine.logprobs import SLICE_ELEMENTS, logprobs_of
 from tokenmill.engine.penalties import apply_bias, apply_penalties
 from tokenmill.engine.sequence import Sequence
 from tokenmill.engine.token_masks import apply_constraints, forbid_early_end
-from tokenmill.kernels import ops
+from tokenmill.kernels import cpu_ops
 from tokenmill.producer.logprobs import TokenLogprobs
 
 if TYPE_CHECKING:
@@ -118,8 +118,8 @@ def draw_by_kernel(logits: torch.Tensor, seqs: Seq[Sequence]) -> "Drawn":
 def _draw(logits: torch.Tensor, seqs: Seq[Sequence]) -> list[int]:
     """The argmax of scaled and filtered logits [R, V] plus Gumbel noise."""
     scaled = _scaled(logits, seqs)
-    if ops.can_draw(scaled):
-        return ops.draw(scaled, [noise_key(seq.seed, seq.num_tokens) for seq in seqs])
+    if cpu_ops.can_draw(scaled):
+        return cpu_ops.draw(scaled, [noise_key(seq.seed, seq.num_tokens) for seq in seqs])
     return _highest(gumbel_noise(seqs, scaled.shape[1], scaled.device).add_(scaled))
 
 

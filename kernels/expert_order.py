@@ -63,5 +63,6 @@ def sort_by_expert(chosen: torch.Tensor, num_experts: int) -> tuple[torch.Tensor
         chosen.numel(),
         BLOCK=_BLOCK,
         num_warps=4,
+        enable_fp_fusion=True,  # said outright, since Triton 3.10 changes the default
     )
     return order, ends

@@ -18,7 +18,7 @@ from tokenmill.engine.models.rope import rotary_table
 from tokenmill.engine.models.shard import Shard
 from tokenmill.engine.models.spec import ModelSpec
 from tokenmill.engine.models.weights import LayerWeights, ModelWeights
-from tokenmill.kernels import ops
+from tokenmill.kernels import cpu_ops, ops
 
 if TYPE_CHECKING:
     from tokenmill.engine.models.layer_program import LayerProgram
@@ -90,7 +90,7 @@ class Decoder:
     def _new_program(self, cache: KVCache) -> "LayerProgram | None":
         """Where there is no program, layers are computed part by part."""
         layers = self._weights.layers
-        if self._group.shard.size > 1 or not ops.has_programs(self._weights.embedding):
+        if self._group.shard.size > 1 or not cpu_ops.has_programs(self._weights.embedding):
             return None
         from tokenmill.engine.models import layer_program
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from tokenmill.kernels import ops
+from tokenmill.kernels import cpu_ops
 
 if TYPE_CHECKING:
     from tokenmill.kernels.parallel import Call
@@ -34,11 +34,11 @@ _LEAST = 1e-30
 
 
 class GroupedInt8Weight:
-    """Made of a plain weight [out, in] that `ops.can_pack_int8` takes; it does not keep it."""
+    """Made of a plain weight [out, in] that `cpu_ops.can_pack_int8` takes; it does not keep it."""
 
     def __init__(self, weight: torch.Tensor) -> None:
         codes, self._scales = quantize_rows(weight)
-        self._packed = ops.pack_int8(codes)
+        self._packed = cpu_ops.pack_int8(codes)
 
     @property
     def nbytes(self) -> int:
@@ -47,7 +47,7 @@ class GroupedInt8Weight:
 
     def __call__(self, rows: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Rows [T, in] float32 to [T, out] float32, plus `bias`."""
-        return ops.packed_int8_linear(rows, self._packed, self._scales, bias)
+        return cpu_ops.packed_int8_linear(rows, self._packed, self._scales, bias)
 
     def calls(
         self,
@@ -100,7 +100,7 @@ class Int8Weight:
 
 def int8_weight(weight: torch.Tensor, row_bits: int) -> GroupedInt8Weight | Int8Weight:
     """The faster of the two that a weight can be; groups of 8 bits do for rows of 16."""
-    if ops.can_pack_int8(weight):
+    if cpu_ops.can_pack_int8(weight):
         return GroupedInt8Weight(weight)
     return Int8Weight(weight, row_bits)
 

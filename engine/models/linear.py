@@ -19,7 +19,7 @@ from tokenmill.engine.models.fp8_linear import Fp8Weight
 from tokenmill.engine.models.int8_linear import GroupedInt8Weight
 from tokenmill.engine.models.packed_linear import PackedWeight
 from tokenmill.engine.models.quantization import Packing, Quantized, Scheme
-from tokenmill.kernels import ops
+from tokenmill.kernels import cpu_ops, ops
 
 if TYPE_CHECKING:
     from tokenmill.engine.models.low_rank import Adapted
@@ -89,8 +89,8 @@ class Linear:
             self._quantized = scheme.quantize(weight, self.row_bits)
         if self._quantized is not None:
             self.weight = weight.new_empty(0)
-        elif ops.can_pack(weight):
-            self.weight = ops.pack(weight)
+        elif cpu_ops.can_pack(weight):
+            self.weight = cpu_ops.pack(weight)
             self._is_panels = True
         elif (
             weight.device.type == "cpu"
@@ -153,7 +153,7 @@ class Linear:
         if self._quantized is not None:
             return self._quantized(rows, self.bias)
         if self._is_panels:
-            return ops.packed_linear(rows, self.weight, self.bias)
+            return cpu_ops.packed_linear(rows, self.weight, self.bias)
         if self._has_fixed_tiles:
             return ops.fixed_linear(rows, self.weight, self.bias)
         if not self._is_packed:

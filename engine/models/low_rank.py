@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from tokenmill.engine.models.linear import Linear
-from tokenmill.kernels import ops
+from tokenmill.kernels import cpu_ops
 
 if TYPE_CHECKING:
     from tokenmill.kernels.compiled_low_rank import Panels
@@ -20,7 +20,9 @@ class LowRank:
 
     def __init__(self, down: torch.Tensor, up: torch.Tensor) -> None:
         #: Where there is a compiled kernel for them.
-        self.panels: Panels | None = ops.pack_low_rank(down, up) if ops.can_pack(up) else None
+        self.panels: Panels | None = (
+            cpu_ops.pack_low_rank(down, up) if cpu_ops.can_pack(up) else None
+        )
         self._linears: tuple[Linear, ...] = ()
         if self.panels is None:
             self._linears = Linear(down.clone()), Linear(up.clone())  # packing takes their memory
@@ -42,7 +44,7 @@ class LowRank:
     def add(self, out: torch.Tensor, rows: torch.Tensor, places: torch.Tensor) -> None:
         """Add to out [T, out] at `places` what it makes of rows [T, in] there."""
         if self.panels is not None:
-            ops.add_low_rank(out, rows, places, self.panels)
+            cpu_ops.add_low_rank(out, rows, places, self.panels)
             return
         down, up = self._linears
         out.index_add_(0, places, up(down(rows[places])))

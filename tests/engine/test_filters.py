@@ -8,7 +8,7 @@ import torch
 from tokenmill.engine import filters
 from tokenmill.engine.filters import keep_likely
 from tokenmill.engine.sequence import Sequence
-from tokenmill.kernels import ops
+from tokenmill.kernels import cpu_ops
 from tokenmill.producer.params import SamplingParams
 
 LOGITS = [2.0, 1.0, 0.5, 0.0, -1.0, -30.0]
@@ -60,7 +60,7 @@ def test_what_sorting_gives(heads: tuple[int, ...] | None, monkeypatch: pytest.M
     if heads is None:
         heads = ()
     else:
-        monkeypatch.setattr(ops, "can_filter", lambda _logits: False)
+        monkeypatch.setattr(cpu_ops, "can_filter", lambda _logits: False)
         monkeypatch.setattr(filters, "HEADS", heads)
     torch.manual_seed(sum(heads))
     generator = torch.Generator().manual_seed(sum(heads))

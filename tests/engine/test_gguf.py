@@ -12,7 +12,7 @@ from gguf.quants import dequantize, quantize
 from tokenmill.engine import gguf
 from tokenmill.engine.errors import UnsupportedModel
 from tokenmill.engine.gguf import GGUFFile, TensorInfo, _half_split, config_from_gguf
-from tokenmill.kernels import ops
+from tokenmill.kernels import cpu_ops
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def test_metadata_and_tensors_are_read(written: Path) -> None:
 @pytest.mark.parametrize("piece", [1, 32, 40, 1 << 18])
 def test_pieces_make_the_whole(written: Path, piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gguf, "_PIECE", piece)
-    monkeypatch.setattr(ops, "can_dequantize", lambda _ggml_type: False)
+    monkeypatch.setattr(cpu_ops, "can_dequantize", lambda _ggml_type: False)
     kind = GGMLQuantizationType.Q8_0
     values = np.arange(64, dtype=np.float32).reshape(2, 32)
     expected = torch.from_numpy(dequantize(quantize(values, kind), kind))

@@ -15,7 +15,7 @@ from tokenmill.engine.loader import LoadedModel, load
 from tokenmill.engine.messages import CacheSize, decode, encode
 from tokenmill.engine.sampler import sample
 from tokenmill.engine.start import start_engine
-from tokenmill.kernels import ops
+from tokenmill.kernels import cpu_ops, ops
 from tokenmill.producer.errors import InvalidRequest
 from tokenmill.producer.params import SamplingParams
 
@@ -67,7 +67,7 @@ def test_answers_are_those_of_rounded_keys_and_values(
         return q
 
     monkeypatch.setattr(ops, "rope_store_kv", rounding)
-    monkeypatch.setattr(ops, "has_programs", lambda _: False)  # which would not call that
+    monkeypatch.setattr(cpu_ops, "has_programs", lambda _: False)  # which would not call that
     rounded = logits_of(model, monkeypatch, kv_cache_dtype="float32")
     assert torch.equal(half, rounded)
     assert not torch.equal(half, plain)

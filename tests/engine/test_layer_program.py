@@ -17,7 +17,7 @@ from tokenmill.engine.models.decoder import Decoder
 from tokenmill.engine.models.layer_program import LayerProgram
 from tokenmill.engine.models.linear import Linear
 from tokenmill.engine.models.low_rank import Adapter, LowRank
-from tokenmill.kernels import compiler, ops
+from tokenmill.kernels import compiler, cpu_ops
 
 pytestmark = pytest.mark.skipif(
     not compiler.has_wide_vectors(), reason="this processor has no AVX-512"
@@ -119,7 +119,7 @@ def test_the_bits_of_a_step(
     model: LoadedModel, programs: list[bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     together = outputs(model)
-    monkeypatch.setattr(ops, "has_programs", lambda _weight: False)
+    monkeypatch.setattr(cpu_ops, "has_programs", lambda _weight: False)
     apart = outputs(model)
     assert programs == [True, False]
     assert all(torch.equal(*both) for both in zip(together, apart, strict=True))
@@ -132,7 +132,7 @@ def test_the_bits_of_int8(
 ) -> None:
     model = load(str(tiny_checkpoint("llama", **LLAMA)[0]), device="cpu", quantization="int8")
     together = outputs(model)
-    monkeypatch.setattr(ops, "has_programs", lambda _weight: False)
+    monkeypatch.setattr(cpu_ops, "has_programs", lambda _weight: False)
     assert all(torch.equal(*both) for both in zip(together, outputs(model), strict=True))
     assert programs == [True, False]
 
@@ -154,7 +154,7 @@ def test_the_bits_of_a_cache_of_bfloat16(
     monkeypatch.setattr(LayerProgram, "run", counted)
     together = outputs(model, 16, torch.bfloat16)
     assert rows == [sum(length for _, length in chunks) for chunks in STEPS]
-    monkeypatch.setattr(ops, "has_programs", lambda _weight: False)
+    monkeypatch.setattr(cpu_ops, "has_programs", lambda _weight: False)
     apart = outputs(model, 16, torch.bfloat16)
     assert len(rows) == len(STEPS)
     assert all(torch.equal(*both) for both in zip(together, apart, strict=True))
@@ -225,7 +225,7 @@ def test_the_bits_of_adapters(
     together, wanted = computed(last_alone=False), computed(last_alone=True)
     plain = outputs(model)
     with monkeypatch.context() as patched:
-        patched.setattr(ops, "has_programs", lambda _weight: False)
+        patched.setattr(cpu_ops, "has_programs", lambda _weight: False)
         apart = computed(last_alone=False)
     assert all(torch.equal(*both) for both in zip(together, apart, strict=True))
     for (chunks, _), every, last in zip(steps, together, wanted, strict=True):
@@ -311,7 +311,7 @@ def test_rows_that_are_wanted(
     following = batch_of(*((start + length, 1) for start, length in chunks))
     steps = []
     for has_programs in (True, False):
-        monkeypatch.setattr(ops, "has_programs", lambda _weight, has=has_programs: has)
+        monkeypatch.setattr(cpu_ops, "has_programs", lambda _weight, has=has_programs: has)
         cache, run = cache_of(model), Decoder(model.spec, model.weights, 128, ALONE)
         steps.append([run.forward(step, cache) for step in (batch, following)])
     assert steps[0][0].shape[0] == len(wanted)

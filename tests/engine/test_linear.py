@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tokenmill.engine.models.linear import Linear
-from tokenmill.kernels import compiler, ops
+from tokenmill.kernels import compiler, cpu_ops
 
 
 @pytest.mark.parametrize("rows", [0, 1, 2, 7, 48, 300])
@@ -37,7 +37,7 @@ def test_a_change_of_the_plain_weight_does_not_reach_a_packed_one() -> None:
     layer = Linear(weight)
     layer.pack()
     weight.zero_()
-    packed = ops.can_pack(weight) or hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+    packed = cpu_ops.can_pack(weight) or hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
     assert layer(torch.ones(1, 8)).sum().item() == (64.0 if packed else 0.0)
 
 
@@ -51,8 +51,8 @@ def test_panels_are_the_transposed_rows(threads: int, shape: tuple[int, int]) ->
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        assert torch.equal(ops.pack(across), expected)
-        packed = ops.pack(weight)
+        assert torch.equal(cpu_ops.pack(across), expected)
+        packed = cpu_ops.pack(weight)
     finally:
         torch.set_num_threads(before)
     assert torch.equal(packed, expected)
@@ -67,14 +67,14 @@ def test_a_row_of_a_compiled_product_has_the_same_bits_in_any_batch(
     generator = torch.Generator().manual_seed(0)
     weight, x = (torch.randn(rows, 700, generator=generator) for rows in (320, 301))
     bias = torch.randn(320, generator=generator)
-    packed = ops.pack(weight.clone())
+    packed = cpu_ops.pack(weight.clone())
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        whole = ops.packed_linear(x, packed, bias)
+        whole = cpu_ops.packed_linear(x, packed, bias)
         torch.testing.assert_close(whole, x @ weight.T + bias, atol=2e-4, rtol=0)
         for start, end in ((0, 1), (299, 301), (20, 23), (30, 47), (40, 46), (7, 16), (0, 64)):
-            part = ops.packed_linear(x[start:end], packed, bias)
+            part = cpu_ops.packed_linear(x[start:end], packed, bias)
             assert torch.equal(part, whole[start:end])
     finally:
         torch.set_num_threads(before)

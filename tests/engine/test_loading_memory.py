@@ -17,14 +17,14 @@ from pathlib import Path
 import torch
 from tokenmill.engine.loader import load_shard
 from tokenmill.engine.models.shard import Shard
-from tokenmill.kernels import ops
+from tokenmill.kernels import cpu_ops
 
 def resident():
     return int(re.search(r"RssAnon:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) << 10
 
 torch.ones(512, 512) @ torch.ones(512, 512)
-if ops.can_pack(torch.ones(64, 64)):
-    ops.pack(torch.ones(64, 64))  # loads the compiler
+if cpu_ops.can_pack(torch.ones(64, 64)):
+    cpu_ops.pack(torch.ones(64, 64))  # loads the compiler
 before, peak, done = resident(), 0, threading.Event()
 
 def watch():

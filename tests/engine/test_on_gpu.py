@@ -20,7 +20,7 @@ from tokenmill.engine.models.families import spec_from_config
 from tokenmill.engine.models.mlp import MoE
 from tokenmill.engine.models.weights import ModelWeights, empty_weights, pack, random_weights
 from tokenmill.engine.tokenizer import Tokenizer
-from tokenmill.kernels import ops
+from tokenmill.kernels import cpu_ops, ops
 from tokenmill.producer.params import SamplingParams
 
 # Read when a kernel is defined, that is when its module is first imported.
@@ -168,7 +168,7 @@ def tokens_of_8_bit_keys(monkeypatch: pytest.MonkeyPatch) -> Tokens:
 
     with monkeypatch.context() as patched:
         patched.setattr(ops, "rope_store_kv", rounding)
-        patched.setattr(ops, "has_programs", lambda _: False)  # which would not call that
+        patched.setattr(cpu_ops, "has_programs", lambda _: False)  # which would not call that
         return tokens(sharp_model(CPU))
 
 

@@ -10,7 +10,7 @@ import torch
 from tokenmill.engine import sampler
 from tokenmill.engine.sampler import gumbel_noise, gumbel_of, noise_key
 from tokenmill.engine.sequence import Sequence
-from tokenmill.kernels import ops
+from tokenmill.kernels import cpu_ops
 from tokenmill.producer.params import SamplingParams
 
 LOGITS = [2.0, 1.0, 0.5, 0.0, -1.0, -30.0]
@@ -173,8 +173,8 @@ def test_logits_that_are_no_numbers_give_no_token(
 ) -> None:
     """And take none from the other rows, with log probabilities or without."""
     if not compiled:
-        monkeypatch.setattr(ops, "can_draw", lambda _logits: False)
-        monkeypatch.setattr(ops, "can_filter", lambda _logits: False)
+        monkeypatch.setattr(cpu_ops, "can_draw", lambda _logits: False)
+        monkeypatch.setattr(cpu_ops, "can_filter", lambda _logits: False)
     kinds: list[dict[str, Any]] = [
         {},
         {"logprobs": 2},

@@ -7,7 +7,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
 from tokenmill.engine import gguf
-from tokenmill.kernels import compiler, ops
+from tokenmill.kernels import compiler, cpu_ops
 
 pytestmark = pytest.mark.skipif(
     not compiler.has_wide_vectors(), reason="this processor has no AVX-512"
@@ -36,7 +36,7 @@ def blocks_of(kind: GGMLQuantizationType, count: int) -> np.ndarray:
 def test_values_have_the_bits_of_the_package(kind: GGMLQuantizationType, count: int) -> None:
     stored = blocks_of(kind, count)
     values = torch.full((32 * count + 1,), torch.nan)
-    ops.dequantize(stored, kind, values[:-1])
+    cpu_ops.dequantize(stored, kind, values[:-1])
     if count:
         expected = torch.from_numpy(dequantize(stored[None], kind)).flatten()
         assert torch.equal(values[:-1].view(torch.int32), expected.view(torch.int32))
@@ -48,8 +48,8 @@ def test_blocks_may_begin_anywhere() -> None:
     stored = blocks_of(kind, 40)
     apart = np.concatenate([np.zeros(3, np.uint8), stored])[3:]
     values, others = torch.empty(40 * 32), torch.empty(40 * 32)
-    ops.dequantize(stored, kind, values)
-    ops.dequantize(apart, kind, others)
+    cpu_ops.dequantize(stored, kind, values)
+    cpu_ops.dequantize(apart, kind, others)
     assert torch.equal(values.view(torch.int32), others.view(torch.int32))
 
 
@@ -60,8 +60,8 @@ def test_sizes_are_those_of_the_package() -> None:
         assert GGML_QUANT_SIZES[GGMLQuantizationType(kind)] == (compiled_blocks.BLOCK, size)
     for kind, sizes in gguf._SIZES.items():
         assert GGML_QUANT_SIZES[GGMLQuantizationType(kind)] == sizes
-    assert ops.can_dequantize(GGMLQuantizationType.Q8_0)
-    assert not ops.can_dequantize(GGMLQuantizationType.Q6_K)
+    assert cpu_ops.can_dequantize(GGMLQuantizationType.Q8_0)
+    assert not cpu_ops.can_dequantize(GGMLQuantizationType.Q6_K)
 
 
 @pytest.mark.parametrize(
@@ -70,4 +70,4 @@ def test_sizes_are_those_of_the_package() -> None:
 )
 def test_what_does_not_fit_is_refused(kind: int, size: int, values: torch.Tensor) -> None:
     with pytest.raises(ValueError, match="blocks must be of a type"):
-        ops.dequantize(np.zeros(size, np.uint8), kind, values)
+        cpu_ops.dequantize(np.zeros(size, np.uint8), kind, values)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tokenmill.kernels import compiler, ops
+from tokenmill.kernels import compiler, cpu_ops
 
 pytestmark = pytest.mark.skipif(
     not compiler.has_byte_products(), reason="this processor has no AVX-512 VNNI"
@@ -15,7 +15,7 @@ def packed(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tens
     """Codes [N, K], the same laid out, and scales [N]."""
     scales = weight.abs().amax(dim=1).clamp(min=1e-30) / 127
     codes = (weight / scales[:, None]).round().to(torch.int8)
-    return codes, ops.pack_int8(codes), scales
+    return codes, cpu_ops.pack_int8(codes), scales
 
 
 def expected(rows: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
@@ -32,7 +32,7 @@ def test_product_is_that_of_the_formula(count: int, shape: tuple[int, int]) -> N
     generator = torch.Generator().manual_seed(count)
     codes, panels, scales = packed(torch.randn(shape, generator=generator))
     rows = torch.randn(count, shape[1], generator=generator) * 3
-    got = ops.packed_int8_linear(rows, panels, scales)
+    got = cpu_ops.packed_int8_linear(rows, panels, scales)
     assert got.shape == (count, shape[0])
     assert torch.allclose(got.double(), expected(rows, codes, scales), rtol=1e-5, atol=5e-5)
 
@@ -40,10 +40,10 @@ def test_product_is_that_of_the_formula(count: int, shape: tuple[int, int]) -> N
 def test_rows_may_be_part_of_wider_ones() -> None:
     _, panels, scales = packed(torch.randn(64, 128))
     wide = torch.randn(9, 512)
-    whole = ops.packed_int8_linear(wide[:, 128:256].contiguous(), panels, scales)
-    assert torch.equal(ops.packed_int8_linear(wide[:, 128:256], panels, scales), whole)
+    whole = cpu_ops.packed_int8_linear(wide[:, 128:256].contiguous(), panels, scales)
+    assert torch.equal(cpu_ops.packed_int8_linear(wide[:, 128:256], panels, scales), whole)
     across = wide[:, 128:256].T.contiguous().T
-    assert torch.equal(ops.packed_int8_linear(across, panels, scales), whole)
+    assert torch.equal(cpu_ops.packed_int8_linear(across, panels, scales), whole)
 
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
@@ -51,7 +51,7 @@ def test_the_largest_values_neither_saturate_nor_wrap(sign: float) -> None:
     weight = torch.ones(64, 4096)
     weight[1::2] = -1
     _, panels, scales = packed(weight)
-    product = ops.packed_int8_linear(torch.full((2, 4096), sign), panels, scales)
+    product = cpu_ops.packed_int8_linear(torch.full((2, 4096), sign), panels, scales)
     assert product[0].tolist() == pytest.approx([4096 * sign, -4096 * sign] * 32)
 
 
@@ -62,7 +62,7 @@ def test_zeros_are_zeros_and_nothing_else_becomes_finite() -> None:
     rows = torch.randn(5, 128)
     rows[0] = 0
     rows[1, 5], rows[2, 70], rows[3, 127] = float("nan"), float("-nan"), float("inf")
-    product = ops.packed_int8_linear(rows, panels, scales)
+    product = cpu_ops.packed_int8_linear(rows, panels, scales)
     assert product[0].tolist() == [0.0] * 64
     assert product[1:3].isnan().all()
     assert not product[3].isfinite().any()
@@ -78,14 +78,14 @@ def test_a_row_has_the_same_bits_alone_and_among_others(
     generator = torch.Generator().manual_seed(1)
     _, panels, scales = packed(torch.randn(shape, generator=generator))
     rows = torch.randn(133, shape[1], generator=generator)
-    whole = ops.packed_int8_linear(rows, panels, scales)
+    whole = cpu_ops.packed_int8_linear(rows, panels, scales)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         for count in (1, 2, 3, 4, 5, 8, 31, 32, 33, 100):
             for start in (0, 133 - count):
                 part = rows[start : start + count]
-                got = ops.packed_int8_linear(part, panels, scales)
+                got = cpu_ops.packed_int8_linear(part, panels, scales)
                 assert torch.equal(got, whole[start : start + count])
     finally:
         torch.set_num_threads(before)

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from tokenmill.kernels import compiler, ops
+from tokenmill.kernels import compiler, cpu_ops
 
 pytestmark = pytest.mark.skipif(
     not compiler.has_wide_vectors(), reason="this processor has no AVX-512"
@@ -33,7 +33,7 @@ def tensors(ranks: int, depth: int = 50, width: int = 192) -> tuple[torch.Tensor
 def test_the_sums(ranks: int, rows: list[int]) -> None:
     x, y, down, up = tensors(ranks)
     places, before = torch.tensor(rows), y.clone()
-    ops.add_low_rank(y, x, places, ops.pack_low_rank(down, up))
+    cpu_ops.add_low_rank(y, x, places, cpu_ops.pack_low_rank(down, up))
     expected = before.double()
     expected[places] += x[places].double() @ down.double().T @ up.double().T
     assert (y - expected).abs().max() < 1e-5 * expected.abs().max()
@@ -44,24 +44,24 @@ def test_the_sums(ranks: int, rows: list[int]) -> None:
 @pytest.mark.parametrize("ranks", [5, 48])
 def test_a_row_has_the_same_bits_whatever_is_beside_it(ranks: int) -> None:
     x, before, down, up = tensors(ranks)
-    panels = ops.pack_low_rank(down, up)
+    panels = cpu_ops.pack_low_rank(down, up)
     alone = before.clone()
     for row in range(64):
-        ops.add_low_rank(alone, x, torch.tensor([row]), panels)
+        cpu_ops.add_low_rank(alone, x, torch.tensor([row]), panels)
     for rows in [*ROWS, list(range(64))]:
         y = before.clone()
-        ops.add_low_rank(y, x, torch.tensor(rows), panels)
+        cpu_ops.add_low_rank(y, x, torch.tensor(rows), panels)
         assert torch.equal(y[rows], alone[rows])
 
 
 def test_rows_of_a_wider_tensor() -> None:
     """Strides are those of the rows."""
     x, before, down, up = tensors(8)
-    panels, places = ops.pack_low_rank(down, up), torch.tensor([4, 9, 10])
+    panels, places = cpu_ops.pack_low_rank(down, up), torch.tensor([4, 9, 10])
     wide_x, wide_y = torch.zeros(64, 80), torch.zeros(64, 256)
     wide_x[:, :50], wide_y[:, :192] = x, before
     expected = before.clone()
-    ops.add_low_rank(expected, x, places, panels)
-    ops.add_low_rank(wide_y[:, :192], wide_x[:, :50], places, panels)
+    cpu_ops.add_low_rank(expected, x, places, panels)
+    cpu_ops.add_low_rank(wide_y[:, :192], wide_x[:, :50], places, panels)
     assert torch.equal(wide_y[:, :192], expected)
     assert not wide_y[:, 192:].any()

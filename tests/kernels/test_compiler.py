@@ -242,7 +242,7 @@ print("alive" if first.is_alive() or second.is_alive() else "done")
 
 def test_a_start_loads_every_kernel_of_a_step() -> None:
     """One that is left out would be compiled within a step."""
-    program = "import sys; from tokenmill.kernels import ops; ops.load_compiled()"
+    program = "import sys; from tokenmill.kernels import cpu_ops; cpu_ops.load_compiled()"
     program += "; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
     files = Path(compiler.__file__).parent.glob("*.py")

@@ -4,7 +4,7 @@ import functools
 
 import pytest
 
-from tokenmill.kernels import ops
+from tokenmill.kernels import cpu_ops, ops
 
 
 def put_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -22,4 +22,4 @@ def put_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.setattr(ops, name, getattr(module, name))
     attend = functools.partial(ops._attention_on_gpu, out=None)
     monkeypatch.setattr(ops, "paged_attention", attend)
-    monkeypatch.setattr(ops, "has_programs", lambda _: False)
+    monkeypatch.setattr(cpu_ops, "has_programs", lambda _: False)
