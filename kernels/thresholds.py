@@ -157,10 +157,11 @@ def _gather_kernel(
 def _weights(candidates, start, size, V, limit, MASS: tl.constexpr, BLOCK: tl.constexpr):
     """Bits of candidates, and their weights, 0 where the bits are not below `limit`.
 
-    What lies behind the last is read too, whatever it is: a whole vector at a time.
+    What lies behind the last is read too, a whole vector at a time, and made 0.
     """
     places = start + tl.arange(0, BLOCK)
     found = tl.load(candidates + places, mask=places < V, other=0)
+    found = tl.where(places < size, found, 0)
     bits = found.to(tl.uint32, bitcast=True)
     weights = tl.full([BLOCK], 1.0, tl.float32)
     if MASS:

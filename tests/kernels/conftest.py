@@ -44,10 +44,15 @@ def assert_close() -> Callable[[torch.Tensor, torch.Tensor], None]:
 
 @pytest.fixture
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fill what torch.empty and empty_like return with NaN: an element not written then shows."""
+    """Fill what torch.empty and empty_like return with NaN: an element not written then shows.
+
+    Integers of 32 bits become those of a NaN that computing with raises a warning.
+    """
     empty, empty_like = torch.empty, torch.empty_like
 
     def fill(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.dtype == torch.int32:
+            return tensor.fill_(0x7FA00001)
         return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
 
     monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: fill(empty(*args, **kwargs)))
